@@ -1,0 +1,57 @@
+# Each target sets up .venv first, from the pinned requirements.txt; PYTHON chooses the interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONPATH :=
+export MLFLOW_DISABLE_TELEMETRY := true
+INSTALLED := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test test-slow check format lock ui space preset screenshots
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(INSTALLED) ## make .venv and install the pinned packages
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+repro: setup ## run the pipeline: fetch, tokenize, train, evaluate, export-to-space
+	dvc repro
+
+test: setup ## run the tests
+	python -m pytest -m "not slow"
+
+test-slow: setup ## run the tests that take minutes
+	python -m pytest -m slow
+
+check: setup ## format, lint and types, without changing anything
+	ruff format --check .
+	ruff check .
+	mypy
+
+format: setup ## format, and mend what the linter can
+	ruff format .
+	ruff check --fix .
+
+ui: setup ## MLflow's page on http://127.0.0.1:5000
+	mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port 5000
+
+space: setup ## serve dist/space on http://127.0.0.1:7860
+	@test -f dist/space/app.py || { echo "There is no dist/space yet: make repro"; exit 2; }
+	cd dist/space && GRADIO_SERVER_NAME=127.0.0.1 GRADIO_SERVER_PORT=7860 GRADIO_ANALYTICS_ENABLED=False PYTHONDONTWRITEBYTECODE=1 $(CURDIR)/$(BIN)/python app.py
+
+preset: ## params.yaml becomes presets/NAME.yaml: make preset NAME=seed
+	@test -f "presets/$(NAME).yaml" || { echo "There is no preset '$(NAME)'; there are:" $(notdir $(basename $(wildcard presets/*.yaml))); exit 2; }
+	cp "presets/$(NAME).yaml" params.yaml
+
+screenshots: setup ## make the README's pictures anew from the last run (needs a Chromium)
+	python -m tools.screenshots
+
+lock: ## compile requirements.txt from pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet pip-tools==7.6.2
+	tools/lock

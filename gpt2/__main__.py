@@ -1,0 +1,163 @@
+"""`python -m gpt2`: text from a trained model, and what a configuration costs.
+
+torch is imported only by what computes, so that help and errors come at once.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt2.config import PRESETS, GPTConfig
+from gpt2.errors import GPT2Error, UserError
+
+if TYPE_CHECKING:
+    from gpt2.model import GPT
+
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; gives the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except GPT2Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # piped into head, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m gpt2", description="Use GPT-2 from the command line.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    generate = commands.add_parser("generate", help="continue a text with a trained model")
+    generate.add_argument("--prompt", default="", help="the text to continue; - reads standard input")
+    generate.add_argument(
+        "--model",
+        default="models",
+        help="a folder with model.safetensors and config.json, or a Hugging Face GPT-2 (default: %(default)s)",
+    )
+    generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: %(default)s")
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)"
+    )
+    generate.add_argument("--top-k", type=int, default=50, help="0 is off (default: %(default)s)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="1 is off (default: %(default)s)")
+    generate.add_argument(
+        "--seed", type=int, default=1, help="the same seed writes the same text (default: %(default)s)"
+    )
+    generate.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="look back on at most N tokens (default: the model's context)",
+    )
+    generate.add_argument("--no-cache", action="store_true", help="compute the whole context anew for each token")
+    generate.set_defaults(run=_generate)
+
+    info = commands.add_parser("info", help="parameters, FLOPs and memory of a configuration")
+    which = info.add_mutually_exclusive_group()
+    which.add_argument("--preset", choices=list(PRESETS), help="one of OpenAI's sizes")
+    which.add_argument("--model", help="a folder with a config.json of ours (default: models)")
+    for name in SIZES:
+        info.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help="instead of the one there")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}; expected at least 1")
+    if arguments.context is not None and arguments.context < 1:
+        raise UserError(f"--context is {arguments.context}; expected at least 1")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed is {arguments.seed}; expected 0 to {2**63 - 1}")
+
+    from gpt2 import tokenizer
+    from gpt2.device import choose_device
+    from gpt2.generation import BLANK_PROMPT, Sampling, generate
+
+    sampling = Sampling(temperature=arguments.temperature, top_k=arguments.top_k or None, top_p=arguments.top_p)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    model = _load(arguments.model).to(choose_device("auto")).eval()
+    tokens = generate(
+        model,
+        tokenizer.encode(prompt or BLANK_PROMPT),
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        seed=arguments.seed,
+        context=arguments.context,
+        use_cache=not arguments.no_cache,
+    )
+    print(prompt, end="", flush=True)
+    for text in tokenizer.decode_stream(tokens):
+        print(text, end="", flush=True)
+    print()
+
+
+def _load(source: str) -> "GPT":
+    """The model of a folder of ours, or Hugging Face's: a folder of theirs, or a name on the Hub."""
+    from gpt2.checkpoint import load_model
+    from gpt2.model import GPT
+
+    folder = Path(source)
+    is_name = source in PRESETS or (re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not folder.exists())
+    return GPT.from_pretrained(source) if is_name or _is_hugging_face(folder) else load_model(folder)
+
+
+def _is_hugging_face(folder: Path) -> bool:
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    if arguments.preset:
+        base = GPTConfig.preset(arguments.preset)
+    else:
+        path = Path(arguments.model or "models", "config.json")
+        try:
+            base = GPTConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            if arguments.model:
+                raise UserError(f"cannot read {path}: {error}") from None
+            base = PRESETS["gpt2"]  # nothing is trained yet
+    given = {name: getattr(arguments, name) for name in SIZES if getattr(arguments, name) is not None}
+    config = GPTConfig.from_dict({**base.to_dict(), **given})
+    print("\n".join(_describe(config)))
+
+
+def _describe(config: GPTConfig) -> list[str]:
+    parameters = config.num_parameters()
+    embeddings = (config.vocab_size + config.block_size) * config.n_embd
+    training_flops = config.flops_per_token(config.block_size)
+    sizes = ", ".join(f"{name} {value:,}" for name, value in config.to_dict().items())
+    cache_bytes = 2 * 4 * config.n_layer * config.n_embd * config.block_size
+    rows = [
+        ("parameters", f"{parameters:,} ({embeddings:,} of them embeddings)"),
+        ("FLOPs for a token of training", f"{training_flops:,} at the full context"),
+        ("weights, fp32", _bytes(4 * parameters)),
+        ("weights, gradients and AdamW, fp32", _bytes(16 * parameters) + ", before activations"),
+        ("key-value cache of a full context, fp32", _bytes(cache_bytes)),
+        ("checkpoint on the disk", _bytes(12 * parameters)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return [sizes, *(f"{name:<{width}}  {value}" for name, value in rows)]
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

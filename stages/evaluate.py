@@ -1,0 +1,132 @@
+"""evaluate: the best model's scores on held-out text, samples, and a picture of what surprises it."""
+
+import json
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gpt2.data import Tokens, open_tokens
+from gpt2.errors import FileError, UserError
+from gpt2.files import write_json, write_text
+from stages import paths, tracking
+from stages.params import Params, load_params
+from stages.process import run_stage, say
+
+if TYPE_CHECKING:
+    from gpt2.model import GPT
+
+
+def main() -> None:
+    """Checks the params, then evaluates."""
+    params = load_params(paths.PARAMS)
+    with tracking.open_run(params, read_run_id()) as run:
+        metrics = evaluate(params)
+        run.metrics(0, {f"evaluate/{key}": value for key, value in metrics.items()})
+        run.files(sorted(paths.EVALUATE_REPORT.iterdir()), "reports/evaluate")
+    say(
+        f"{paths.EVALUATE_REPORT}: validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.1f}, "
+        f"{metrics['bits_per_byte']:.3f} bits per byte"
+    )
+
+
+def read_run_id() -> str | None:
+    """The MLflow run that trained the model; None if it was trained without MLflow."""
+    try:
+        run_id = json.loads(paths.RUN.read_text(encoding="utf-8"))["mlflow_run_id"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(f"cannot read {paths.RUN} ({error}); run the train stage again") from None
+    return run_id if isinstance(run_id, str) else None
+
+
+def evaluate(params: Params) -> dict[str, float]:
+    """Writes reports/evaluate/; gives its metrics."""
+    from tqdm import tqdm
+
+    from gpt2 import evaluation, tokenizer
+    from gpt2.checkpoint import load_model
+    from gpt2.device import choose_device, keep_freed_memory
+    from stages import reports
+
+    keep_freed_memory()
+    config, sequence_length = params.evaluate, params.train.sequence_length
+    train_tokens, val_tokens = open_tokens(paths.TOKENS, "train"), open_tokens(paths.TOKENS, "val")
+    model = load_model(paths.MODELS).to(choose_device(params.runtime.device))
+    if sequence_length > model.config.block_size:
+        raise UserError(f"train.sequence_length {sequence_length} is over the model's context; run `dvc repro train`")
+
+    bar = partial(tqdm, unit="token", unit_scale=True, disable=None, leave=False)
+
+    with bar(total=len(val_tokens) - 1, desc="scoring") as progress:
+        scores = evaluation.score(
+            model,
+            val_tokens,
+            sequence_length=sequence_length,
+            batch_size=config.batch_size,
+            progress=progress.update,
+        )
+    samples = draw_samples(params, model)
+    with bar(total=len(train_tokens), desc="searching the training text") as progress:
+        verbatim = evaluation.longest_verbatim(samples, train_tokens, progress=progress.update)
+    metrics = {**asdict(scores), "longest_verbatim_characters": len(verbatim)}
+    write_json(paths.EVALUATE_REPORT / "metrics.json", metrics)
+    write_text(paths.EVALUATE_REPORT / "samples.md", describe_samples(params, samples, verbatim, metrics["loss"]))
+    passage = middle(val_tokens, config.passage_tokens)
+    losses = evaluation.token_losses(model, passage, sequence_length=sequence_length)
+    reports.draw_passage([tokenizer.decode([int(t)]) for t in passage], losses, paths.EVALUATE_REPORT / "passage.png")
+    return metrics
+
+
+def draw_samples(params: Params, model: "GPT") -> list[str]:
+    """A continuation of each prompt, as the Space would give it."""
+    from tqdm import tqdm
+
+    from gpt2 import tokenizer
+    from gpt2.generation import BLANK_PROMPT, Sampling, generate
+
+    config = params.evaluate
+    sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    return [
+        tokenizer.decode(
+            generate(
+                model,
+                tokenizer.encode(prompt or BLANK_PROMPT),
+                max_new_tokens=config.max_new_tokens,
+                sampling=sampling,
+                seed=config.seed + number,
+                context=params.train.sequence_length,
+            )
+        )
+        for number, prompt in enumerate(
+            tqdm(config.prompts, desc="writing samples", unit="sample", disable=None, leave=False)
+        )
+    ]
+
+
+def describe_samples(params: Params, samples: list[str], verbatim: str, loss: float) -> str:
+    """The samples as Markdown."""
+    config = params.evaluate
+    parts = [
+        "# Samples",
+        f"Validation loss {loss:.4f} nats per token. {config.max_new_tokens} tokens for each prompt, "
+        f"temperature {config.temperature}, top-k {config.top_k}, top-p {config.top_p}, seeds from {config.seed} on. "
+        "The prompt is in bold.",
+        f"The longest passage of them that stands to the letter in the training text has {len(verbatim)} characters"
+        + (f": `{' ⏎ '.join(verbatim.split(chr(10)))}`" if verbatim else ""),
+    ]
+    for prompt, sample in zip(config.prompts, samples, strict=True):
+        shown_prompt = prompt.strip().replace("\n", " ⏎ ") or "(empty)"
+        body = "\n".join(f"    {line}" for line in sample.split("\n"))
+        parts.append(f"## **{shown_prompt}**\n\n{body.rstrip()}")
+    return "\n\n".join(parts) + "\n"
+
+
+def middle(tokens: Tokens, length: int) -> Tokens:
+    """`length` tokens, or all if there are fewer, from the middle of a text."""
+    start = max(0, (len(tokens) - length) // 2)
+    return np.asarray(tokens[start : start + length])
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,185 @@
+"""export-to-space: the model becomes dist/space, a Gradio Space, and dist/hf, for `transformers`.
+
+Both are loaded the way a user will, and their logits compared with the trained model's, before the stage succeeds.
+"""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt2.errors import FileError
+from gpt2.files import sha256_of, write_json, write_text
+from stages import paths, tracking
+from stages.evaluate import read_run_id
+from stages.params import Params, load_params
+from stages.process import run_stage, say
+
+if TYPE_CHECKING:
+    from gpt2.model import GPT
+
+SERVING_MODULES = ("__init__", "config", "errors", "files", "generation", "model", "tokenizer")
+"""The part of gpt2/ that a Space needs: what its app.py imports, and what that imports."""
+LOGITS_TOLERANCE = 1e-4
+CHECK_TOKENS = 64
+
+
+def main() -> None:
+    """Checks the params, then exports."""
+    params = load_params(paths.PARAMS)
+    run_id = read_run_id()
+    with tracking.open_run(params, run_id) as run:
+        export(params, run_id)
+        run.files([paths.SPACE / name for name in ("README.md", "gpt_config.pt", "manifest.json")], "space")
+        run.files([paths.HUGGING_FACE / "config.json"], "hf")
+
+
+def export(params: Params, run_id: str | None) -> None:
+    """Writes and verifies both folders. Raises FileError if either does not give the trained model's logits."""
+    from gpt2.checkpoint import load_model
+    from gpt2.exchange import write_hugging_face, write_space_model
+
+    model = load_model(paths.MODELS)
+    facts = model_facts(params, model, run_id)
+    for folder in (paths.SPACE, paths.HUGGING_FACE):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+    write_space_model(model, paths.SPACE)
+    shutil.copyfile(paths.SPACE_SOURCE / "app.py", paths.SPACE / "app.py")
+    for module in SERVING_MODULES:
+        (paths.SPACE / "gpt2").mkdir(exist_ok=True)
+        shutil.copyfile(f"gpt2/{module}.py", paths.SPACE / "gpt2" / f"{module}.py")
+    write_text(paths.SPACE / "requirements.txt", pinned((paths.SPACE_SOURCE / "requirements.txt").read_text()))
+    card = (paths.SPACE_SOURCE / "README.md").read_text(encoding="utf-8")
+    write_text(paths.SPACE / "README.md", fill_card(card, facts))
+    write_json(paths.SPACE / "manifest.json", {"model": facts, "sha256": sums(paths.SPACE)})
+    write_hugging_face(model, paths.HUGGING_FACE)
+
+    space_difference = check_space(model)
+    hf_difference = check_hugging_face(model)
+    say(f"{paths.SPACE}: the same logits to {space_difference:.1g}; serve it with `make space`")
+    say(f"{paths.HUGGING_FACE}: the same logits to {hf_difference:.1g}; load it with transformers")
+
+
+def model_facts(params: Params, model: "GPT", run_id: str | None) -> dict[str, Any]:
+    """What the card and the page say about the model."""
+    evaluation = json.loads((paths.EVALUATE_REPORT / "metrics.json").read_text(encoding="utf-8"))
+    training = json.loads((paths.TRAIN_REPORT / "metrics.json").read_text(encoding="utf-8"))
+    corpus = json.loads(paths.CORPUS_FACTS.read_text(encoding="utf-8"))
+    return {
+        "title": params.export.title,
+        "examples": params.export.examples,
+        "parameters": model.config.num_parameters(),
+        **model.config.to_dict(),
+        "context": params.train.sequence_length,
+        "corpus": corpus["name"],
+        "corpus_source": public_source(corpus["source"]),
+        "corpus_characters": corpus["characters"],
+        "corpus_licence": corpus["licence"],
+        "fallback_reason": corpus["fallback_reason"],
+        "steps": training["steps"],
+        "tokens": training["tokens"],
+        "validation_loss": round(evaluation["loss"], 4),
+        "perplexity": round(evaluation["perplexity"], 2),
+        "bits_per_byte": round(evaluation["bits_per_byte"], 4),
+        "mlflow_run_id": run_id,
+        "git_commit": tracking.git_tags().get("git.commit"),
+    }
+
+
+def public_source(source: str) -> str:
+    """A source as it may be shown to everybody: of a path on this machine only its last part."""
+    return Path(source).name if Path(source).is_absolute() else source
+
+
+def fill_card(template: str, facts: dict[str, Any]) -> str:
+    """The README.md of the Space: each `{{name}}` becomes that fact."""
+    values = {
+        **facts,
+        "title": json.dumps(facts["title"]),  # a YAML string
+        "heading": facts["title"],
+        "gradio": importlib.metadata.version("gradio"),
+        "fallback": f"\n\nThe corpus is a fallback: {facts['fallback_reason']}." if facts["fallback_reason"] else "",
+    }
+    for name, value in values.items():
+        shown = f"{value:,}" if isinstance(value, int) else str(value)
+        template = template.replace("{{" + name + "}}", shown)
+    return template
+
+
+def pinned(requirements: str) -> str:
+    """The Space's requirements: each package in the version that is installed here, other lines as they are."""
+    lines = []
+    for line in requirements.splitlines():
+        is_package = line and not line.startswith(("#", "-"))
+        version = importlib.metadata.version(line).partition("+")[0] if is_package else ""
+        lines.append(f"{line}=={version}" if is_package else line)
+    return "\n".join(lines) + "\n"
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in a folder, by its path there."""
+    return {p.relative_to(folder).as_posix(): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def check_space(model: "GPT") -> float:
+    """Loads dist/space as its app does, in a process that has nothing else of ours on its path."""
+    import torch
+
+    from gpt2.exchange import largest_difference
+
+    tokens = torch.arange(min(CHECK_TOKENS, model.config.block_size))[None]
+    result = paths.SPACE / ".logits.pt"
+    program = (
+        "import sys, torch, app; model = app.load_model(app.HERE);"
+        f"torch.save(model(torch.arange({tokens.size(1)})[None])[0].detach(), sys.argv[1])"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program, result.name],
+            cwd=paths.SPACE,
+            capture_output=True,
+            text=True,
+            env=space_environment(),
+        )
+        if done.returncode:
+            raise FileError(f"{paths.SPACE} cannot be loaded: {(done.stderr.strip() or 'no output').splitlines()[-1]}")
+        theirs = torch.load(result, weights_only=True)
+    finally:
+        result.unlink(missing_ok=True)
+    with torch.inference_mode():
+        return largest_difference(model(tokens)[0], theirs, str(paths.SPACE), LOGITS_TOLERANCE)
+
+
+def space_environment() -> dict[str, str]:
+    """Our environment without a way to the repository's modules, and without leaving __pycache__ in the folder."""
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return {**kept, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def check_hugging_face(model: "GPT") -> float:
+    """Loads dist/hf with transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from gpt2 import tokenizer
+    from gpt2.exchange import largest_difference
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    theirs = AutoModelForCausalLM.from_pretrained(str(paths.HUGGING_FACE))
+    text = "To be, or not to be: that is the question.\n\n  naïve 漢字 🙂"
+    if AutoTokenizer.from_pretrained(str(paths.HUGGING_FACE))(text)["input_ids"] != tokenizer.encode(text):
+        raise FileError(f"{paths.HUGGING_FACE} has another tokenizer than the model was trained with")
+    tokens = torch.arange(min(CHECK_TOKENS, model.config.block_size))[None]
+    with torch.inference_mode():
+        return largest_difference(model(tokens)[0], theirs(tokens).logits, str(paths.HUGGING_FACE), LOGITS_TOLERANCE)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,58 @@
+"""fetch: the text that `corpus.source` names becomes data/corpus.txt."""
+
+import hashlib
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from gpt2 import corpus
+from gpt2.corpus import CorpusFacts, DownloadError
+from gpt2.files import write_json
+from stages import paths
+from stages.params import load_params
+from stages.process import run_stage, say, warn
+
+
+def main() -> None:
+    """Fetches, with the fallback if a download fails."""
+    config = load_params(paths.PARAMS).corpus
+    source, fallback_reason = config.source, None
+    link_own_text(source)
+    try:
+        facts = write(source)
+    except DownloadError as error:
+        if config.fallback is None or config.fallback == source:
+            raise DownloadError(f"{error}; check the network, set corpus.fallback, or use a text file") from None
+        fallback_reason = str(error)
+        source = config.fallback
+        warn(f"{error}. Using the fallback corpus {source!r} instead")
+        facts = write(source)
+    write_json(paths.CORPUS_FACTS, {"name": source, **asdict(facts), "fallback_reason": fallback_reason})
+    say(f"{paths.CORPUS}: {facts.characters:,} characters in {facts.lines:,} lines from {facts.source}")
+
+
+def write(source: str) -> CorpusFacts:
+    """Writes the corpus file from a source."""
+    root = paths.real_root()
+    return corpus.write_corpus(source, paths.CORPUS, downloads=root / "data/downloads", roots=[Path.cwd(), root])
+
+
+def link_own_text(source: str) -> None:
+    """Fills data/linked, on which this stage depends, with links to the user's own files.
+
+    So DVC sees when one of them is edited, wherever it lies. A file that is added to a folder later is not seen.
+    """
+    for old in paths.LINKED.iterdir() if paths.LINKED.is_dir() else ():
+        if old.is_symlink():
+            old.unlink()
+    if source in corpus.KNOWN or corpus.is_url(source):
+        return
+    paths.LINKED.mkdir(parents=True, exist_ok=True)
+    path = corpus.find_path(source, [Path.cwd(), paths.real_root()])
+    for file in corpus.text_files(path):
+        name = hashlib.sha256(os.fsencode(file)).hexdigest()[:8]
+        (paths.LINKED / f"{name}-{file.name}").symlink_to(file)
+
+
+if __name__ == "__main__":
+    run_stage(main)

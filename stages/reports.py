@@ -1,0 +1,123 @@
+"""The pictures and tables that a run leaves in reports/."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from gpt2.files import write_text, write_with
+
+HISTORY_COLUMNS = [
+    "step",
+    "train_loss",
+    "val_loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_s",
+    "tokens",
+    "elapsed_s",
+]
+TRAIN_COLOR, VAL_COLOR = "#9db4d6", "#c2410c"
+DOTS_PER_INCH = 110
+
+
+def write_history(history: Sequence[dict[str, Any]], path: Path) -> pd.DataFrame:
+    """Writes the rows that training logged as CSV; gives them as a table."""
+    table = pd.DataFrame(history, columns=HISTORY_COLUMNS)
+    write_text(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    return table
+
+
+def draw_loss(history: pd.DataFrame, path: Path) -> None:
+    """Training and validation loss against the step, with the best one marked."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(history["step"], history["train_loss"], color=TRAIN_COLOR, linewidth=1.2, label="training batch")
+    evaluated = history.dropna(subset=["val_loss"])
+    if len(evaluated):
+        axes.plot(
+            evaluated["step"],
+            evaluated["val_loss"],
+            color=VAL_COLOR,
+            marker="o",
+            markersize=4,
+            label="held-out text",
+        )
+        best = evaluated.sort_values("val_loss").iloc[0]
+        axes.annotate(
+            f"{best['val_loss']:.3f}",
+            (best["step"], best["val_loss"]),
+            xytext=(0, 12),
+            textcoords="offset points",
+            ha="center",
+            color=VAL_COLOR,
+            fontweight="bold",
+        )
+    axes.set(xlabel="step", ylabel="loss, nats per token", title="Loss")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_schedule(history: pd.DataFrame, path: Path) -> None:
+    """Learning rate, gradient norm and speed against the step."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    panels = [
+        ("learning_rate", "learning rate"),
+        ("grad_norm", "gradient norm\nbefore clipping"),
+        ("tokens_per_s", "tokens/s"),
+    ]
+    for axes, (column, label) in zip(figure.subplots(len(panels), sharex=True), panels, strict=True):
+        axes.plot(history["step"], history[column], color="#475569", linewidth=1.2)
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+    axes.set_xlabel("step")
+    _save(figure, path)
+
+
+def draw_passage(tokens: list[str], losses: npt.NDArray[np.float32], path: Path) -> None:
+    """A passage, each token on a colour for its loss: what the model found obvious, and what surprised it.
+
+    The first token has no loss: losses is (len(tokens) - 1,).
+    """
+    columns, row_height_in, character_in = 96, 0.27, 0.092
+    colormap, full_scale_nats = mpl.colormaps["YlOrRd"], 10.0
+    cells: list[tuple[int, int, str, float | None]] = []  # row, column, text, loss
+    row = column = 0
+    for text, loss in zip(tokens, [None, *losses.tolist()], strict=True):
+        for part in text.replace("\t", " ").splitlines(keepends=True) or [text]:
+            shown = part.rstrip("\n")
+            if column + len(shown) > columns:
+                row, column = row + 1, 0
+            shown_or_mark = shown if shown or not part else "¶"
+            cells.append((row, column, shown_or_mark, loss))
+            column += len(shown_or_mark)
+            if part.endswith("\n"):
+                row, column = row + 1, 0
+    rows = row + 1
+    figure = Figure(figsize=(columns * character_in + 0.4, rows * row_height_in + 1.1), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(0, columns), ylim=(rows, 0))
+    axes.axis("off")
+    for r, c, text, loss in cells:
+        color = "white" if loss is None else colormap(min(loss / full_scale_nats, 1.0) * 0.85)
+        axes.add_patch(mpl.patches.Rectangle((c, r + 0.06), len(text), 0.88, color=color, linewidth=0))
+        text = text.replace("$", r"\$")
+        axes.text(c, r + 0.72, text, family="monospace", fontsize=8.6, parse_math=False)
+    scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, full_scale_nats / 0.85), colormap)
+    bar = figure.colorbar(scale, ax=axes, orientation="horizontal", shrink=0.4, aspect=40, pad=0.02)
+    bar.ax.set_xlim(0, full_scale_nats)
+    bar.set_label(f"loss of each token, nats (mean of this passage: {losses.mean():.2f})", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # without a creation date and version, so that the same numbers give the same file
+    write_with(path, lambda temporary: figure.savefig(temporary, dpi=DOTS_PER_INCH, metadata={"Software": None}))

@@ -1,0 +1,263 @@
+"""train: the token files become a model, from where an earlier attempt at the same run was stopped."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+
+from gpt2.data import Sampler, open_tokens, read_meta
+from gpt2.errors import Interrupted, UserError
+from gpt2.files import hold, sha256_of, write_json
+from stages import paths, tracking
+from stages.params import Params, load_params
+from stages.process import StopFlag, run_stage, say, warn
+
+if TYPE_CHECKING:
+    import torch
+
+    from gpt2.checkpoint import CheckpointStore
+    from gpt2.model import GPT
+    from gpt2.trainer import Row, TrainState
+
+
+def main() -> None:
+    """Checks the params, then trains."""
+    params = load_params(paths.PARAMS)
+    stop = StopFlag()
+    # torch takes seconds to import; a wrong parameter is reported before
+    from gpt2.checkpoint import CheckpointStore, fingerprint
+
+    meta = read_meta(paths.TOKENS)
+    facts = {"model": asdict(params.model), "train": asdict(params.train), "tokens": meta["splits"]}
+    folder = paths.checkpoints(params.runtime.checkpoint_folder) / fingerprint(facts, training_sources())
+    with hold(folder / "lock"):
+        train(params, meta, CheckpointStore(folder), stop)
+
+
+def training_sources() -> list[Path]:
+    """The library's source files that the numbers of a run depend on: those that dvc.yaml names for this stage."""
+    stages = YAML(typ="safe", pure=True).load(Path("dvc.yaml"))["stages"]
+    return [Path(dep) for dep in stages["train"]["deps"] if dep.startswith("gpt2/")]
+
+
+def train(params: Params, meta: Mapping[str, Any], store: "CheckpointStore", stop: StopFlag) -> None:
+    """Trains to the end and writes the results, or stops with a checkpoint and raises Interrupted."""
+    import torch
+
+    from gpt2 import trainer
+    from gpt2.device import choose_device, choose_precision, keep_freed_memory
+    from gpt2.evaluation import validation_loss
+    from gpt2.optim import adamw
+
+    config = params.train
+    keep_freed_memory()
+    if params.runtime.threads is not None:
+        torch.set_num_threads(params.runtime.threads)
+    device = choose_device(params.runtime.device)
+    torch.manual_seed(config.seed)
+    sampler = Sampler(
+        open_tokens(paths.TOKENS, "train"),
+        sequence_length=config.sequence_length,
+        batch_size=config.batch_size,
+        accumulation_steps=config.accumulation_steps,
+        seed=config.seed,
+    )
+    validation = open_tokens(paths.TOKENS, "val")
+    content = store.load_newest(warn)
+    model = initial_model(params) if content is None else _empty_model(params)
+    model.to(device)
+    optimizer = adamw(model, config)
+    if content is None:
+        precision = choose_precision(device, params.runtime.precision)
+        state = trainer.TrainState(precision=str(precision).removeprefix("torch."))
+    else:
+        state = trainer.restore(content, model, optimizer)
+        say(f"going on from step {state.step} of {config.max_steps}, found in {store.folder}")
+    say(
+        f"training {model.config.num_parameters():,} parameters on {device} in {state.precision}, "
+        f"{config.step_tokens:,} tokens a step"
+    )
+
+    def validate() -> float:
+        return validation_loss(
+            model,
+            validation,
+            sequence_length=config.sequence_length,
+            batch_size=config.batch_size,
+            precision=getattr(torch, state.precision),
+        )
+
+    run_id = content["mlflow_run_id"] if content else None
+    with tracking.open_run(params, run_id, system_metrics=True) as run:
+        if content is not None:
+            run.skip_logged("train/loss")
+        run.tags(_tags(meta))
+        hooks = StageHooks(params, store, run, model, optimizer, stop, state)
+        complete = trainer.train(
+            model,
+            optimizer,
+            sampler,
+            validate,
+            config,
+            state,
+            hooks,
+            log_interval=params.runtime.log_interval,
+        )
+        hooks.close()
+        if not complete:
+            assert stop.signal_number is not None
+            raise Interrupted(
+                f"interrupted; the checkpoint of step {state.step} is in {store.folder}; "
+                "run the same command again to go on from there",
+                stop.signal_number,
+            )
+        write_results(params, state, model, store, run)
+
+
+def initial_model(params: Params) -> "GPT":
+    """The model before the first step: freshly drawn, or Hugging Face's. Raises UserError if its sizes are others."""
+    from gpt2.model import GPT
+
+    source = params.train.init_from
+    if source == "scratch":
+        return GPT(params.model)
+    pretrained = GPT.from_pretrained(source)
+    ours, theirs = params.model.to_dict(), pretrained.config.to_dict()
+    differing = [f"{key}: {theirs[key]}" for key in ours if ours[key] != theirs[key]]
+    if differing:
+        raise UserError(f"train.init_from {source!r} has other sizes; set in the section model: {', '.join(differing)}")
+    return pretrained
+
+
+def _empty_model(params: Params) -> "GPT":
+    from gpt2.model import GPT
+
+    return GPT(params.model)
+
+
+def _tags(meta: Mapping[str, Any]) -> dict[str, str]:
+    facts = json.loads(paths.CORPUS_FACTS.read_text(encoding="utf-8")) if paths.CORPUS_FACTS.is_file() else {}
+    tags = {
+        "corpus.sha256": meta["corpus_sha256"],
+        "tokens.sha256": meta["splits"]["train"]["sha256"],
+        "corpus.name": facts.get("name", "unknown"),
+        "corpus.from": facts.get("source", "unknown"),
+    }
+    if facts.get("fallback_reason"):
+        tags["corpus.fallback_reason"] = facts["fallback_reason"]
+    return tags
+
+
+class StageHooks:
+    """What the training loop tells us goes to the terminal, the history, MLflow and the checkpoints."""
+
+    def __init__(
+        self,
+        params: Params,
+        store: "CheckpointStore",
+        run: tracking.Run,
+        model: "GPT",
+        optimizer: "torch.optim.Optimizer",
+        stop: StopFlag,
+        state: "TrainState",
+    ) -> None:
+        from tqdm import tqdm
+
+        self.params, self.store, self.run, self.stop = params, store, run, stop
+        self.model, self.optimizer = model, optimizer
+        # disable=None: quiet when the output is no terminal
+        self.bar = tqdm(total=params.train.max_steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True)
+        self.val_loss: float | None = None
+
+    def log(self, row: "Row") -> None:
+        """A row of the history is mirrored to MLflow; an evaluation is a line for people."""
+        step = int(row["step"] or 0)
+        self.run.metrics(
+            step,
+            {
+                "train/loss": row["train_loss"],
+                "val/loss": row["val_loss"],
+                "train/lr": row["learning_rate"],
+                "train/grad_norm": row["grad_norm"],
+                "train/tokens_per_s": row["tokens_per_s"],
+            },
+        )
+        if row["val_loss"] is not None:
+            self.val_loss = row["val_loss"]
+            line = (
+                f"step {step:>6} of {self.params.train.max_steps}: training loss {row['train_loss']:.4f}, "
+                f"validation loss {row['val_loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s"
+            )
+            if self.bar.disable:
+                say(line)
+            else:
+                self.bar.write(line)
+
+    def progress(self, state: "TrainState", loss: float, tokens_per_s: float) -> None:
+        """A step of the progress bar, which shows the ETA itself."""
+        shown = {"loss": f"{loss:.3f}", "tokens/s": f"{tokens_per_s:,.0f}"}
+        if self.val_loss is not None:
+            shown["val"] = f"{self.val_loss:.3f}"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def save(self, state: "TrainState") -> None:
+        """Writes a checkpoint, and keeps the best one."""
+        from gpt2.trainer import checkpoint_content
+
+        content = checkpoint_content(self.model, self.optimizer, state)
+        self.store.save(state.step, {**content, "mlflow_run_id": self.run.id}, keep=[state.best_step])
+
+    def should_stop(self) -> bool:
+        """Whether a signal came."""
+        return bool(self.stop)
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        self.bar.close()
+
+
+def write_results(
+    params: Params, state: "TrainState", model: "GPT", store: "CheckpointStore", run: tracking.Run
+) -> None:
+    """Writes models/ and reports/train/, and mirrors them."""
+    from gpt2.checkpoint import CONFIG_FILE, MODEL_FILE, save_weights
+    from stages import reports
+
+    save_weights(model.state_dict(), paths.MODELS / "last.safetensors")
+    best = store.load(state.best_step)["model_state_dict"] if state.best_step else model.state_dict()
+    save_weights(best, paths.MODELS / MODEL_FILE)
+    write_json(paths.MODELS / CONFIG_FILE, model.config.to_dict())
+    write_json(paths.RUN, {"mlflow_run_id": run.id})
+
+    folder = paths.TRAIN_REPORT
+    history = reports.write_history(state.history, folder / "history.csv")
+    last = state.history[-1]
+    metrics = {
+        "best_val_loss": state.best_val_loss if state.best_step else None,
+        "best_step": state.best_step,
+        "last_val_loss": last["val_loss"],
+        "last_train_loss": last["train_loss"],
+        "steps": state.step,
+        "tokens": last["tokens"],
+        "parameters": model.config.num_parameters(),
+        "tokens_per_s": round(float(last["tokens"] or 0) / state.elapsed_s),
+        "elapsed_s": round(state.elapsed_s, 1),
+    }
+    write_json(folder / "metrics.json", metrics)
+    reports.draw_loss(history, folder / "loss.png")
+    reports.draw_schedule(history, folder / "schedule.png")
+    run.tags({"model.sha256": sha256_of(paths.MODELS / MODEL_FILE)})
+    run.files(sorted(folder.iterdir()), "reports/train")
+    run.files([paths.MODELS / CONFIG_FILE], "model")
+    say(
+        f"{paths.MODELS / MODEL_FILE}: validation loss {state.best_val_loss:.4f} at step {state.best_step}, "
+        f"trained in {state.elapsed_s:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    run_stage(main)

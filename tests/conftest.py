@@ -1,0 +1,89 @@
+"""What tests share: a text of our own, tiny configurations, and a model that fits into milliseconds."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt2.config import GPTConfig, TrainConfig
+from gpt2.model import GPT
+
+ROOT = Path(__file__).parent.parent
+TINY = GPTConfig(block_size=32, vocab_size=50257, n_layer=2, n_head=2, n_embd=16)
+TINY_TRAIN = TrainConfig(
+    init_from="scratch",
+    seed=7,
+    batch_size=4,
+    sequence_length=16,
+    accumulation_steps=2,
+    max_steps=6,
+    learning_rate=1e-2,
+    min_learning_rate=1e-3,
+    warmup_steps=2,
+    weight_decay=0.1,
+    beta1=0.9,
+    beta2=0.95,
+    max_grad_norm=1.0,
+    eval_interval=3,
+    checkpoint_interval=2,
+)
+SUBJECTS = [
+    "The miller",
+    "A grey heron",
+    "My aunt",
+    "The last train",
+    "Nobody",
+    "The lamp",
+    "Old Tobias",
+    "Every clock",
+]
+VERBS = ["forgets", "counts", "carries", "mends", "follows", "hides", "remembers", "paints"]
+OBJECTS = ["the river", "seven spoons", "a letter", "the long road", "its shadow", "the winter", "a song", "the key"]
+ENDINGS = ["before dawn", "again and again", "without a word", "in the rain", "for no reason", "on Sundays"]
+
+
+def our_text(sentences: int, seed: int = 0) -> str:
+    """Some English, always the same."""
+    draw = random.Random(seed)
+    parts = []
+    for number in range(1, sentences + 1):
+        words = [draw.choice(words) for words in (SUBJECTS, VERBS, OBJECTS, ENDINGS)]
+        parts.append(" ".join(words) + (".\n\n" if number % 5 == 0 else ". "))
+    return "".join(parts)
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    return our_text(600)
+
+
+@pytest.fixture
+def tiny_model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(TINY).eval()
+
+
+@pytest.fixture
+def train_config() -> Callable[..., TrainConfig]:
+    return lambda **changes: replace(TINY_TRAIN, **changes)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path, text: str) -> Path:
+    """A folder with the token files of our text."""
+    from gpt2.data import write_tokens
+
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(text)
+    write_tokens(corpus, tmp_path / "tokens", 0.1)
+    return tmp_path / "tokens"
+
+
+@pytest.fixture(autouse=True)
+def no_tracking_server(monkeypatch: Any) -> None:
+    """No test reports to the developer's own MLflow."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

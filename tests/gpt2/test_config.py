@@ -1,0 +1,55 @@
+import pytest
+
+from gpt2.config import PRESETS, GPTConfig
+from gpt2.errors import UserError
+
+SIZES = {"block_size": 8, "vocab_size": 100, "n_layer": 2, "n_head": 2, "n_embd": 16}
+
+
+def test_from_dict_takes_the_five_keys():
+    assert GPTConfig.from_dict(SIZES).to_dict() == SIZES
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"n_layers": 2}, "n_layers"),
+        ({"n_head": 3}, "not a multiple"),
+        ({"n_head": 0}, "n_head is 0"),
+        ({"n_embd": "16"}, "n_embd is '16'"),
+        ({"n_layer": True}, "n_layer is True"),
+        ({"vocab_size": 2.0}, "vocab_size is 2.0"),
+    ],
+)
+def test_from_dict_names_what_is_wrong(changes, told):
+    with pytest.raises(UserError, match=told):
+        GPTConfig.from_dict({**SIZES, **changes})
+
+
+def test_from_dict_refuses_other_things():
+    with pytest.raises(UserError, match="list"):
+        GPTConfig.from_dict([1, 2])
+    with pytest.raises(UserError, match="keys"):
+        GPTConfig.from_dict({k: v for k, v in SIZES.items() if k != "n_head"})
+
+
+def test_presets_have_the_published_sizes():
+    # Radford et al. (2019) count 117M, 345M, 762M and 1542M; these are the sizes of the published weights
+    counts = {name: round(config.num_parameters() / 1e6) for name, config in PRESETS.items()}
+    assert counts == {"gpt2": 124, "gpt2-medium": 355, "gpt2-large": 774, "gpt2-xl": 1558}
+
+
+def test_unknown_preset_lists_the_known():
+    with pytest.raises(UserError, match="gpt2-medium"):
+        GPTConfig.preset("gpt2-huge")
+
+
+def test_warm_up_and_learning_rates_must_fit(train_config):
+    with pytest.raises(ValueError, match="warmup_steps 6 is longer than the run"):
+        train_config(warmup_steps=6)
+    with pytest.raises(ValueError, match="min_learning_rate"):
+        train_config(min_learning_rate=1.0)
+
+
+def test_step_tokens_counts_all_micro_batches(train_config):
+    assert train_config().step_tokens == 4 * 2 * 16

@@ -1,0 +1,97 @@
+import subprocess
+import sys
+
+import pytest
+
+from gpt2.__main__ import main
+from gpt2.checkpoint import save_weights
+from gpt2.exchange import write_hugging_face
+from gpt2.files import write_json
+from tests.conftest import ROOT, TINY
+
+
+@pytest.fixture
+def model_folder(tiny_model, tmp_path):
+    save_weights(tiny_model.state_dict(), tmp_path / "model.safetensors")
+    write_json(tmp_path / "config.json", TINY.to_dict())
+    return str(tmp_path)
+
+
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def test_help_needs_no_torch():
+    program = "import runpy, sys\nsys.argv = ['gpt2', '--help']\ntry: runpy.run_module('gpt2', run_name='__main__')\n"
+    result = run("-c", program + "except SystemExit: print('torch' in sys.modules)")
+    assert "generate" in result.stdout
+    assert result.stdout.endswith("False\n")
+
+
+def test_generate_continues_the_prompt(model_folder, capsys):
+    arguments = ["generate", "--model", model_folder, "--max-new-tokens", "12", "--prompt", "Hello world"]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("Hello world")
+    assert len(first) > len("Hello world\n")
+    assert main([*arguments, "--no-cache"]) == 0
+    assert capsys.readouterr().out == first
+    assert main([*arguments, "--seed", "2"]) == 0
+    assert capsys.readouterr().out != first
+
+
+def test_generate_takes_a_hugging_face_folder_and_standard_input(
+    tiny_model, model_folder, tmp_path, capsys, monkeypatch
+):
+    import io
+
+    write_hugging_face(tiny_model, tmp_path / "hf")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello"))
+    arguments = ["generate", "--max-new-tokens", "9", "--temperature", "0", "--prompt"]
+    assert main([*arguments, "-", "--model", str(tmp_path / "hf")]) == 0
+    theirs = capsys.readouterr().out
+    assert main([*arguments, "Hello", "--model", model_folder]) == 0
+    assert capsys.readouterr().out == theirs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--top-p", "7"], "top_p is 7.0"),
+        (["--top-k", "-2"], "top_k is -2"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--context", "0"], "--context is 0"),
+    ],
+)
+def test_settings_out_of_range_are_one_line(model_folder, capsys, arguments, told):
+    assert main(["generate", "--model", model_folder, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_model_says_how_to_get_one(tmp_path, capsys):
+    assert main(["generate", "--model", str(tmp_path / "none")]) == 74
+    assert "dvc repro" in capsys.readouterr().err
+
+
+def test_info_of_a_preset(capsys):
+    assert main(["info", "--preset", "gpt2"]) == 0
+    output = capsys.readouterr().out
+    assert "124,439,808" in output
+    assert "1.99 GB" in output  # 16 bytes a parameter
+
+
+def test_info_of_a_trained_model_with_changes(model_folder, capsys):
+    assert main(["info", "--model", model_folder, "--n-layer", "1"]) == 0
+    assert "n_layer 1" in capsys.readouterr().out
+    assert main(["info", "--model", model_folder, "--n-head", "3"]) == 2
+    assert "not a multiple" in capsys.readouterr().err
+
+
+def test_a_pipe_that_closes_is_no_traceback(model_folder):
+    command = f"{sys.executable} -m gpt2 generate --model {model_folder} --max-new-tokens 30 | head -c 1"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in result.stderr

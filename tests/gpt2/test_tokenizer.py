@@ -1,0 +1,70 @@
+import socket
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2 import tokenizer
+from gpt2.errors import FileError
+from tests.conftest import ROOT
+
+
+def test_known_tokens():
+    # from OpenAI's encoder
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert tokenizer.encode("") == []
+    assert tokenizer.encoding().n_vocab == 50257
+
+
+@pytest.mark.parametrize(
+    "text", ["naïve café", "漢字かな交じり文", "👩‍👩‍👧‍👦🏽", "שלום עולם", "a\x00b\ufffd", "\r\n\t \u00a0  x  "]
+)
+def test_text_comes_back_as_it_was(text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert "".join(tokenizer.decode_stream(tokenizer.encode(text))) == text
+
+
+@given(st.text())
+def test_any_text_comes_back_as_it_was(text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
+
+
+def test_end_of_text_in_a_text_is_ordinary():
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.END_OF_TEXT not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+def test_ids_beyond_the_encoding_have_no_text():
+    assert tokenizer.decode([15496, 50300, 995]) == "Hello world"
+    assert tokenizer.token_bytes(50300) == b""
+
+
+def test_a_character_of_several_tokens_streams_whole():
+    ids = tokenizer.encode("🙂")
+    assert len(ids) > 1
+    assert [piece for piece in tokenizer.decode_stream(ids) if piece] == ["🙂"]
+    assert "".join(tokenizer.decode_stream(ids[:-1])) == "\ufffd"
+
+
+def test_no_network_and_no_cache_is_needed(tmp_path):
+    program = (
+        "import socket\n"
+        "def refuse(*_, **__): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.create_connection = refuse\n"
+        "from gpt2 import tokenizer\nprint(tokenizer.encode('Hello world'))"
+    )
+    environment = {"HOME": str(tmp_path), "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.stdout == "[15496, 995]\n", result.stderr
+    assert socket.socket.connect.__name__ == "connect"
+
+
+def test_a_changed_vocabulary_is_refused(monkeypatch):
+    monkeypatch.setattr(tokenizer, "MERGES_SHA256", "0" * 64)
+    with pytest.raises(FileError, match=r"vocab\.bpe is not OpenAI's file"):
+        tokenizer.vocabulary_files()
