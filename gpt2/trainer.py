@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -138,13 +139,12 @@ def _micro_batches(sampler: Sampler, step: int, device: torch.device) -> Iterato
 
 
 class _Meter:
-    """Speed, smoothed over about the last 20 steps; time spent outside of steps does not count."""
-
-    SMOOTHING = 0.05
+    """Speed over the last 20 steps; time spent outside of steps does not count."""
 
     def __init__(self, step_tokens: int) -> None:
         self.step_tokens = step_tokens
         self.tokens_per_s = 0.0
+        self._step_s: deque[float] = deque(maxlen=20)
         self._since_s = time.perf_counter()
 
     def pause(self) -> float:
@@ -156,11 +156,8 @@ class _Meter:
     def lap(self) -> float:
         """Counts a step; gives its seconds."""
         elapsed_s = self.pause()
-        rate = self.step_tokens / max(elapsed_s, 1e-9)
-        if self.tokens_per_s:
-            self.tokens_per_s += self.SMOOTHING * (rate - self.tokens_per_s)
-        else:
-            self.tokens_per_s = rate
+        self._step_s.append(elapsed_s)
+        self.tokens_per_s = len(self._step_s) * self.step_tokens / max(sum(self._step_s), 1e-9)
         return elapsed_s
 
 

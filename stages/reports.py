@@ -86,7 +86,7 @@ def draw_passage(tokens: list[str], losses: npt.NDArray[np.float32], path: Path)
 
     The first token has no loss: losses is (len(tokens) - 1,).
     """
-    columns, row_height_in, character_in = 96, 0.27, 0.092
+    columns, row_height_in, character_in = 72, 0.25, 0.075
     colormap, full_scale_nats = mpl.colormaps["YlOrRd"], 10.0
     cells: list[tuple[int, int, str, float | None]] = []  # row, column, text, loss
     row = column = 0
@@ -111,7 +111,7 @@ def draw_passage(tokens: list[str], losses: npt.NDArray[np.float32], path: Path)
         text = text.replace("$", r"\$")
         axes.text(c, r + 0.72, text, family="monospace", fontsize=8.6, parse_math=False)
     scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, full_scale_nats / 0.85), colormap)
-    bar = figure.colorbar(scale, ax=axes, orientation="horizontal", shrink=0.4, aspect=40, pad=0.02)
+    bar = figure.colorbar(scale, ax=axes, orientation="horizontal", shrink=0.6, aspect=40, pad=0.02)
     bar.ax.set_xlim(0, full_scale_nats)
     bar.set_label(f"loss of each token, nats (mean of this passage: {losses.mean():.2f})", fontsize=8)
     bar.ax.tick_params(labelsize=8)

@@ -1,0 +1,118 @@
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from ruamel.yaml import YAML
+
+from gpt2.errors import UserError
+from stages.params import Params, load_params
+from tests.conftest import ROOT
+
+COMMITTED = (ROOT / "params.yaml").read_text()
+PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
+
+
+def load(tmp_path, text):
+    (tmp_path / "params.yaml").write_text(text)
+    return load_params(tmp_path / "params.yaml")
+
+
+def change(old, new):
+    assert COMMITTED.count(old) == 1, old
+    return COMMITTED.replace(old, new)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_each_preset_is_complete_and_valid(path):
+    params = load_params(path)
+    sections = YAML(typ="safe", pure=True).load(path.read_text())
+    for section in fields(Params):
+        assert list(sections[section.name]) == [f.name for f in fields(getattr(params, section.name))]
+
+
+def test_the_presets_are_there_and_laptop_is_the_default():
+    assert [path.stem for path in PRESETS] == ["colab-t4", "gpu", "laptop", "seed"]
+    assert (ROOT / "presets/laptop.yaml").read_text() == COMMITTED
+
+
+def test_seed_is_the_old_projects_setting():
+    params = load_params(ROOT / "presets/seed.yaml")
+    train = params.train
+    assert params.model.num_parameters() == 124_439_808
+    assert (train.batch_size, train.sequence_length, train.accumulation_steps) == (32, 128, 2)
+    assert (train.max_steps, train.warmup_steps, train.eval_interval) == (2500, 50, 250)
+    assert (train.learning_rate, train.min_learning_rate) == (3e-4, 3e-5)
+    assert params.corpus.source == "tinyshakespeare"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("max_steps: ", "max_step: ", "unknown key train.max_step; did you mean 'max_steps'?"),
+        ("  n_layer: 4\n", "", "model.n_layer is missing"),
+        ("n_layer: 4", "n_layer: four", "model.n_layer is 'four'; expected a integer"),
+        ("n_layer: 4", "n_layer: 4.0", "model.n_layer is 4.0; expected a integer"),
+        ("n_layer: 4", "n_layer: true", "model.n_layer is True; expected a integer"),
+        ("n_layer: 4", "n_layer: 0", "model.n_layer is 0; expected greater than 0"),
+        ("n_layer: 4", "n_layer:", "model.n_layer is None"),
+        ("n_layer: 4", "n_layer: 4\n  n_layer: 5", 'duplicate key "n_layer"'),
+        ("n_head: 4", "n_head: 3", "model: n_embd 256 is not a multiple of n_head 3"),
+        ("learning_rate: 1.0e-3", "learning_rate: '1e-3'", "train.learning_rate is '1e-3', which is text"),
+        ("learning_rate: 1.0e-3", "learning_rate: .inf", "train.learning_rate is inf"),
+        ("learning_rate: 1.0e-3", "learning_rate: .nan", "train.learning_rate is nan"),
+        ("learning_rate: 1.0e-3", "learning_rate: [1]", "train.learning_rate is [1]"),
+        ("beta1: 0.9", "beta1: 1.0", "train.beta1 is 1.0; expected less than 1"),
+        ("warmup_steps: 20", "warmup_steps: 5000", "train: warmup_steps 5000 is longer than the run"),
+        ("sequence_length: 128", "sequence_length: 300", "train.sequence_length 300 is over the context, model.block_size 256"),
+        ("vocab_size: 50257", "vocab_size: 50000", "model.vocab_size 50000 is less than the tokenizer's 50257"),
+        ("fallback: python-docs", "fallback: nothing", "corpus.fallback is 'nothing'; expected null or one of"),
+        ("source: tinyshakespeare", "source: ''", "corpus.source is ''"),
+        ("device: auto", "device: tpu", "runtime.device is 'tpu'; expected 'auto', 'cuda', 'mps' or 'cpu'"),
+        ("tokenize:", "tokenise:", "the section 'tokenize' is missing; did you mean 'tokenise'?"),
+        ("corpus:\n", "extra: 1\n\ncorpus:\n", "unknown key extra"),
+        ("validation_fraction: 0.1", "validation_fraction: 1", "tokenize.validation_fraction is 1"),
+        ("corpus:\n", "corpus: [\n", "cannot read"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_one_line_that_names_it(tmp_path, old, new, told):
+    with pytest.raises(UserError) as raised:
+        load(tmp_path, change(old, new))
+    message = str(raised.value)
+    assert told in message
+    assert "\n" not in message
+    assert "params.yaml" in message
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    text = COMMITTED.replace("n_layer: 4", "n_layer: -1").replace("beta2: 0.95", "beta2: x")
+    with pytest.raises(UserError, match=r"(?s)has 2 problems:.*model\.n_layer.*train\.beta2"):
+        load(tmp_path, text)
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "just text", "corpus: 3\n"])
+def test_what_is_no_params_file_is_refused(tmp_path, text):
+    with pytest.raises(UserError, match=r"params\.yaml"):
+        load(tmp_path, text)
+
+
+def test_a_missing_file_says_where_to_get_one(tmp_path):
+    with pytest.raises(UserError, match="make preset NAME=laptop"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_float_may_be_written_without_a_point(tmp_path):
+    assert load(tmp_path, change("learning_rate: 1.0e-3", "learning_rate: 3e-4")).train.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize("stage", ["fetch", "tokenize", "train", "evaluate", "export_to_space"])
+def test_every_stage_refuses_wrong_params_before_it_imports_torch(tmp_path, stage):
+    (tmp_path / "params.yaml").write_text(change("n_head: 4", "n_head: 3"))
+    program = (
+        f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"try: runpy.run_module('stages.{stage}', run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == "2 False\n", result.stderr
+    assert result.stderr == "error: params.yaml: model: n_embd 256 is not a multiple of n_head 3\n"
