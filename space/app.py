@@ -33,6 +33,7 @@ CSS = """
 .gradio-container {max-width: 1080px !important; margin: auto}
 #output textarea {font-family: ui-monospace, monospace; line-height: 1.5}
 #status {min-height: 1.6em; color: var(--body-text-color-subdued)}
+#facts {overflow-wrap: anywhere}
 """
 
 
@@ -106,7 +107,7 @@ def stream(
     yield text, f"Done: {done} tokens, {done / (time.perf_counter() - started_s):.0f} tokens/s, seed {seed}"
 
 
-def facts_table(facts: dict[str, Any]) -> str:
+def describe(facts: dict[str, Any]) -> str:
     """What the page says about the model, as Markdown."""
     rows = {
         "parameters": f"{facts['parameters']:,}",
@@ -119,9 +120,9 @@ def facts_table(facts: dict[str, Any]) -> str:
         "MLflow run": f"`{facts['mlflow_run_id']}`",
         "git commit": f"`{str(facts['git_commit'])[:12]}`",
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    lines = "\n".join(f"- {name}: {value}" for name, value in rows.items())
     note = f"\n\n**A fallback corpus was used:** {facts['fallback_reason']}" if facts["fallback_reason"] else ""
-    return f"| this model | |\n|---|---|\n{table}{note}"
+    return f"### This model\n\n{lines}{note}"
 
 
 def build(folder: Path = HERE) -> "gr.Blocks":
@@ -184,13 +185,15 @@ def build(folder: Path = HERE) -> "gr.Blocks":
                 seed = gr.Number(
                     value=1, precision=0, minimum=0, label="Seed", info="The same seed writes the same text"
                 )
-                gr.Markdown(facts_table(facts), elem_id="facts")
+                gr.Markdown(describe(facts), elem_id="facts")
         inputs = [prompt, max_new_tokens, temperature, top_k, top_p, seed]
         events: list[Any] = [
             trigger(run, inputs, [output, status], api_name=name, show_progress="hidden")
             for trigger, name in ((generate_button.click, "generate"), (prompt.submit, None))
         ]
-        stop_button.click(lambda: "Stopped.", None, status, cancels=events, api_name=None, queue=False)
+        stop_button.click(
+            lambda: "Stopped.", None, status, cancels=events, api_name=None, queue=False, show_progress="hidden"
+        )
     return cast("gr.Blocks", page)
 
 

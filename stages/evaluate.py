@@ -1,6 +1,5 @@
 """evaluate: the best model's scores on held-out text, samples, and a picture of what surprises it."""
 
-import json
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpt2.data import Tokens, open_tokens
-from gpt2.errors import FileError, UserError
+from gpt2.errors import UserError
 from gpt2.files import write_json, write_text
 from stages import paths, tracking
 from stages.params import Params, load_params
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Checks the params, then evaluates."""
     params = load_params(paths.PARAMS)
-    with tracking.open_run(params, read_run_id()) as run:
+    with tracking.open_run(params, tracking.read_run_id()) as run:
         metrics = evaluate(params)
         run.metrics(0, {f"evaluate/{key}": value for key, value in metrics.items()})
         run.files(sorted(paths.EVALUATE_REPORT.iterdir()), "reports/evaluate")
@@ -29,15 +28,6 @@ def main() -> None:
         f"{paths.EVALUATE_REPORT}: validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.1f}, "
         f"{metrics['bits_per_byte']:.3f} bits per byte"
     )
-
-
-def read_run_id() -> str | None:
-    """The MLflow run that trained the model; None if it was trained without MLflow."""
-    try:
-        run_id = json.loads(paths.RUN.read_text(encoding="utf-8"))["mlflow_run_id"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileError(f"cannot read {paths.RUN} ({error}); run the train stage again") from None
-    return run_id if isinstance(run_id, str) else None
 
 
 def evaluate(params: Params) -> dict[str, float]:

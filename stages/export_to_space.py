@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from gpt2.errors import FileError
 from gpt2.files import sha256_of, write_json, write_text
 from stages import paths, tracking
-from stages.evaluate import read_run_id
 from stages.params import Params, load_params
 from stages.process import run_stage, say
 
@@ -31,7 +30,7 @@ CHECK_TOKENS = 64
 def main() -> None:
     """Checks the params, then exports."""
     params = load_params(paths.PARAMS)
-    run_id = read_run_id()
+    run_id = tracking.read_run_id()
     with tracking.open_run(params, run_id) as run:
         export(params, run_id)
         run.files([paths.SPACE / name for name in ("README.md", "gpt_config.pt", "manifest.json")], "space")

@@ -93,6 +93,8 @@ def load_params(path: Path) -> Params:
         return TypeAdapter(Params).validate_json(json.dumps(content, default=str))
     except ValidationError as error:
         problems = [_describe(problem) for problem in error.errors(include_url=False)]
+        # a misspelt key is one mistake, not also a missing one
+        problems = [p for p in problems if not any(_names_as_meant(other, p) for other in problems)]
         if len(problems) == 1:
             raise UserError(f"{path}: {problems[0]}") from None
         raise UserError(f"{path} has {len(problems)} problems:\n  " + "\n  ".join(problems)) from None
@@ -117,6 +119,13 @@ def _describe(problem: Any) -> str:
             return f"{name} is {value!r}, which is text; expected a number, written like 3.0e-4 without quotes"
     expected = problem["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
     return f"{name} is {value!r}; expected {expected}"
+
+
+def _names_as_meant(problem: str, missing: str) -> bool:
+    """Whether `problem` says that the key which `missing` misses was meant."""
+    unknown, _, meant = problem.partition("; did you mean ")
+    section = unknown.removeprefix("unknown key ").rpartition(".")[0]
+    return bool(meant) and missing == f"{section}.{meant[1:-2]} is missing"
 
 
 def _keys(section: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gpt2.files import write_text, write_with
@@ -101,8 +102,15 @@ def draw_passage(tokens: list[str], losses: npt.NDArray[np.float32], path: Path)
             if part.endswith("\n"):
                 row, column = row + 1, 0
     rows = row + 1
-    figure = Figure(figsize=(columns * character_in + 0.4, rows * row_height_in + 1.1), layout="constrained")
-    axes = figure.subplots()
+    margin_in, scale_in = 0.15, 0.75
+    width_in, text_in = columns * character_in + 2 * margin_in, rows * row_height_in
+    height_in = margin_in + text_in + scale_in
+    figure = Figure(figsize=(width_in, height_in))
+
+    def axes_at(left_in: float, bottom_in: float, w_in: float, h_in: float) -> Axes:
+        return figure.add_axes((left_in / width_in, bottom_in / height_in, w_in / width_in, h_in / height_in))
+
+    axes = axes_at(margin_in, scale_in, columns * character_in, text_in)
     axes.set(xlim=(0, columns), ylim=(rows, 0))
     axes.axis("off")
     for r, c, text, loss in cells:
@@ -111,7 +119,7 @@ def draw_passage(tokens: list[str], losses: npt.NDArray[np.float32], path: Path)
         text = text.replace("$", r"\$")
         axes.text(c, r + 0.72, text, family="monospace", fontsize=8.6, parse_math=False)
     scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, full_scale_nats / 0.85), colormap)
-    bar = figure.colorbar(scale, ax=axes, orientation="horizontal", shrink=0.6, aspect=40, pad=0.02)
+    bar = figure.colorbar(scale, cax=axes_at(margin_in, 0.45, 3.2, 0.1), orientation="horizontal")
     bar.ax.set_xlim(0, full_scale_nats)
     bar.set_label(f"loss of each token, nats (mean of this passage: {losses.mean():.2f})", fontsize=8)
     bar.ax.tick_params(labelsize=8)

@@ -3,6 +3,7 @@
 One run for each pipeline run: `train` starts it and writes its id to models/run.json, the later stages go on with it.
 """
 
+import json
 import logging
 import os
 import subprocess
@@ -13,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2.errors import Interrupted
+from gpt2.errors import FileError, Interrupted
 from gpt2.files import hold
 from stages import paths
 from stages.params import Params
@@ -85,6 +86,15 @@ class Run:
         except Exception as error:  # whatever a tracking server or its client comes up with
             self.client = None
             warn(f"MLflow does not answer ({_one_line(error)}); going on without it, the results are in reports/")
+
+
+def read_run_id() -> str | None:
+    """The MLflow run that trained the model; None if it was trained without MLflow."""
+    try:
+        run_id = json.loads(paths.RUN.read_text(encoding="utf-8"))["mlflow_run_id"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(f"cannot read {paths.RUN} ({error}); run the train stage again") from None
+    return run_id if isinstance(run_id, str) else None
 
 
 @contextmanager

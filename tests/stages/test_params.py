@@ -64,7 +64,7 @@ def test_seed_is_the_old_projects_setting():
         ("learning_rate: 1.0e-3", "learning_rate: [1]", "train.learning_rate is [1]"),
         ("beta1: 0.9", "beta1: 1.0", "train.beta1 is 1.0; expected less than 1"),
         ("warmup_steps: 20", "warmup_steps: 5000", "train: warmup_steps 5000 is longer than the run"),
-        ("sequence_length: 128", "sequence_length: 300", "train.sequence_length 300 is over the context, model.block_size 256"),
+        ("sequence_length: 128", "sequence_length: 300", "train.sequence_length 300 is over the context"),
         ("vocab_size: 50257", "vocab_size: 50000", "model.vocab_size 50000 is less than the tokenizer's 50257"),
         ("fallback: python-docs", "fallback: nothing", "corpus.fallback is 'nothing'; expected null or one of"),
         ("source: tinyshakespeare", "source: ''", "corpus.source is ''"),

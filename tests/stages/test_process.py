@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -42,9 +43,7 @@ def test_a_signal_is_an_exit_code(number, code):
 
 
 def test_a_stop_flag_lets_the_work_go_on():
-    result = run_stage(
-        "import os; stop = StopFlag(); os.kill(os.getpid(), 15); print(bool(stop), stop.signal_number)"
-    )
+    result = run_stage("import os; stop = StopFlag(); os.kill(os.getpid(), 15); print(bool(stop), stop.signal_number)")
     assert (result.stdout, result.returncode) == ("True 15\n", 0)
 
 
@@ -69,7 +68,7 @@ def test_a_stage_does_not_outlive_its_parent(tmp_path):
     while time.monotonic() < deadline:
         try:
             os.kill(pid, 0)
-            state = open(f"/proc/{pid}/stat").read().split()[2]
+            state = Path(f"/proc/{pid}/stat").read_text().split()[2]
         except (ProcessLookupError, FileNotFoundError):
             return
         if state == "Z":

@@ -1,0 +1,270 @@
+"""The real thing: `dvc repro` and experiments with tiny params in a repository of their own."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from tests.conftest import ROOT, our_text
+
+COPIED = (
+    "dvc.yaml",
+    ".dvcignore",
+    ".gitignore",
+    ".dvc/config",
+    ".dvc/.gitignore",
+    "gpt2",
+    "stages",
+    "space",
+    "data/linked/.gitkeep",
+)
+TINY = {
+    "corpus": {"source": "mine.txt", "fallback": None},
+    "model": {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16},
+    "train": {
+        "batch_size": 4,
+        "sequence_length": 16,
+        "max_steps": 12,
+        "warmup_steps": 2,
+        "learning_rate": 1.0e-2,
+        "eval_interval": 4,
+        "checkpoint_interval": 5,
+    },
+    "evaluate": {"max_new_tokens": 12, "passage_tokens": 40},
+    "runtime": {"device": "cpu", "threads": 1},
+}
+
+
+class Project:
+    """A repository with this code and tiny params."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in COPIED:
+            source, target = ROOT / name, folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copyfile(source, target)
+        self.write_params((ROOT / "params.yaml").read_text(), TINY)
+        (folder / "mine.txt").write_text(our_text(400))
+        for command in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-qm", "start"]):
+            self.run("git", *command)
+
+    def write_params(self, text, changes):
+        yaml = YAML()
+        content = yaml.load(text)
+        for section, values in changes.items():
+            content[section].update(values)
+        with (self.folder / "params.yaml").open("w") as file:
+            yaml.dump(content, file)
+
+    def change(self, **changes):
+        self.write_params((self.folder / "params.yaml").read_text(), changes)
+
+    @property
+    def environment(self):
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "GIT_"))}
+        author = {
+            f"GIT_{who}_{what}": "me@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+        }
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {**kept, **author, "PATH": path, "MLFLOW_DISABLE_TELEMETRY": "true", "DVC_NO_ANALYTICS": "1"}
+
+    def run(self, *command, code=0):
+        result = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
+        output = result.stdout + result.stderr
+        assert result.returncode == code, output
+        assert "Traceback" not in output
+        return output
+
+    def read(self, path):
+        return json.loads((self.folder / path).read_text())
+
+    def runs(self):
+        import mlflow
+
+        client = mlflow.MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
+        experiment = client.get_experiment_by_name("gpt2")
+        assert experiment.artifact_location == (self.folder / "mlartifacts").as_uri()
+        return client.search_runs([experiment.experiment_id])
+
+
+def ran(output):
+    return re.findall(r"Running stage '([a-z-]+)'", output)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    project = Project(tmp_path_factory.mktemp("project"))
+    project.output = project.run("dvc", "repro")
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-qm", "run")
+    return project
+
+
+def test_repro_makes_what_the_stages_promise(project):
+    assert ran(project.output) == ["fetch", "tokenize", "train", "evaluate", "export-to-space"]
+    folder = project.folder
+    train, evaluate = project.read("reports/train/metrics.json"), project.read("reports/evaluate/metrics.json")
+    assert train["steps"] == 12
+    assert evaluate["loss"] == pytest.approx(train["best_val_loss"], rel=2e-3)  # perhaps bf16 against fp32
+    assert evaluate["loss"] < 10.8  # it learned something
+    assert (folder / "reports/evaluate/samples.md").read_text().count("## **") == 3
+    for picture in ("train/loss.png", "train/schedule.png", "evaluate/passage.png"):
+        assert (folder / "reports" / picture).stat().st_size > 5000
+    names = {path.relative_to(folder / "dist/space").as_posix() for path in (folder / "dist/space").rglob("*.*")}
+    assert names >= {"app.py", "requirements.txt", "README.md", "gpt_model.pt", "gpt_config.pt", "manifest.json"}
+    assert not [name for name in names if "__pycache__" in name]
+    card = (folder / "dist/space/README.md").read_text()
+    assert "{{" not in card
+    assert YAML(typ="safe").load(card.split("---")[1])["sdk"] == "gradio"
+    facts = project.read("dist/space/manifest.json")["model"]
+    assert facts["mlflow_run_id"] == project.read("models/run.json")["mlflow_run_id"]
+    assert str(folder) not in json.dumps(facts)  # where the text lies on this machine is nobody's business
+
+
+def test_checkpoints_have_the_format_of_the_old_project(project):
+    from gpt2.model import GPT
+
+    paths = sorted(project.folder.glob("checkpoints/*/step-*/gpt_model_checkpoint.pt"))
+    assert paths[-1].parent.name == "step-000012"
+    checkpoint = torch.load(paths[-1], weights_only=True)
+    GPT(checkpoint["config"]).load_state_dict(checkpoint["model_state_dict"])
+    assert "optimizer_state_dict" in checkpoint
+
+
+def test_the_repository_is_clean_after_a_run(project):
+    assert project.run("git", "status", "--porcelain") == ""
+
+
+def test_mlflow_has_one_run_for_the_whole_pipeline(project):
+    (run,) = project.runs()
+    assert run.info.status == "FINISHED"
+    names = {"train/loss", "val/loss", "train/lr", "train/grad_norm", "train/tokens_per_s"}
+    assert names | {"evaluate/loss", "evaluate/perplexity", "evaluate/bits_per_byte"} <= run.data.metrics.keys()
+    assert run.data.params["train.max_steps"] == "12"
+    assert {"git.commit", "git.dirty", "corpus.sha256", "tokens.sha256", "model.sha256"} <= run.data.tags.keys()
+    assert run.data.tags["git.dirty"] == "false"
+    artifacts = project.folder / "mlartifacts" / run.info.run_id / "artifacts"
+    for name in ("reports/train/loss.png", "reports/evaluate/samples.md", "space/gpt_config.pt", "hf/config.json"):
+        assert (artifacts / name).is_file()
+
+
+def test_a_second_repro_does_nothing(project):
+    output = project.run("dvc", "repro")
+    assert ran(output) == []
+    assert "Data and pipelines are up to date." in output
+    assert "up to date" in project.run("dvc", "status")
+
+
+def test_the_exported_space_serves_itself_alone(project, tmp_path):
+    copy = shutil.copytree(project.folder / "dist/space", tmp_path / "elsewhere")
+    program = (
+        "import app; facts = app.load_facts(app.HERE); model = app.load_model(app.HERE)\n"
+        "print([status for _, status in app.stream(model, facts['context'], 'A', 9, 1, 0, 1, 3)][-1])\n"
+        "import sys; print(sorted(name for name in sys.modules if name in ('stages', 'mlflow', 'dvc')))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True)
+    assert re.match(r"Done: 9 tokens, \d+ tokens/s, seed 3\n\[\]\n", result.stdout), result.stderr
+
+
+def test_a_changed_evaluate_param_reruns_nothing_before_evaluate(project):
+    project.change(evaluate={"seed": 5})
+    output = project.run("dvc", "repro")
+    assert ran(output)[0] == "evaluate"
+    assert "train" not in ran(output)
+    parents = [run.data.tags.get("mlflow.parentRunId") for run in project.runs()]
+    assert project.read("models/run.json")["mlflow_run_id"] in parents  # the trained run keeps its own params
+    project.run("git", "checkout", "-q", "params.yaml")
+    project.run("dvc", "repro")
+
+
+def test_an_edit_of_the_own_text_is_noticed(project):
+    text = (project.folder / "mine.txt").read_text()
+    (project.folder / "mine.txt").write_text(text + "One more line.\n")
+    assert "fetch" in project.run("dvc", "status")
+    (project.folder / "mine.txt").write_text(text)
+    assert "up to date" in project.run("dvc", "status")
+
+
+def test_an_experiment_in_a_temporary_copy_reports_to_the_one_database(project):
+    before = {run.info.run_id for run in project.runs()}
+    project.run("dvc", "exp", "run", "--temp", "--name", "longer", "-S", "train.max_steps=16")
+    (new,) = [run for run in project.runs() if run.info.run_id not in before]
+    assert new.data.params["train.max_steps"] == "16"
+    assert new.data.tags["dvc.experiment"] == new.info.run_name == "longer"
+    assert (project.folder / "mlartifacts" / new.info.run_id / "artifacts/reports/train/loss.png").is_file()
+    assert len(list((project.folder / "checkpoints").iterdir())) == 2  # they outlive the copy
+    table = project.run("dvc", "exp", "show", "--csv")
+    assert "longer" in table
+    assert "best_val_loss" in table
+
+
+@pytest.mark.slow
+def test_queued_experiments_report_to_the_one_database(project):
+    before = {run.info.run_id for run in project.runs()}
+    project.run("dvc", "exp", "run", "--queue", "-S", "train.seed=3,4")
+    project.run("dvc", "exp", "run", "--run-all")
+    new = [run for run in project.runs() if run.info.run_id not in before]
+    assert sorted(run.data.params["train.seed"] for run in new) == ["3", "4"]
+    assert {run.info.status for run in new} == {"FINISHED"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_training_is_not_recorded_and_goes_on(project, number):
+    project.change(train={"max_steps": 4000, "eval_interval": 1000, "warmup_steps": int(number)})
+    command = [sys.executable, "-m", "stages.train"]
+    stage = subprocess.Popen(command, cwd=project.folder, env=project.environment, stderr=subprocess.PIPE, text=True)
+    for line in stage.stderr:  # wait until the run is in MLflow, that is, the loop has begun
+        if line.startswith("training"):
+            break
+    before = len(project.runs())
+    while len(project.runs()) == before:
+        time.sleep(0.2)
+    time.sleep(1)
+    stage.send_signal(number)
+    rest = stage.stderr.read()
+    assert stage.wait(timeout=60) == 128 + number, rest
+    assert "error: interrupted; the checkpoint of step" in rest
+    assert "train" in project.run("dvc", "status")
+    step = int(re.search(r"checkpoint of step (\d+)", rest).group(1))
+
+    again = subprocess.Popen(command, cwd=project.folder, env=project.environment, stderr=subprocess.PIPE, text=True)
+    assert f"going on from step {step} of 4000" in again.stderr.readline()
+    again.send_signal(number)
+    again.stderr.read()
+    assert again.wait(timeout=60) == 128 + number
+    project.run("git", "checkout", "-q", "params.yaml", "reports")
+    project.run("dvc", "checkout", "-q")
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "told"),
+    [
+        ({"model": {"n_head": 3}}, 2, "model: n_embd 16 is not a multiple of n_head 3"),
+        ({"train": {"sequence_length": 32}, "tokenize": {"validation_fraction": 0.999}}, 2, "use a longer text"),
+        ({"runtime": {"device": "mps"}, "train": {"seed": 8}}, 2, "runtime.device is 'mps'"),
+        ({"train": {"init_from": "./nowhere"}}, 2, "cannot load GPT-2 from './nowhere'"),
+        ({"train": {"learning_rate": 1.0e20, "warmup_steps": 0}}, 3, "training diverged at step"),
+    ],
+)  # fmt: skip
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="one of the cases needs a machine without MPS")
+def test_what_is_wrong_is_one_line_also_through_dvc(project, changes, code, told):
+    project.change(**changes)
+    output = project.run("dvc", "repro", code=255)
+    assert f"exited with {code}" in output
+    (line,) = [line for line in output.splitlines() if line.startswith("error:")]
+    assert told in line
+    project.run("git", "checkout", "-q", "params.yaml", "dvc.lock", "reports")
+    project.run("dvc", "checkout", "-q", "--force")

@@ -1,0 +1,57 @@
+import matplotlib as mpl
+import numpy as np
+import pytest
+
+from stages import reports
+
+HISTORY = [
+    {
+        "step": step,
+        "train_loss": 5 - step / 10,
+        "val_loss": 4.0 if step == 20 else None,
+        "learning_rate": 1e-3,
+        "grad_norm": 1.0,
+        "tokens_per_s": 1000.0,
+        "tokens": step * 100,
+        "elapsed_s": step * 0.1,
+    }
+    for step in (10, 20, 30)
+]
+
+
+def test_history_is_a_table_with_a_row_for_each_point(tmp_path):
+    table = reports.write_history(HISTORY, tmp_path / "history.csv")
+    lines = (tmp_path / "history.csv").read_text().splitlines()
+    assert lines[0] == "step,train_loss,val_loss,learning_rate,grad_norm,tokens_per_s,tokens,elapsed_s"
+    assert lines[1].startswith("10,4,,0.001,")
+    assert lines[2].startswith("20,3,4,0.001,")
+    assert len(table) == 3
+
+
+@pytest.mark.parametrize("history", [HISTORY, HISTORY[:1]], ids=["evaluated", "never evaluated"])
+def test_curves_are_pictures(tmp_path, history):
+    table = reports.write_history(history, tmp_path / "history.csv")
+    reports.draw_loss(table, tmp_path / "loss.png")
+    reports.draw_schedule(table, tmp_path / "schedule.png")
+    for name in ("loss.png", "schedule.png"):
+        picture = mpl.image.imread(tmp_path / name)
+        assert picture.shape[0] > 300
+        assert picture.std() > 0.05  # something is drawn
+
+
+def test_the_same_numbers_give_the_same_file(tmp_path):
+    table = reports.write_history(HISTORY, tmp_path / "history.csv")
+    for name in ("a.png", "b.png"):
+        reports.draw_loss(table, tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_passage_is_redder_where_the_loss_is_higher(tmp_path):
+    tokens = ["The", " $miller", "\n", "\n\n", " for", "gets_", " it\tall" * 20, "\ufffd"]
+    redness = {}
+    for loss in (0.5, 9.0):
+        reports.draw_passage(tokens, np.full(len(tokens) - 1, loss, dtype=np.float32), tmp_path / "passage.png")
+        picture = mpl.image.imread(tmp_path / "passage.png")
+        upper = picture[: picture.shape[0] // 2]
+        redness[loss] = (upper[..., 0] - upper[..., 1]).mean()
+    assert redness[9.0] > 2 * redness[0.5]

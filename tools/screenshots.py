@@ -1,0 +1,92 @@
+"""Makes the README's pictures anew: the Space and MLflow's page of the last run, in a real browser.
+
+Needs a Chromium on the PATH (or its path in CHROMIUM). Run it from the repository's root: make screenshots
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Browser, sync_playwright
+
+DOCS = Path("docs")
+START_TIMEOUT_S = 90
+
+
+def main() -> None:
+    """Takes all pictures."""
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        sys.exit("no Chromium found; install one, or set CHROMIUM to its path")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-background-networking", "--disable-gpu"]
+        )
+        picture_space(browser)
+        picture_mlflow(browser)
+        browser.close()
+
+
+@contextmanager
+def served(command: list[str], port: int, cwd: Path, **environment: str) -> Iterator[str]:
+    """A server that answers; it is stopped at the end of the block."""
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(command, cwd=cwd, env={**os.environ, **environment}, start_new_session=True) as server:
+        try:
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while True:
+                try:
+                    urllib.request.urlopen(url, timeout=2).close()
+                    break
+                except OSError:
+                    if time.monotonic() > deadline or server.poll() is not None:
+                        sys.exit(f"{' '.join(command)} does not answer")
+                    time.sleep(0.3)
+            yield url
+        finally:
+            os.killpg(server.pid, 15)
+
+
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def picture_space(browser: Browser) -> None:
+    """docs/space.png: the page after a text was generated."""
+    port = free_port()
+    environment = {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONDONTWRITEBYTECODE": "1"}
+    with served([sys.executable, "app.py"], port, Path("dist/space"), **environment) as url:
+        page = browser.new_page(viewport={"width": 1100, "height": 860})
+        page.goto(url)
+        page.click("#generate")
+        page.wait_for_function("document.querySelector('#status').innerText.startsWith('Done')", timeout=60_000)
+        page.screenshot(path=DOCS / "space.png")
+
+
+def picture_mlflow(browser: Browser) -> None:
+    """docs/mlflow.png: the runs, side by side."""
+    port = free_port()
+    store = f"sqlite:///{Path('mlflow.db').absolute()}"
+    command = ["mlflow", "ui", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port)]
+    with served(command, port, Path(), MLFLOW_DISABLE_TELEMETRY="true") as url:
+        page = browser.new_page(viewport={"width": 1300, "height": 800})
+        page.goto(f"{url}/#/experiments/1/runs?compareRunsMode=CHART")
+        page.get_by_placeholder("Search metric charts").fill("loss|grad_norm|train/lr")
+        page.get_by_label("Close").first.click()  # the assistant's panel
+        page.wait_for_selector("text=val/loss", timeout=60_000)
+        page.wait_for_timeout(4000)
+        page.screenshot(path=DOCS / "mlflow.png")
+
+
+if __name__ == "__main__":
+    main()
