@@ -108,11 +108,13 @@ class CheckpointStore:
             raise FileError(
                 f"cannot write the checkpoint {target} ({_one_line(error)}); make room, and run again to go on"
             ) from None
-        kept = {*self.steps()[-KEEP_NEWEST:], *keep}
-        for old in self.steps():
-            if old not in kept:
-                self._delete(self.path(old))
+        self.prune([*self.steps()[-KEEP_NEWEST:], *keep])
         return target
+
+    def prune(self, keep: Iterable[int]) -> None:
+        """Deletes the checkpoints of all steps but these."""
+        for step in set(self.steps()) - set(keep):
+            self._delete(self.path(step))
 
     def _delete(self, path: Path) -> None:
         (path / MANIFEST_FILE).unlink(missing_ok=True)  # from here on it is no checkpoint

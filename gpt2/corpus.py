@@ -9,12 +9,11 @@ import hashlib
 import http.client
 import os
 import platform
-import shutil
 import sysconfig
 import textwrap
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -25,6 +24,14 @@ from gpt2.files import atomic_write, sha256_of
 CHUNK_BYTES = 1 << 20
 DOWNLOAD_TIMEOUT_S = 20
 TEXT_SUFFIXES = (".txt", ".md")
+
+
+Progress = Callable[[int], object]
+"""Called with the number of bytes that have just been done."""
+
+
+def _nothing(_: int) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,14 @@ def is_url(source: str) -> bool:
     return source.startswith(("http://", "https://"))
 
 
-def write_corpus(source: str, target: Path, *, downloads: Path, roots: Iterable[Path]) -> CorpusFacts:
+def write_corpus(
+    source: str, target: Path, *, downloads: Path, roots: Iterable[Path], progress: Progress = _nothing
+) -> CorpusFacts:
     """Writes the text of a source to `target`.
 
     downloads: a folder that keeps what was downloaded; a known corpus put there by hand, as `<name>.txt`, is taken.
     roots: the folders that a relative path may start from, the first that has it wins.
+    progress: called during a download with the number of bytes that have just come.
     Raises DownloadError, and UserError if there is no such source or its text is empty or no UTF-8.
     """
     if source == PYTHON_DOCS:
@@ -83,7 +93,7 @@ def write_corpus(source: str, target: Path, *, downloads: Path, roots: Iterable[
         download = DOWNLOADS.get(source) or Download(url=source, sha256=None, licence="unknown")
         licence, name = download.licence, download.url
         file_name = source if source in DOWNLOADS else hashlib.sha256(source.encode()).hexdigest()[:16]
-        chunks = read_text([fetch(download, downloads / f"{file_name}.txt")])
+        chunks = read_text([fetch(download, downloads / f"{file_name}.txt", progress)])
     else:
         licence = "unknown"
         path = find_path(source, roots)
@@ -198,7 +208,7 @@ def _read_file(path: Path) -> Iterator[str]:
         raise FileError(f"cannot read {path}: {error.strerror}") from None
 
 
-def fetch(download: Download, path: Path) -> Path:
+def fetch(download: Download, path: Path, progress: Progress = _nothing) -> Path:
     """The downloaded file, at `path`; nothing is downloaded if it lies there already with the right SHA-256.
 
     An unknown URL is downloaded each time, as its text may have changed. What was cut off never gets the file's name.
@@ -211,7 +221,9 @@ def fetch(download: Download, path: Path) -> Path:
         with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT_S) as response:  # noqa: S310 - http(s) only
             expected = response.headers.get("Content-Length")
             with atomic_write(path) as file:
-                shutil.copyfileobj(response, file, CHUNK_BYTES)
+                while data := response.read(CHUNK_BYTES):
+                    file.write(data)
+                    progress(len(data))
                 _check_download(file, download, expected)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", None) or error

@@ -7,7 +7,7 @@ corpus nor its tokens need to fit into memory. `meta.json` beside them says what
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,12 @@ TOKEN_TYPE = np.dtype("<u2")
 CHUNK_CHARACTERS = 1 << 20
 MAX_PENDING_CHARACTERS = 1 << 24
 Tokens = npt.NDArray[np.uint16]
+Progress = Callable[[int], object]
+"""Called with the number of bytes of text that have just been done."""
+
+
+def _nothing(_: int) -> None:
+    pass
 
 
 def count_characters(corpus: Path) -> int:
@@ -81,7 +87,9 @@ def split_text(chunks: Iterator[str], start: int, end: int) -> Iterator[str]:
             return
 
 
-def write_tokens(corpus: Path, folder: Path, validation_fraction: float) -> dict[str, Any]:
+def write_tokens(
+    corpus: Path, folder: Path, validation_fraction: float, *, progress: Progress = _nothing
+) -> dict[str, Any]:
     """Writes train.bin, val.bin and, last, meta.json (which it returns) into a folder.
 
     The last `validation_fraction` of the corpus's characters are held out.
@@ -91,7 +99,8 @@ def write_tokens(corpus: Path, folder: Path, validation_fraction: float) -> dict
     boundary = math.floor(num_characters * (1 - validation_fraction))
     splits: dict[str, Any] = {}
     for name, start, end in ("train", 0, boundary), ("val", boundary, num_characters):
-        splits[name] = _write_split(folder / f"{name}.bin", split_text(_text_chunks(corpus), start, end))
+        text = split_text(_text_chunks(corpus), start, end)
+        splits[name] = _write_split(folder / f"{name}.bin", text, progress)
         if splits[name]["tokens"] < 2:
             raise UserError(
                 f"the {name} split has {end - start} of the corpus's {num_characters} characters, which is too little; "
@@ -108,14 +117,16 @@ def write_tokens(corpus: Path, folder: Path, validation_fraction: float) -> dict
     return meta
 
 
-def _write_split(path: Path, chunks: Iterator[str]) -> dict[str, int | str]:
+def _write_split(path: Path, chunks: Iterator[str], progress: Progress) -> dict[str, int | str]:
     digest, num_tokens, num_bytes = hashlib.sha256(), 0, 0
 
     def counted() -> Iterator[str]:
         nonlocal num_bytes
         for chunk in chunks:
-            num_bytes += len(chunk.encode())
+            size = len(chunk.encode())
+            num_bytes += size
             yield chunk
+            progress(size)
 
     with atomic_write(path) as file:
         for tokens in encode_chunks(counted()):

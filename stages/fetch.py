@@ -5,6 +5,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from tqdm import tqdm
+
 from gpt2 import corpus
 from gpt2.corpus import CorpusFacts, DownloadError
 from gpt2.files import write_json
@@ -34,7 +36,14 @@ def main() -> None:
 def write(source: str) -> CorpusFacts:
     """Writes the corpus file from a source."""
     root = paths.real_root()
-    return corpus.write_corpus(source, paths.CORPUS, downloads=root / "data/downloads", roots=[Path.cwd(), root])
+    with tqdm(desc="downloading", unit="B", unit_scale=True, disable=None, leave=False, delay=1) as bar:
+        return corpus.write_corpus(
+            source,
+            paths.CORPUS,
+            downloads=root / "data/downloads",
+            roots=[Path.cwd(), root],
+            progress=bar.update,
+        )
 
 
 def link_own_text(source: str) -> None:

@@ -1,5 +1,7 @@
 """tokenize: data/corpus.txt becomes the token files of the training and the validation split."""
 
+from tqdm import tqdm
+
 from gpt2 import data
 from stages import paths
 from stages.params import load_params
@@ -9,7 +11,9 @@ from stages.process import run_stage, say
 def main() -> None:
     """Tokenizes, and says how long the splits are."""
     config = load_params(paths.PARAMS).tokenize
-    meta = data.write_tokens(paths.CORPUS, paths.TOKENS, config.validation_fraction)
+    size = paths.CORPUS.stat().st_size
+    with tqdm(desc="tokenizing", total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        meta = data.write_tokens(paths.CORPUS, paths.TOKENS, config.validation_fraction, progress=bar.update)
     train, val = meta["splits"]["train"], meta["splits"]["val"]
     say(f"{paths.TOKENS}: {train['tokens']:,} training and {val['tokens']:,} validation tokens")
 

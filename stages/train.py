@@ -75,7 +75,10 @@ def train(params: Params, meta: Mapping[str, Any], store: "CheckpointStore", sto
         state = trainer.TrainState(precision=str(precision).removeprefix("torch."))
     else:
         state = trainer.restore(content, model, optimizer)
-        say(f"going on from step {state.step} of {config.max_steps}, found in {store.folder}")
+        if state.step == config.max_steps:
+            say(f"this run is complete in {store.folder}, its results are taken; delete that folder to train anew")
+        else:
+            say(f"going on from step {state.step} of {config.max_steps}, found in {store.folder}")
     say(
         f"training {model.config.num_parameters():,} parameters on {device} in {state.precision}, "
         f"{config.step_tokens:,} tokens a step"
@@ -114,7 +117,7 @@ def train(params: Params, meta: Mapping[str, Any], store: "CheckpointStore", sto
                 "run the same command again to go on from there",
                 stop.signal_number,
             )
-        write_results(params, state, model, store, run)
+        write_results(state, model, store, run)
 
 
 def initial_model(params: Params) -> "GPT":
@@ -220,9 +223,7 @@ class StageHooks:
         self.bar.close()
 
 
-def write_results(
-    params: Params, state: "TrainState", model: "GPT", store: "CheckpointStore", run: tracking.Run
-) -> None:
+def write_results(state: "TrainState", model: "GPT", store: "CheckpointStore", run: tracking.Run) -> None:
     """Writes models/ and reports/train/, and mirrors them."""
     from gpt2.checkpoint import CONFIG_FILE, MODEL_FILE, save_weights
     from stages import reports
@@ -253,6 +254,7 @@ def write_results(
     run.tags({"model.sha256": sha256_of(paths.MODELS / MODEL_FILE)})
     run.files(sorted(folder.iterdir()), "reports/train")
     run.files([paths.MODELS / CONFIG_FILE], "model")
+    store.prune([state.best_step, state.step])
     say(
         f"{paths.MODELS / MODEL_FILE}: validation loss {state.best_val_loss:.4f} at step {state.best_step}, "
         f"trained in {state.elapsed_s:.0f} s"

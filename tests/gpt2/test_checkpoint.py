@@ -34,6 +34,13 @@ def test_the_newest_and_the_best_are_kept(store):
     assert sorted(path.name for path in store.folder.iterdir()) == ["step-000002", "step-000005", "step-000006"]
 
 
+def test_prune_keeps_what_it_is_told_to(store):
+    for step in range(1, 4):
+        store.save(step, content(step), keep=range(4))
+    store.prune([1, 3, 99])
+    assert store.steps() == [1, 3]
+
+
 def test_the_manifest_has_the_sum_of_the_file(store):
     path = store.save(3, content(3))
     manifest = json.loads((path / "manifest.json").read_text())
