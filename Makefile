@@ -15,7 +15,8 @@ help: ## list the targets
 setup: $(INSTALLED) ## make .venv and install the pinned packages
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
-	$(PYTHON) -m venv .venv
+	@# Debian's and Colab's Python may lack what venv needs
+	$(PYTHON) -m venv .venv || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv --quiet --clear .venv; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
@@ -51,7 +52,6 @@ preset: ## params.yaml becomes presets/NAME.yaml: make preset NAME=seed
 screenshots: setup ## make the README's pictures anew from the last run (needs a Chromium)
 	python -m tools.screenshots
 
-lock: ## compile requirements.txt from pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet pip-tools==7.6.2
+lock: setup ## compile requirements.txt from pyproject.toml
+	python -m pip install --quiet pip-tools==7.6.2
 	tools/lock
