@@ -13,25 +13,18 @@ import sysconfig
 import textwrap
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from gpt2.errors import FileError, UserError
 from gpt2.files import atomic_write, sha256_of
+from gpt2.progress import Progress, unseen
 
 CHUNK_BYTES = 1 << 20
 DOWNLOAD_TIMEOUT_S = 20
 TEXT_SUFFIXES = (".txt", ".md")
-
-
-Progress = Callable[[int], object]
-"""Called with the number of bytes that have just been done."""
-
-
-def _nothing(_: int) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ def is_url(source: str) -> bool:
 
 
 def write_corpus(
-    source: str, target: Path, *, downloads: Path, roots: Iterable[Path], progress: Progress = _nothing
+    source: str, target: Path, *, downloads: Path, roots: Iterable[Path], progress: Progress = unseen
 ) -> CorpusFacts:
     """Writes the text of a source to `target`.
 
@@ -208,7 +201,7 @@ def _read_file(path: Path) -> Iterator[str]:
         raise FileError(f"cannot read {path}: {error.strerror}") from None
 
 
-def fetch(download: Download, path: Path, progress: Progress = _nothing) -> Path:
+def fetch(download: Download, path: Path, progress: Progress = unseen) -> Path:
     """The downloaded file, at `path`; nothing is downloaded if it lies there already with the right SHA-256.
 
     An unknown URL is downloaded each time, as its text may have changed. What was cut off never gets the file's name.

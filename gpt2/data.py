@@ -7,7 +7,7 @@ corpus nor its tokens need to fit into memory. `meta.json` beside them says what
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,12 @@ import numpy.typing as npt
 from gpt2 import tokenizer
 from gpt2.errors import FileError, UserError
 from gpt2.files import atomic_write, sha256_of, write_json
+from gpt2.progress import Progress, unseen
 
 TOKEN_TYPE = np.dtype("<u2")
 CHUNK_CHARACTERS = 1 << 20
 MAX_PENDING_CHARACTERS = 1 << 24
 Tokens = npt.NDArray[np.uint16]
-Progress = Callable[[int], object]
-"""Called with the number of bytes of text that have just been done."""
-
-
-def _nothing(_: int) -> None:
-    pass
 
 
 def count_characters(corpus: Path) -> int:
@@ -88,7 +83,7 @@ def split_text(chunks: Iterator[str], start: int, end: int) -> Iterator[str]:
 
 
 def write_tokens(
-    corpus: Path, folder: Path, validation_fraction: float, *, progress: Progress = _nothing
+    corpus: Path, folder: Path, validation_fraction: float, *, progress: Progress = unseen
 ) -> dict[str, Any]:
     """Writes train.bin, val.bin and, last, meta.json (which it returns) into a folder.
 

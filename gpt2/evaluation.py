@@ -1,7 +1,6 @@
 """How good a model is on text that it was not trained on, and how much of what it writes it knows by heart."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,14 +12,8 @@ from torch import Tensor
 from gpt2.data import Tokens, windows
 from gpt2.device import autocast
 from gpt2.model import GPT
+from gpt2.progress import Progress, unseen
 from gpt2.tokenizer import token_bytes
-
-Progress = Callable[[int], object]
-"""Called with the number of tokens that have just been done."""
-
-
-def _nothing(_: int) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ def validation_loss(
     sequence_length: int,
     batch_size: int,
     precision: torch.dtype = torch.float32,
-    progress: Progress = _nothing,
+    progress: Progress = unseen,
 ) -> float:
     """Mean loss in nats over every token of a split but the first, in windows of `sequence_length`."""
     total = 0.0
@@ -73,7 +66,7 @@ def score(
     sequence_length: int,
     batch_size: int,
     precision: torch.dtype = torch.float32,
-    progress: Progress = _nothing,
+    progress: Progress = unseen,
 ) -> Scores:
     """All the scores, on the windows of `validation_loss`."""
     total_nats, top1, top5 = 0.0, 0, 0
@@ -117,7 +110,7 @@ SEED_BYTES = 8
 STRETCH_TOKENS = 1 << 20
 
 
-def longest_verbatim(samples: list[str], tokens: Tokens, *, progress: Progress = _nothing) -> str:
+def longest_verbatim(samples: list[str], tokens: Tokens, *, progress: Progress = unseen) -> str:
     """The longest passage of the samples that stands in the text of `tokens`, to the letter; "" for under 8 bytes.
 
     Each place that shares 8 bytes with a sample is looked at, a stretch of the text at a time.

@@ -19,20 +19,27 @@ TEMPORARY = ".tmp"
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that becomes `path` when the block ends, and disappears if it raises."""
+def staged(path: Path) -> Iterator[Path]:
+    """A path to write to, whose file becomes `path` when the block ends, and disappears if it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(f".{os.getpid()}{TEMPORARY}.{path.name}")  # keeps the suffix that some look at
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
+        yield temporary
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that becomes `path` when the block ends, and disappears if it raises."""
+    with staged(path) as temporary, temporary.open("wb") as file:
+        yield file
 
 
 def write_text(path: Path, text: str) -> None:
@@ -48,18 +55,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_with(path: Path, save: Callable[[str], object]) -> None:
     """Writes a file by a function that takes a path, such as safetensors' `save_file` or a figure's `savefig`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}{TEMPORARY}.{path.name}")  # keeps the suffix that some look at
-    try:
+    with staged(path) as temporary:
         save(str(temporary))
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -79,12 +79,16 @@ def picture_mlflow(browser: Browser) -> None:
     store = f"sqlite:///{Path('mlflow.db').absolute()}"
     command = ["mlflow", "ui", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port)]
     with served(command, port, Path(), MLFLOW_DISABLE_TELEMETRY="true") as url:
-        page = browser.new_page(viewport={"width": 1300, "height": 800})
+        page = browser.new_page(viewport={"width": 1300, "height": 1000})
         page.goto(f"{url}/#/experiments/1/runs?compareRunsMode=CHART")
-        page.get_by_placeholder("Search metric charts").fill("loss|grad_norm|train/lr")
-        page.get_by_label("Close").first.click()  # the assistant's panel
+        page.wait_for_selector("text=Run Name", timeout=60_000)
+        page.wait_for_timeout(3000)
+        assistant = page.locator('[data-component-id="mlflow.assistant.chat_panel.close"]')
+        if assistant.count():
+            assistant.click()
+        page.get_by_placeholder("Search metric charts").fill("(train|val)/loss")
         page.wait_for_selector("text=val/loss", timeout=60_000)
-        page.wait_for_timeout(4000)
+        page.wait_for_timeout(3000)
         page.screenshot(path=DOCS / "mlflow.png")
 
 

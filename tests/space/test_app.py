@@ -204,7 +204,9 @@ def test_a_person_generates_and_stops_in_a_browser(url):
             page.wait_for_function("document.querySelector('#status').innerText.includes(' of 500')")
             page.click("#stop")
             page.wait_for_function("document.querySelector('#status').innerText.trim() === 'Stopped.'")
+            page.wait_for_timeout(500)  # what was on its way arrives
             stopped = page.input_value("#output textarea")
+            assert len(tokenizer.encode(stopped)) < 490
             page.wait_for_timeout(700)
             assert page.input_value("#output textarea") == stopped
             browser.close()

@@ -1,0 +1,10 @@
+"""How long work tells how far it is."""
+
+from collections.abc import Callable
+
+Progress = Callable[[int], object]
+"""Called with the number of bytes, or tokens, that have just been done; a progress bar's `update`."""
+
+
+def unseen(_: int) -> None:
+    """Nobody looks."""
