@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--context",
         type=int,
         metavar="N",
-        help="look back on at most N tokens (default: the model's context)",
+        help="look back on at most N tokens (default: as many as in training)",
     )
     generate.add_argument("--no-cache", action="store_true", help="compute the whole context anew for each token")
     generate.set_defaults(run=_generate)
@@ -83,6 +83,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise UserError(f"--seed is {arguments.seed}; expected 0 to {2**63 - 1}")
 
     from gpt2 import tokenizer
+    from gpt2.checkpoint import trained_length
     from gpt2.device import choose_device
     from gpt2.generation import BLANK_PROMPT, Sampling, generate
 
@@ -95,7 +96,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
         seed=arguments.seed,
-        context=arguments.context,
+        context=arguments.context or trained_length(Path(arguments.model)),
         use_cache=not arguments.no_cache,
     )
     print(prompt, end="", flush=True)

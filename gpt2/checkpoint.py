@@ -30,6 +30,7 @@ CHECKPOINT_FILE = "gpt_model_checkpoint.pt"
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+RUN_FILE = "run.json"
 KEEP_NEWEST = 2
 
 
@@ -64,6 +65,18 @@ def load_model(folder: Path) -> GPT:
     except RuntimeError as error:
         raise FileError(f"the weights in {folder} do not fit its {CONFIG_FILE}: {_one_line(error)}") from None
     return model.eval()
+
+
+def trained_length(folder: Path) -> int | None:
+    """Length of the sequences that the model in a folder was trained on, which may be less than its context.
+
+    None if its run.json does not say. What a model does at positions that it was never trained on is noise.
+    """
+    try:
+        length = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["sequence_length"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def _one_line(error: Exception) -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpt2.data import Tokens, open_tokens
-from gpt2.errors import UserError
 from gpt2.files import write_json, write_text
 from stages import paths, tracking
 from stages.params import Params, load_params
@@ -35,16 +34,15 @@ def evaluate(params: Params) -> dict[str, float]:
     from tqdm import tqdm
 
     from gpt2 import evaluation, tokenizer
-    from gpt2.checkpoint import load_model
+    from gpt2.checkpoint import load_model, trained_length
     from gpt2.device import choose_device, keep_freed_memory
     from stages import reports
 
     keep_freed_memory()
-    config, sequence_length = params.evaluate, params.train.sequence_length
+    config = params.evaluate
     train_tokens, val_tokens = open_tokens(paths.TOKENS, "train"), open_tokens(paths.TOKENS, "val")
     model = load_model(paths.MODELS).to(choose_device(params.runtime.device))
-    if sequence_length > model.config.block_size:
-        raise UserError(f"train.sequence_length {sequence_length} is over the model's context; run `dvc repro train`")
+    sequence_length = trained_length(paths.MODELS) or model.config.block_size
 
     bar = partial(tqdm, unit="token", unit_scale=True, disable=None, leave=False)
 
@@ -56,7 +54,7 @@ def evaluate(params: Params) -> dict[str, float]:
             batch_size=config.batch_size,
             progress=progress.update,
         )
-    samples = draw_samples(params, model)
+    samples = draw_samples(params, model, sequence_length)
     with bar(total=len(train_tokens), desc="searching the training text") as progress:
         verbatim = evaluation.longest_verbatim(samples, train_tokens, progress=progress.update)
     metrics = {**asdict(scores), "longest_verbatim_characters": len(verbatim)}
@@ -68,7 +66,7 @@ def evaluate(params: Params) -> dict[str, float]:
     return metrics
 
 
-def draw_samples(params: Params, model: "GPT") -> list[str]:
+def draw_samples(params: Params, model: "GPT", context: int) -> list[str]:
     """A continuation of each prompt, as the Space would give it."""
     from tqdm import tqdm
 
@@ -85,7 +83,7 @@ def draw_samples(params: Params, model: "GPT") -> list[str]:
                 max_new_tokens=config.max_new_tokens,
                 sampling=sampling,
                 seed=config.seed + number,
-                context=params.train.sequence_length,
+                context=context,
             )
         )
         for number, prompt in enumerate(

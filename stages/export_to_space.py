@@ -39,11 +39,12 @@ def main() -> None:
 
 def export(params: Params, run_id: str | None) -> None:
     """Writes and verifies both folders. Raises FileError if either does not give the trained model's logits."""
-    from gpt2.checkpoint import load_model
+    from gpt2.checkpoint import load_model, trained_length
     from gpt2.exchange import write_hugging_face, write_space_model
 
     model = load_model(paths.MODELS)
-    facts = model_facts(params, model, run_id)
+    context = trained_length(paths.MODELS) or model.config.block_size
+    facts = model_facts(params, model, context, run_id)
     for folder in (paths.SPACE, paths.HUGGING_FACE):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -65,7 +66,7 @@ def export(params: Params, run_id: str | None) -> None:
     say(f"{paths.HUGGING_FACE}: the same logits to {hf_difference:.1g}; load it with transformers")
 
 
-def model_facts(params: Params, model: "GPT", run_id: str | None) -> dict[str, Any]:
+def model_facts(params: Params, model: "GPT", context: int, run_id: str | None) -> dict[str, Any]:
     """What the card and the page say about the model."""
     evaluation = json.loads((paths.EVALUATE_REPORT / "metrics.json").read_text(encoding="utf-8"))
     training = json.loads((paths.TRAIN_REPORT / "metrics.json").read_text(encoding="utf-8"))
@@ -75,7 +76,7 @@ def model_facts(params: Params, model: "GPT", run_id: str | None) -> dict[str, A
         "examples": params.export.examples,
         "parameters": model.config.num_parameters(),
         **model.config.to_dict(),
-        "context": params.train.sequence_length,
+        "context": context,
         "corpus": corpus["name"],
         "corpus_source": public_source(corpus["source"]),
         "corpus_characters": corpus["characters"],

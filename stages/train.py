@@ -117,7 +117,7 @@ def train(params: Params, meta: Mapping[str, Any], store: "CheckpointStore", sto
                 "run the same command again to go on from there",
                 stop.signal_number,
             )
-        write_results(state, model, store, run)
+        write_results(state, model, config.sequence_length, store, run)
 
 
 def initial_model(params: Params) -> "GPT":
@@ -223,7 +223,9 @@ class StageHooks:
         self.bar.close()
 
 
-def write_results(state: "TrainState", model: "GPT", store: "CheckpointStore", run: tracking.Run) -> None:
+def write_results(
+    state: "TrainState", model: "GPT", sequence_length: int, store: "CheckpointStore", run: tracking.Run
+) -> None:
     """Writes models/ and reports/train/, and mirrors them."""
     from gpt2.checkpoint import CONFIG_FILE, MODEL_FILE, save_weights
     from stages import reports
@@ -232,7 +234,7 @@ def write_results(state: "TrainState", model: "GPT", store: "CheckpointStore", r
     best = store.load(state.best_step)["model_state_dict"] if state.best_step else model.state_dict()
     save_weights(best, paths.MODELS / MODEL_FILE)
     write_json(paths.MODELS / CONFIG_FILE, model.config.to_dict())
-    write_json(paths.RUN, {"mlflow_run_id": run.id})
+    write_json(paths.RUN, {"mlflow_run_id": run.id, "sequence_length": sequence_length})
 
     folder = paths.TRAIN_REPORT
     history = reports.write_history(state.history, folder / "history.csv")

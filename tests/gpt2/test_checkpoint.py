@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from gpt2.checkpoint import CheckpointStore, fingerprint, load_model, save_weights
+from gpt2.checkpoint import CheckpointStore, fingerprint, load_model, save_weights, trained_length
 from gpt2.errors import FileError
 from gpt2.files import write_json
 from tests.conftest import TINY
@@ -137,6 +137,16 @@ def test_a_model_folder_gives_the_model_back(tiny_model, tmp_path):
     assert torch.equal(loaded(idx)[0], tiny_model(idx)[0])
     assert loaded.lm_head.weight is loaded.transformer["wte"].weight
     assert not loaded.training
+
+
+@pytest.mark.parametrize(
+    ("content", "length"),
+    [('{"sequence_length": 128}', 128), ('{"sequence_length": "128"}', None), ("{}", None), ("[]", None), ("{", None)],
+)
+def test_a_model_folder_may_say_on_what_length_it_was_trained(tmp_path, content, length):
+    assert trained_length(tmp_path) is None
+    (tmp_path / "run.json").write_text(content)
+    assert trained_length(tmp_path) == length
 
 
 def test_a_model_folder_that_does_not_fit_is_one_line(tiny_model, tmp_path):
