@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from gpt2.errors import FileError
 from gpt2.files import sha256_of, write_json, write_text
@@ -93,8 +94,11 @@ def model_facts(params: Params, model: "GPT", context: int, run_id: str | None) 
 
 
 def public_source(source: str) -> str:
-    """A source as it may be shown to everybody: of a path on this machine only its last part."""
-    return Path(source).name if Path(source).is_absolute() else source
+    """A source as it may be shown to everybody: a path without its folders, an address without user and query."""
+    if Path(source).is_absolute():
+        return Path(source).name
+    address = urlsplit(source)
+    return address._replace(netloc=address.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 def fill_card(template: str, facts: dict[str, Any]) -> str:

@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+
+from gpt2.errors import FileError
+from stages import evaluate, paths, tracking
+from stages.params import load_params
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def params():
+    return load_params(ROOT / "params.yaml")
+
+
+def test_samples_are_shown_with_their_prompts_and_what_is_learned_by_heart(params):
+    text = evaluate.describe_samples(params, ["one\ntwo", "three", "four"], "by heart\nyes", 5.25)
+    assert "Validation loss 5.2500" in text
+    assert "has 12 characters: `by heart ⏎ yes`" in text
+    assert "## **ROMEO:**\n\n    one\n    two\n" in text
+    assert text.count("\n## ") == 3
+
+
+def test_the_passage_is_from_the_middle():
+    tokens = np.arange(100, dtype=np.uint16)
+    assert evaluate.middle(tokens, 10).tolist() == list(range(45, 55))
+    assert evaluate.middle(tokens, 1000).tolist() == list(range(100))
+
+
+def test_each_prompt_has_a_sample_of_its_own(params, tiny_model):
+    samples = evaluate.draw_samples(params, tiny_model, 16)
+    assert len(samples) == len(set(samples)) == 3
+    assert evaluate.draw_samples(params, tiny_model, 16) == samples
+
+
+def test_the_run_that_trained_the_model_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileError, match="run the train stage again"):
+        tracking.read_run_id()
+    (tmp_path / "models").mkdir()
+    for content, expected in (('{"mlflow_run_id": "abc"}', "abc"), ('{"mlflow_run_id": null}', None)):
+        paths.RUN.write_text(content)
+        assert tracking.read_run_id() == expected

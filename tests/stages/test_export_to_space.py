@@ -1,0 +1,106 @@
+import json
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from gpt2.checkpoint import save_weights
+from gpt2.errors import FileError
+from gpt2.files import write_json
+from stages import export_to_space, paths
+from stages.params import load_params
+from tests.conftest import ROOT, TINY
+
+CORPUS = {
+    "name": "mine",
+    "source": "/home/me/mine.txt",
+    "characters": 10_000,
+    "licence": "unknown",
+    "fallback_reason": None,
+}
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch, tiny_model):
+    """A folder that looks as it does before the export stage."""
+    for name in ("gpt2", "space"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    save_weights(tiny_model.state_dict(), paths.MODELS / "model.safetensors")
+    write_json(paths.MODELS / "config.json", TINY.to_dict())
+    write_json(paths.RUN, {"mlflow_run_id": "abc", "sequence_length": 16})
+    write_json(paths.CORPUS_FACTS, CORPUS)
+    write_json(paths.TRAIN_REPORT / "metrics.json", {"steps": 10, "tokens": 640})
+    write_json(paths.EVALUATE_REPORT / "metrics.json", {"loss": 5.43219, "perplexity": 228.7, "bits_per_byte": 2.5})
+    return load_params(ROOT / "params.yaml")
+
+
+def test_both_folders_are_written_and_checked(trained, capsys):
+    export_to_space.export(trained, "abc")
+    told = capsys.readouterr().err
+    assert "dist/space: the same logits to 0" in told
+    assert "dist/hf: the same logits to" in told
+    manifest = json.loads((paths.SPACE / "manifest.json").read_text())
+    assert manifest["model"]["context"] == 16
+    assert manifest["model"]["validation_loss"] == 5.4322
+    assert manifest["model"]["corpus_source"] == "mine.txt"
+    assert set(manifest["sha256"]) >= {"gpt_model.pt", "gpt_config.pt", "app.py", "gpt2/model.py"}
+    card = (paths.SPACE / "README.md").read_text()
+    assert "5.4322 nats per token" in card
+    assert "/home/me" not in card
+    front = YAML(typ="safe").load(card.split("---")[1])
+    assert front["sdk_version"].count(".") == 2
+    assert front["python_version"] == "3.12"
+
+
+def test_a_page_that_cannot_load_its_model_fails_the_stage(trained, monkeypatch):
+    def write_other(model, folder):
+        torch.save(TINY.to_dict(), folder / "gpt_config.pt")
+        torch.save({"transformer.wte.weight": torch.zeros(3)}, folder / "gpt_model.pt")
+
+    monkeypatch.setattr("gpt2.exchange.write_space_model", write_other)
+    with pytest.raises(FileError, match=r"dist/space cannot be loaded: gpt2\.errors\.FileError: the model cannot be"):
+        export_to_space.export(trained, None)
+
+
+def test_other_weights_fail_the_stage(trained, monkeypatch):
+    from gpt2 import exchange
+    from gpt2.model import GPT
+
+    right = exchange.write_hugging_face
+    torch.manual_seed(1)
+    monkeypatch.setattr(exchange, "write_hugging_face", lambda _, folder: right(GPT(TINY), folder))
+    with pytest.raises(FileError, match="dist/hf gives other logits than the trained model"):
+        export_to_space.export(trained, None)
+
+
+def test_requirements_are_pinned_to_what_is_installed():
+    import gradio
+
+    text = export_to_space.pinned("# a comment\n--extra-index-url https://example.org\n\ngradio\ntorch\n")
+    assert text.splitlines()[:4] == [
+        "# a comment",
+        "--extra-index-url https://example.org",
+        "",
+        f"gradio=={gradio.__version__}",
+    ]
+    assert text.splitlines()[4] == f"torch=={torch.__version__.partition('+')[0]}"
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("/home/me/secret/novel.txt", "novel.txt"),
+        ("https://example.org/text.txt", "https://example.org/text.txt"),
+        ("https://me:password@example.org/text.txt?token=123#x", "https://example.org/text.txt"),
+        ("python-docs (CPython 3.11.7)", "python-docs (CPython 3.11.7)"),
+    ],
+)
+def test_a_source_is_shown_without_what_is_private(source, shown):
+    assert export_to_space.public_source(source) == shown
+
+
+def test_a_fallback_stands_on_the_card():
+    facts = {"title": 'A "title"', "fallback_reason": "cannot download x", "parameters": 1_234_567}
+    card = export_to_space.fill_card("t: {{title}}\n{{heading}} {{parameters}}.{{fallback}}", facts)
+    assert card == 't: "A \\"title\\""\nA "title" 1,234,567.\n\nThe corpus is a fallback: cannot download x.'

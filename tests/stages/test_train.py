@@ -1,0 +1,42 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gpt2.errors import UserError
+from gpt2.exchange import write_hugging_face
+from stages import train
+from stages.params import load_params
+from tests.conftest import ROOT, TINY
+
+
+@pytest.fixture
+def params():
+    params = load_params(ROOT / "params.yaml")
+    return replace(params, model=TINY)
+
+
+def starting_from(params, source):
+    return replace(params, train=replace(params.train, init_from=source))
+
+
+def test_training_starts_from_hugging_face_weights(params, tiny_model, tmp_path):
+    write_hugging_face(tiny_model, tmp_path)
+    model = train.initial_model(starting_from(params, str(tmp_path)))
+    idx = torch.arange(10)[None]
+    assert torch.equal(model(idx)[0], tiny_model(idx)[0])
+    assert not torch.equal(train.initial_model(params)(idx)[0], tiny_model(idx)[0])
+
+
+def test_weights_of_other_sizes_are_refused_with_the_right_ones(params, tiny_model, tmp_path):
+    write_hugging_face(tiny_model, tmp_path)
+    other = replace(params, model=replace(TINY, n_layer=3, block_size=64))
+    with pytest.raises(UserError, match="has other sizes; set in the section model: block_size: 32, n_layer: 2"):
+        train.initial_model(starting_from(other, str(tmp_path)))
+
+
+def test_the_code_that_decides_the_numbers_is_in_the_fingerprint(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sources = {path.as_posix() for path in train.training_sources()}
+    assert {"gpt2/model.py", "gpt2/trainer.py", "gpt2/data.py", "gpt2/optim.py"} <= sources
+    assert "gpt2/generation.py" not in sources
