@@ -188,11 +188,12 @@ def build(folder: Path = HERE) -> "gr.Blocks":
                 gr.Markdown(describe(facts), elem_id="facts")
         inputs = [prompt, max_new_tokens, temperature, top_k, top_p, seed]
         events: list[Any] = [
-            trigger(run, inputs, [output, status], api_name=name, show_progress="hidden")
-            for trigger, name in ((generate_button.click, "generate"), (prompt.submit, None))
+            generate_button.click(run, inputs, [output, status], api_name="generate", show_progress="hidden"),
+            prompt.submit(run, inputs, [output, status], api_visibility="private", show_progress="hidden"),
         ]
-        stop_button.click(
-            lambda: "Stopped.", None, status, cancels=events, api_name=None, queue=False, show_progress="hidden"
+        # first the stop, then its word: what is still on its way would overwrite it
+        stop_button.click(None, None, None, cancels=events, api_visibility="private").then(
+            lambda: "Stopped.", None, status, api_visibility="private", queue=False, show_progress="hidden"
         )
     return cast("gr.Blocks", page)
 

@@ -117,7 +117,12 @@ def _describe(problem: Any) -> str:
             return f"{name or 'the file'} is {value!r}; expected a section with keys"
         case "float_type" if isinstance(value, str):
             return f"{name} is {value!r}, which is text; expected a number, written like 3.0e-4 without quotes"
-    expected = problem["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
+    expected = (
+        problem["msg"]
+        .removeprefix("Input should be ")
+        .replace("a valid integer", "an integer")
+        .replace("a valid ", "a ")
+    )
     return f"{name} is {value!r}; expected {expected}"
 
 

@@ -27,11 +27,19 @@ TRAIN_COLOR, VAL_COLOR = "#9db4d6", "#c2410c"
 DOTS_PER_INCH = 110
 
 
-def write_history(history: Sequence[dict[str, Any]], path: Path) -> pd.DataFrame:
-    """Writes the rows that training logged as CSV; gives them as a table."""
+def write_history(history: Sequence[dict[str, Any]], folder: Path) -> pd.DataFrame:
+    """Writes the rows that training logged to history.csv, and again to validation.csv those with an evaluation alone.
+
+    Gives the table. (The plots of DVC draw an empty cell as 0, hence the second file.)
+    """
     table = pd.DataFrame(history, columns=HISTORY_COLUMNS)
-    write_text(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    _write_csv(table, folder / "history.csv")
+    _write_csv(table.dropna(subset=["val_loss"])[["step", "val_loss"]], folder / "validation.csv")
     return table
+
+
+def _write_csv(table: pd.DataFrame, path: Path) -> None:
+    write_text(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 
 
 def draw_loss(history: pd.DataFrame, path: Path) -> None:

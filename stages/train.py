@@ -237,7 +237,7 @@ def write_results(
     write_json(paths.RUN, {"mlflow_run_id": run.id, "sequence_length": sequence_length})
 
     folder = paths.TRAIN_REPORT
-    history = reports.write_history(state.history, folder / "history.csv")
+    history = reports.write_history(state.history, folder)
     last = state.history[-1]
     metrics = {
         "best_val_loss": state.best_val_loss if state.best_step else None,

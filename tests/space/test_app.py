@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -171,6 +172,7 @@ def test_the_api_answers_and_refuses(url):
     from gradio_client.exceptions import AppError
 
     client = Client(url, verbose=False)
+    assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/generate"]
     text, status = client.predict("Nobody", 8, 0.8, 0, 1, 5, api_name="/generate")
     assert text.startswith("Nobody")
     assert status.startswith("Done: 8 tokens")
@@ -183,10 +185,17 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.mark.skipif(CHROMIUM is None or "CI" in os.environ, reason="needs a Chromium, and is not for CI")
-def test_a_person_generates_and_stops_in_a_browser(url):
+def test_a_person_generates_and_stops_in_a_browser(url, monkeypatch):
     from playwright.sync_api import sync_playwright
 
     errors = []
+
+    def slowly(*arguments, **options):  # so that there is time to stop
+        for token in generate(*arguments, **options):
+            time.sleep(0.01)
+            yield token
+
+    monkeypatch.setattr(app, "generate", slowly)
 
     def visit():  # playwright's own event loop wants a thread without one
         with sync_playwright() as playwright:

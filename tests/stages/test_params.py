@@ -51,9 +51,9 @@ def test_seed_is_the_old_projects_setting():
     [
         ("max_steps: ", "max_step: ", "unknown key train.max_step; did you mean 'max_steps'?"),
         ("  n_layer: 4\n", "", "model.n_layer is missing"),
-        ("n_layer: 4", "n_layer: four", "model.n_layer is 'four'; expected a integer"),
-        ("n_layer: 4", "n_layer: 4.0", "model.n_layer is 4.0; expected a integer"),
-        ("n_layer: 4", "n_layer: true", "model.n_layer is True; expected a integer"),
+        ("n_layer: 4", "n_layer: four", "model.n_layer is 'four'; expected an integer"),
+        ("n_layer: 4", "n_layer: 4.0", "model.n_layer is 4.0; expected an integer"),
+        ("n_layer: 4", "n_layer: true", "model.n_layer is True; expected an integer"),
         ("n_layer: 4", "n_layer: 0", "model.n_layer is 0; expected greater than 0"),
         ("n_layer: 4", "n_layer:", "model.n_layer is None"),
         ("n_layer: 4", "n_layer: 4\n  n_layer: 5", 'duplicate key "n_layer"'),

@@ -168,6 +168,15 @@ def test_a_second_repro_does_nothing(project):
     assert "up to date" in project.run("dvc", "status")
 
 
+def test_a_complete_run_is_taken_from_its_checkpoint(project):
+    before = (project.folder / "models/model.safetensors").read_bytes()
+    output = project.run("dvc", "repro", "--force", "--single-item", "train")
+    assert "this run is complete in" in output
+    assert (project.folder / "models/model.safetensors").read_bytes() == before
+    assert len(project.runs()) == 1
+    assert "up to date" in project.run("dvc", "status")
+
+
 def test_the_exported_space_serves_itself_alone(project, tmp_path):
     copy = shutil.copytree(project.folder / "dist/space", tmp_path / "elsewhere")
     program = (

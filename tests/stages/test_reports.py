@@ -20,17 +20,18 @@ HISTORY = [
 
 
 def test_history_is_a_table_with_a_row_for_each_point(tmp_path):
-    table = reports.write_history(HISTORY, tmp_path / "history.csv")
+    table = reports.write_history(HISTORY, tmp_path)
     lines = (tmp_path / "history.csv").read_text().splitlines()
     assert lines[0] == "step,train_loss,val_loss,learning_rate,grad_norm,tokens_per_s,tokens,elapsed_s"
     assert lines[1].startswith("10,4,,0.001,")
     assert lines[2].startswith("20,3,4,0.001,")
     assert len(table) == 3
+    assert (tmp_path / "validation.csv").read_text() == "step,val_loss\n20,4\n"
 
 
 @pytest.mark.parametrize("history", [HISTORY, HISTORY[:1]], ids=["evaluated", "never evaluated"])
 def test_curves_are_pictures(tmp_path, history):
-    table = reports.write_history(history, tmp_path / "history.csv")
+    table = reports.write_history(history, tmp_path)
     reports.draw_loss(table, tmp_path / "loss.png")
     reports.draw_schedule(table, tmp_path / "schedule.png")
     for name in ("loss.png", "schedule.png"):
@@ -40,7 +41,7 @@ def test_curves_are_pictures(tmp_path, history):
 
 
 def test_the_same_numbers_give_the_same_file(tmp_path):
-    table = reports.write_history(HISTORY, tmp_path / "history.csv")
+    table = reports.write_history(HISTORY, tmp_path)
     for name in ("a.png", "b.png"):
         reports.draw_loss(table, tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

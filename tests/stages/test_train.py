@@ -7,13 +7,13 @@ from gpt2.errors import UserError
 from gpt2.exchange import write_hugging_face
 from stages import train
 from stages.params import load_params
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, TINY_TRAIN
 
 
 @pytest.fixture
 def params():
     params = load_params(ROOT / "params.yaml")
-    return replace(params, model=TINY)
+    return replace(params, model=TINY, train=TINY_TRAIN)
 
 
 def starting_from(params, source):
