@@ -50,6 +50,7 @@ def train(params: Params, meta: Mapping[str, Any], store: "CheckpointStore", sto
     from gpt2 import trainer
     from gpt2.device import choose_device, choose_precision, keep_freed_memory
     from gpt2.evaluation import validation_loss
+    from gpt2.model import GPT
     from gpt2.optim import adamw
 
     config = params.train
@@ -67,22 +68,21 @@ def train(params: Params, meta: Mapping[str, Any], store: "CheckpointStore", sto
     )
     validation = open_tokens(paths.TOKENS, "val")
     content = store.load_newest(warn)
-    model = initial_model(params) if content is None else _empty_model(params)
-    model.to(device)
+    model = (initial_model(params) if content is None else GPT(params.model)).to(device)
     optimizer = adamw(model, config)
     if content is None:
         precision = choose_precision(device, params.runtime.precision)
         state = trainer.TrainState(precision=str(precision).removeprefix("torch."))
     else:
         state = trainer.restore(content, model, optimizer)
-        if state.step == config.max_steps:
-            say(f"this run is complete in {store.folder}, its results are taken; delete that folder to train anew")
-        else:
-            say(f"going on from step {state.step} of {config.max_steps}, found in {store.folder}")
-    say(
-        f"training {model.config.num_parameters():,} parameters on {device} in {state.precision}, "
-        f"{config.step_tokens:,} tokens a step"
-    )
+    if state.step == config.max_steps:
+        say(f"this run is complete in {store.folder}, its results are taken; delete that folder to train anew")
+    else:
+        begin = f"going on from step {state.step} of {config.max_steps} in {store.folder}, " if content else ""
+        say(
+            f"{begin}training {model.config.num_parameters():,} parameters on {device} in {state.precision}, "
+            f"{config.step_tokens:,} tokens a step"
+        )
 
     def validate() -> float:
         return validation_loss(
@@ -133,12 +133,6 @@ def initial_model(params: Params) -> "GPT":
     if differing:
         raise UserError(f"train.init_from {source!r} has other sizes; set in the section model: {', '.join(differing)}")
     return pretrained
-
-
-def _empty_model(params: Params) -> "GPT":
-    from gpt2.model import GPT
-
-    return GPT(params.model)
 
 
 def _tags(meta: Mapping[str, Any]) -> dict[str, str]:

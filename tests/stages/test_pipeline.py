@@ -236,7 +236,7 @@ def test_an_interrupted_training_is_not_recorded_and_goes_on(project, number):
     command = [sys.executable, "-m", "stages.train"]
     stage = subprocess.Popen(command, cwd=project.folder, env=project.environment, stderr=subprocess.PIPE, text=True)
     for line in stage.stderr:  # wait until the run is in MLflow, that is, the loop has begun
-        if line.startswith("training"):
+        if "training" in line:
             break
     before = len(project.runs())
     while len(project.runs()) == before:
