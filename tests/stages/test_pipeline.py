@@ -57,9 +57,11 @@ class Project:
             else:
                 shutil.copyfile(source, target)
         self.write_params((ROOT / "params.yaml").read_text(), TINY)
-        (folder / "mine.txt").write_text(our_text(400))
         for command in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-qm", "start"]):
             self.run("git", *command)
+        # a text that git does not know: no copy for an experiment has it
+        (folder / "mine.txt").write_text(our_text(400))
+        (folder / ".git/info/exclude").write_text("/mine.txt\n")
 
     def write_params(self, text, changes):
         yaml = YAML()
