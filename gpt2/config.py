@@ -162,12 +162,13 @@ class EvaluateConfig:
     """The report on a trained model.
 
     batch_size: validation windows at a time. passage_tokens: length of the passage whose loss is drawn.
-    prompts: one sample for each, drawn with max_new_tokens, temperature (0 is greedy), top_k, top_p and seed.
+    prompts: one sample for each, drawn with max_new_tokens, temperature (0 is greedy), top_k, top_p and seed. None
+    takes the beginnings of three lines of the validation text.
     """
 
     batch_size: PositiveInt
     passage_tokens: Annotated[int, Ge(2), Le(1024)]
-    prompts: Annotated[list[str], MinLen(1)]
+    prompts: Annotated[list[str], MinLen(1)] | None
     max_new_tokens: PositiveInt
     temperature: Annotated[float, Ge(0)]
     top_k: PositiveInt | None

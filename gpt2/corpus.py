@@ -10,7 +10,6 @@ import http.client
 import os
 import platform
 import sysconfig
-import textwrap
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
@@ -45,6 +44,8 @@ DOWNLOADS = {
 }
 PYTHON_DOCS = "python-docs"
 KNOWN = (*DOWNLOADS, PYTHON_DOCS)
+NOT_DOCUMENTATION = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3"}
+MIN_PIECE_CHARACTERS = 80
 
 
 class DownloadError(FileError):
@@ -234,29 +235,39 @@ def _check_download(file: IO[bytes], download: Download, expected: str | None) -
 
 
 def python_docs() -> Iterator[str]:
-    """English text that ships inside CPython: the language reference's topics, then the standard library's docstrings.
+    """English text that ships inside CPython: the language reference's topics and the standard library's docstrings.
 
-    About 2 MB; the same on every machine with the same CPython release.
+    About 2 MB; the same on every machine with the same CPython release. Only prose: without indentation, tables and
+    rules. The pieces come in the order of their hashes, so that the held-out end of the text is like the rest.
     """
     from pydoc_data.topics import topics
 
-    for name in sorted(topics):
-        yield topics[name].strip() + "\n\n"
+    pieces = {prose(text) for text in (*topics.values(), *_docstrings())}
+    for piece in sorted(pieces, key=lambda piece: hashlib.sha256(piece.encode()).digest()):
+        if len(piece) > MIN_PIECE_CHARACTERS:
+            yield piece + "\n\n"
+
+
+def prose(text: str) -> str:
+    """A text without indentation, tables, rules and interactive sessions, and with single blank lines."""
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    kept = [line for line in lines if not line.startswith(("+", "|", "=", "-", "^", "~", "*", ">>>", "..."))]
+    paragraphs = "\n".join(kept).split("\n\n")
+    return "\n\n".join(paragraph.strip() for paragraph in paragraphs if paragraph.strip())
+
+
+def _docstrings() -> Iterator[str]:
     library = Path(sysconfig.get_paths()["stdlib"])
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(library.rglob("*.py")):
-        parts = path.relative_to(library).parts
-        if (
-            parts[0] in ("site-packages", "dist-packages", "test", "idlelib", "turtledemo", "lib2to3")
-            or "tests" in parts
-        ):
+        folders = path.relative_to(library).parts[:-1]
+        if not NOT_DOCUMENTATION.isdisjoint(folders):
             continue
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):  # the standard library ships a few broken files for its own tests
             continue
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        nodes = (node for node in ast.walk(tree) if isinstance(node, documented))
-        docstrings = (ast.get_docstring(node) for node in nodes)
-        for text in docstrings:
-            if text and text.isascii() and len(text) > 80:
-                yield textwrap.dedent(text).strip() + "\n\n"
+        for node in ast.walk(tree):
+            docstring = ast.get_docstring(node) if isinstance(node, documented) else None
+            if docstring and docstring.isascii():
+                yield docstring

@@ -59,6 +59,13 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return probs
 
 
+def prompts_from(text: str, count: int = 3, words: int = 3) -> list[str]:
+    """The first words of lines from all over a text: prompts in its own manner, always the same."""
+    lines = [line.split() for line in text.splitlines() if len(line.split()) > words] or [text.split()]
+    chosen = [lines[len(lines) * (2 * i + 1) // (2 * count)] for i in range(count)]
+    return list(dict.fromkeys(" ".join(line[:words]) for line in chosen))
+
+
 def context_start(num_tokens: int, context: int) -> int:
     """Where the model's view begins when it predicts the token after `num_tokens`.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gpt2.config import EvaluateConfig
 from gpt2.data import Tokens, open_tokens
 from gpt2.files import write_json, write_text
 from stages import paths, tracking
@@ -14,6 +15,8 @@ from stages.process import run_stage, say
 
 if TYPE_CHECKING:
     from gpt2.model import GPT
+
+PROMPTS_FROM_TOKENS = 100_000
 
 
 def main() -> None:
@@ -36,6 +39,7 @@ def evaluate(params: Params) -> dict[str, float]:
     from gpt2 import evaluation, tokenizer
     from gpt2.checkpoint import load_model, trained_length
     from gpt2.device import choose_device, keep_freed_memory
+    from gpt2.generation import prompts_from
     from stages import reports
 
     keep_freed_memory()
@@ -54,26 +58,29 @@ def evaluate(params: Params) -> dict[str, float]:
             batch_size=config.batch_size,
             progress=progress.update,
         )
-    samples = draw_samples(params, model, sequence_length)
+    prompts = config.prompts or prompts_from(tokenizer.decode(val_tokens[:PROMPTS_FROM_TOKENS].tolist()))
+    samples = draw_samples(config, model, prompts, sequence_length)
     with bar(total=len(train_tokens), desc="searching the training text") as progress:
         verbatim = evaluation.longest_verbatim(samples, train_tokens, progress=progress.update)
     metrics = {**asdict(scores), "longest_verbatim_characters": len(verbatim)}
     write_json(paths.EVALUATE_REPORT / "metrics.json", metrics)
-    write_text(paths.EVALUATE_REPORT / "samples.md", describe_samples(params, samples, verbatim, metrics["loss"]))
+    pairs = [{"prompt": prompt, "sample": sample} for prompt, sample in zip(prompts, samples, strict=True)]
+    write_json(paths.EVALUATE_REPORT / "samples.json", pairs)
+    description = describe_samples(config, prompts, samples, verbatim, metrics["loss"])
+    write_text(paths.EVALUATE_REPORT / "samples.md", description)
     passage = middle(val_tokens, config.passage_tokens)
     losses = evaluation.token_losses(model, passage, sequence_length=sequence_length)
     reports.draw_passage([tokenizer.decode([int(t)]) for t in passage], losses, paths.EVALUATE_REPORT / "passage.png")
     return metrics
 
 
-def draw_samples(params: Params, model: "GPT", context: int) -> list[str]:
+def draw_samples(config: EvaluateConfig, model: "GPT", prompts: list[str], context: int) -> list[str]:
     """A continuation of each prompt, as the Space would give it."""
     from tqdm import tqdm
 
     from gpt2 import tokenizer
     from gpt2.generation import BLANK_PROMPT, Sampling, generate
 
-    config = params.evaluate
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     return [
         tokenizer.decode(
@@ -86,15 +93,12 @@ def draw_samples(params: Params, model: "GPT", context: int) -> list[str]:
                 context=context,
             )
         )
-        for number, prompt in enumerate(
-            tqdm(config.prompts, desc="writing samples", unit="sample", disable=None, leave=False)
-        )
+        for number, prompt in enumerate(tqdm(prompts, desc="writing samples", unit="sample", disable=None, leave=False))
     ]
 
 
-def describe_samples(params: Params, samples: list[str], verbatim: str, loss: float) -> str:
+def describe_samples(config: EvaluateConfig, prompts: list[str], samples: list[str], verbatim: str, loss: float) -> str:
     """The samples as Markdown."""
-    config = params.evaluate
     parts = [
         "# Samples",
         f"Validation loss {loss:.4f} nats per token. {config.max_new_tokens} tokens for each prompt, "
@@ -103,7 +107,7 @@ def describe_samples(params: Params, samples: list[str], verbatim: str, loss: fl
         f"The longest passage of them that stands to the letter in the training text has {len(verbatim)} characters"
         + (f": `{' ⏎ '.join(verbatim.split(chr(10)))}`" if verbatim else ""),
     ]
-    for prompt, sample in zip(config.prompts, samples, strict=True):
+    for prompt, sample in zip(prompts, samples, strict=True):
         shown_prompt = prompt.strip().replace("\n", " ⏎ ") or "(empty)"
         body = "\n".join(f"    {line}" for line in sample.split("\n"))
         parts.append(f"## **{shown_prompt}**\n\n{body.rstrip()}")

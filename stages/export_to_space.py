@@ -71,10 +71,11 @@ def model_facts(params: Params, model: "GPT", context: int, run_id: str | None) 
     """What the card and the page say about the model."""
     evaluation = json.loads((paths.EVALUATE_REPORT / "metrics.json").read_text(encoding="utf-8"))
     training = json.loads((paths.TRAIN_REPORT / "metrics.json").read_text(encoding="utf-8"))
+    samples = json.loads((paths.EVALUATE_REPORT / "samples.json").read_text(encoding="utf-8"))
     corpus = json.loads(paths.CORPUS_FACTS.read_text(encoding="utf-8"))
     return {
         "title": params.export.title,
-        "examples": params.export.examples,
+        "examples": params.export.examples or [sample["prompt"] for sample in samples],
         "parameters": model.config.num_parameters(),
         **model.config.to_dict(),
         "context": context,

@@ -28,10 +28,10 @@ CHECKS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The Space's page. title: its heading; examples: prompts to click on."""
+    """The Space's page. title: its heading; examples: prompts to click on, None takes those of the evaluation."""
 
     title: Annotated[str, MinLen(1)]
-    examples: Annotated[list[str], MinLen(1)]
+    examples: Annotated[list[str], MinLen(1)] | None
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,11 @@ def test_a_known_corpus_is_checked_and_downloaded_once(server, tmp_path):
     assert not (tmp_path / "other.txt").exists()
 
 
+def test_prose_has_no_tables_and_no_indentation():
+    text = "A  title\n=======\n\n    Some text.\n+---+\n| a |\n+---+\n\n\n\n>>> 1 + 1\nMore\ttext.\n"
+    assert corpus.prose(text) == "A title\n\nSome text.\n\nMore text."
+
+
 def test_pythons_documentation_is_a_corpus_of_megabytes(tmp_path):
     facts, content = write("python-docs", tmp_path)
     assert facts.characters > 1_000_000

@@ -5,7 +5,7 @@ import torch
 
 from gpt2.config import GPTConfig
 from gpt2.errors import UserError
-from gpt2.generation import Sampling, context_start, generate, probabilities
+from gpt2.generation import Sampling, context_start, generate, probabilities, prompts_from
 from gpt2.model import GPT
 from gpt2.tokenizer import END_OF_TEXT
 
@@ -64,6 +64,14 @@ def test_a_prompt_longer_than_the_context_is_looked_at_from_its_end(lively_model
     tokens = list(generate(lively_model, prompt, max_new_tokens=5, sampling=Sampling(temperature=0), seed=0))
     start = context_start(100, 24)
     assert tokens[0] == int(lively_model(torch.tensor([prompt[start:]]))[0][0, -1].argmax())
+
+
+def test_prompts_are_beginnings_of_lines_from_all_over_a_text():
+    text = "".join(f"Line {i} has  five words\n\nshort line\n" for i in range(60))
+    assert prompts_from(text) == ["Line 10 has", "Line 30 has", "Line 50 has"]
+    assert prompts_from("one two three four") == ["one two three"]
+    assert prompts_from("word") == ["word"]
+    assert prompts_from(" ") == [""]
 
 
 @pytest.mark.parametrize("context", [1, 2, 7, 24])

@@ -13,7 +13,9 @@ def params():
 
 
 def test_samples_are_shown_with_their_prompts_and_what_is_learned_by_heart(params):
-    text = evaluate.describe_samples(params, ["one\ntwo", "three", "four"], "by heart\nyes", 5.25)
+    text = evaluate.describe_samples(
+        params.evaluate, ["ROMEO:\n", "a", ""], ["one\ntwo", "three", "four"], "by heart\nyes", 5.25
+    )
     assert "Validation loss 5.2500" in text
     assert "has 12 characters: `by heart ⏎ yes`" in text
     assert "## **ROMEO:**\n\n    one\n    two\n" in text
@@ -27,9 +29,9 @@ def test_the_passage_is_from_the_middle():
 
 
 def test_each_prompt_has_a_sample_of_its_own(params, tiny_model):
-    samples = evaluate.draw_samples(params, tiny_model, 16)
+    samples = evaluate.draw_samples(params.evaluate, tiny_model, ["a", "a", ""], 16)
     assert len(samples) == len(set(samples)) == 3
-    assert evaluate.draw_samples(params, tiny_model, 16) == samples
+    assert evaluate.draw_samples(params.evaluate, tiny_model, ["a", "a", ""], 16) == samples
 
 
 def test_the_run_that_trained_the_model_is_found(tmp_path, monkeypatch):

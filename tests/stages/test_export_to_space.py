@@ -32,6 +32,7 @@ def trained(tmp_path, monkeypatch, tiny_model):
     write_json(paths.CORPUS_FACTS, CORPUS)
     write_json(paths.TRAIN_REPORT / "metrics.json", {"steps": 10, "tokens": 640})
     write_json(paths.EVALUATE_REPORT / "metrics.json", {"loss": 5.43219, "perplexity": 228.7, "bits_per_byte": 2.5})
+    write_json(paths.EVALUATE_REPORT / "samples.json", [{"prompt": "The miller", "sample": " waits"}])
     return load_params(ROOT / "params.yaml")
 
 
@@ -42,6 +43,7 @@ def test_both_folders_are_written_and_checked(trained, capsys):
     assert "dist/hf: the same logits to" in told
     manifest = json.loads((paths.SPACE / "manifest.json").read_text())
     assert manifest["model"]["context"] == 16
+    assert manifest["model"]["examples"] == ["The miller"]
     assert manifest["model"]["validation_loss"] == 5.4322
     assert manifest["model"]["corpus_source"] == "mine.txt"
     assert set(manifest["sha256"]) >= {"gpt_model.pt", "gpt_config.pt", "app.py", "gpt2/model.py"}
