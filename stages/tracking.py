@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "gpt2"
 PARENT_TAG = "mlflow.parentRunId"
+MAX_PARAM_CHARACTERS = 6000
+"""MLflow refuses longer ones."""
 # MLflow's own defaults would let a server that does not answer hold up training for minutes.
 IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
@@ -101,7 +103,7 @@ def read_run_id() -> str | None:
 def open_run(params: Params, run_id: str | None = None, *, system_metrics: bool = False) -> Iterator[Run]:
     """The run of this pipeline run, for a stage: `run_id` if it can go on, a new one otherwise.
 
-    A run that was trained with other params of a later stage is not changed: that stage gets a child of it.
+    A run that was trained with other params of a later stage is not changed: the later stages share a child of it.
     """
     try:
         run = _open(params, run_id, system_metrics)
@@ -145,11 +147,14 @@ def _open(params: Params, run_id: str | None, system_metrics: bool) -> Run:
             experiment_id = experiment.experiment_id
     flat = flatten(params)
     tags = git_tags()
-    known = _find(client, run_id)
-    if known is not None and any(known.data.params.get(k, v) != v for k, v in flat.items()):
-        tags[PARENT_TAG] = known.info.run_id
-        known = None
-    elif known is None and run_id is not None:
+    trained = _find(client, run_id)
+    known = None
+    if trained is not None:
+        children = client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{run_id}'")
+        fitting = (run for run in (trained, *children) if all(run.data.params.get(k, v) == v for k, v in flat.items()))
+        known = next(fitting, None)
+        tags[PARENT_TAG] = trained.info.run_id
+    elif run_id is not None:
         tags["continues"] = run_id
     if system_metrics:
         mlflow.set_system_metrics_sampling_interval(5)  # type: ignore[no-untyped-call]
@@ -189,7 +194,7 @@ def _find(client: "MlflowClient", run_id: str | None) -> Any:
 def flatten(params: Params) -> dict[str, str]:
     """params.yaml as MLflow's params, `section.key`; without `runtime`, which does not decide the results."""
     return {
-        f"{section}.{key}": str(value)
+        f"{section}.{key}": str(value)[:MAX_PARAM_CHARACTERS]
         for section, values in asdict(params).items()
         if section != "runtime"
         for key, value in values.items()

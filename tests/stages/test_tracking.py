@@ -72,6 +72,9 @@ def test_stages_share_one_run_and_other_params_get_a_child(project, params, tmp_
     tags = client(project).get_run(child.id).data.tags
     assert tags[tracking.PARENT_TAG] == run.id
     assert client(project).get_run(run.id).data.params["evaluate.seed"] == "1"
+    with tracking.open_run(with_seed(params, 99), run.id) as next_stage:
+        pass
+    assert next_stage.id == child.id
 
     with tracking.open_run(params, "0" * 32) as other:
         pass
