@@ -202,7 +202,7 @@ def flatten(params: Params) -> dict[str, str]:
 
 
 def git_tags() -> dict[str, str]:
-    """The commit, whether something differs from it beside results and params (which are logged), and the DVC experiment."""
+    """The commit, whether more than results and params (which are logged) differs from it, and the DVC experiment."""
     tags = {}
     if commit := _git("rev-parse", "HEAD"):
         changed = _git("status", "--porcelain", "--", ".", ":!reports", ":!dvc.lock", ":!params.yaml")
