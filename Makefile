@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow check format lock ui space preset screenshots
+.PHONY: help setup repro test test-slow check format lock ui space preset bench tuning screenshots
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -49,6 +49,13 @@ space: setup ## serve dist/space on http://127.0.0.1:7860
 preset: ## params.yaml becomes presets/NAME.yaml: make preset NAME=seed
 	@test -f "presets/$(NAME).yaml" || { echo "There is no preset '$(NAME)'; there are:" $(notdir $(basename $(wildcard presets/*.yaml))); exit 2; }
 	cp "presets/$(NAME).yaml" params.yaml
+
+bench: setup ## measure speed and learning beside other implementations (three quarters of an hour)
+	python -m benchmarks.train
+	python -m benchmarks.learning
+
+tuning: setup ## reports/tuning.md from MLflow's records of the experiments tune-...
+	python -m tools.tuning
 
 screenshots: setup ## make the README's pictures anew from the last run (needs a Chromium)
 	python -m tools.screenshots

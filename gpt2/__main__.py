@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from gpt2.config import PRESETS, GPTConfig
 from gpt2.errors import GPT2Error, UserError
+from gpt2.memory import MACHINES, largest_batch
 
 if TYPE_CHECKING:
     from gpt2.model import GPT
@@ -153,7 +154,17 @@ def _describe(config: GPTConfig) -> list[str]:
         ("checkpoint on the disk", _bytes(12 * parameters)),
     ]
     width = max(len(name) for name, _ in rows)
-    return [sizes, *(f"{name:<{width}}  {value}" for name, value in rows)]
+    lines = [sizes, *(f"{name:<{width}}  {value}" for name, value in rows)]
+    lines += ["", f"Sequences of {config.block_size:,} tokens that fit into a micro-batch, bf16 or fp16 (estimated):"]
+    lines += [f"{'':<22}{'':>12}{'with gradient checkpointing':>30}"]
+    for machine, memory_bytes in MACHINES.items():
+        fitting = (
+            largest_batch(config, memory_bytes, checkpointing=checkpointing, on_cpu="laptop" in machine)
+            for checkpointing in (False, True)
+        )
+        plain, checkpointed = (f"{count:,}" if count else "none" for count in fitting)
+        lines.append(f"{machine:<22}{plain:>12}{checkpointed:>30}")
+    return lines
 
 
 def _bytes(count: int) -> str:

@@ -6,7 +6,7 @@ checks them. The rules across fields hold for every instance.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
@@ -125,7 +125,10 @@ class TrainConfig:
 
     init_from: "scratch", or a Hugging Face GPT-2 (a name such as "gpt2", or a local folder) to start from.
     batch_size: sequences in a micro-batch. sequence_length: tokens in a sequence.
-    learning_rate is reached after warmup_steps and falls along a cosine to min_learning_rate at max_steps.
+    optimizer: with "muon", Muon at muon_learning_rate trains the matrices of the blocks and AdamW the rest.
+    learning_rate is reached after warmup_steps and falls to min_learning_rate at max_steps: along a cosine, in a
+    straight line, or ("wsd": warm-up, stable, decay) in a straight line over the last decay_fraction of the steps.
+    muon_learning_rate rises and falls with it. label_smoothing: the share of each target spread over all tokens.
     eval_interval, checkpoint_interval: in steps.
     """
 
@@ -135,13 +138,18 @@ class TrainConfig:
     sequence_length: PositiveInt
     accumulation_steps: PositiveInt
     max_steps: PositiveInt
+    optimizer: Literal["adamw", "muon"]
     learning_rate: Annotated[float, Gt(0)]
     min_learning_rate: Annotated[float, Ge(0)]
+    muon_learning_rate: Annotated[float, Gt(0)]
+    schedule: Literal["cosine", "linear", "wsd"]
     warmup_steps: Annotated[int, Ge(0)]
+    decay_fraction: Annotated[float, Gt(0), Le(1)]
     weight_decay: Annotated[float, Ge(0)]
     beta1: Annotated[float, Ge(0), Lt(1)]
     beta2: Annotated[float, Ge(0), Lt(1)]
     max_grad_norm: Annotated[float, Gt(0)]
+    label_smoothing: Annotated[float, Ge(0), Lt(1)]
     eval_interval: PositiveInt
     checkpoint_interval: PositiveInt
 

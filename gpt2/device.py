@@ -1,17 +1,24 @@
-"""Which device computes, in which number format, and how memory is taken."""
+"""Which device computes, how fast it multiplies matrices, in which number format, and how memory is taken."""
 
 import ctypes
+import json
+import os
+import platform
+import resource
 import sys
 import time
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from gpt2.errors import UserError
+from gpt2.files import write_json
 
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
-PrecisionName = Literal["auto", "fp32", "bf16"]
-PROBE_SIZE = 1024
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROBE_SIZE = {"cuda": 8192, "mps": 2048, "cpu": 2048}
 WORTHWHILE_SPEEDUP = 1.5
 
 
@@ -34,46 +41,103 @@ def choose_device(name: DeviceName) -> torch.device:
 
 
 def choose_precision(device: torch.device, name: PrecisionName) -> torch.dtype:
-    """The format of matrix products: torch.float32 or torch.bfloat16.
+    """The format of matrix products: torch.float32, torch.bfloat16 or torch.float16.
 
-    `auto` takes bfloat16 where a short measurement shows it to be at least 1.5 times as fast; many processors accept
-    it and are slower at it.
+    `auto` on a CPU takes bfloat16 where a short measurement shows it to be at least 1.5 times as fast; many processors
+    accept it and are slower at it. On CUDA it takes bfloat16 where the hardware has it, and float16 otherwise.
     """
     if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+        return PRECISIONS[name]
     if device.type == "cuda":
-        supported = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if supported else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.float32
-    speedup = _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
+    speedup = matmul_flops(device, torch.bfloat16, 1024) / matmul_flops(device, torch.float32, 1024)
     return torch.bfloat16 if speedup >= WORTHWHILE_SPEEDUP else torch.float32
 
 
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    """Best of three products of two matrices on the CPU."""
-    a = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype)
-    a @ a  # the first one sets up
+def matmul_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Floating-point operations a second of a product of two square matrices of this size: the best of five."""
+    a = torch.ones(size, size, dtype=dtype, device=device)
     seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
+    for _ in range(6):  # the first one sets up
+        _wait(device)
+        start_s = time.perf_counter()
         a @ a
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        _wait(device)
+        seconds.append(time.perf_counter() - start_s)
+    return 2 * size**3 / min(seconds[1:])
 
 
-def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """A context in which matrix products run in `precision`; the weights stay fp32."""
-    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
-def keep_freed_memory() -> None:
-    """Lets glibc reuse large blocks instead of handing each back to the system.
+def peak_flops(device: torch.device, dtype: torch.dtype, cache: Path) -> float:
+    """The most operations a second that this machine's matrix products reach in a format.
 
-    The logits of a batch are hundreds of megabytes; taking them anew at every step made page faults half of a step's
-    time on the CPU. Does nothing where there is no glibc.
+    Measured once for each machine, number of threads, format and version of torch; kept in the JSON file `cache`.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+    key = f"{device_name(device)}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}"
+    try:
+        known = dict(json.loads(cache.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # there is none yet, or it is damaged
+        known = {}
+    if not isinstance(known.get(key), float):
+        known[key] = matmul_flops(device, dtype, PROBE_SIZE[device.type])
+        write_json(cache, known)
+    return float(known[key])
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: on the GPU by tensors, on the CPU by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def prepare(device: torch.device) -> None:
+    """Settings of torch and of the C library that make this process compute faster."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for products that are left in fp32
+    if device.type == "cpu":
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc reuse large blocks, in huge pages, instead of handing each back to the system.
+
+    A step takes and frees gigabytes; taking them anew each time made page faults half of a step's time on the CPU.
+    Does nothing where there is no glibc.
+    """
+    m_trim_threshold, m_mmap_max, madv_hugepage = -1, -4, 14  # from malloc.h and mman.h
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, -1)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    # address space that the heap grows into; a page of it takes memory when it is first written to
+    page = os.sysconf("SC_PAGE_SIZE")
+    size = page * os.sysconf("SC_PHYS_PAGES") // 2
+    if start := libc.malloc(size):
+        libc.madvise(-(-start // page) * page, size - page, madv_hugepage)
+        libc.free(start)

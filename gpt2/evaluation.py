@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2.compute import Compute
 from gpt2.data import Tokens, windows
-from gpt2.device import autocast
 from gpt2.model import GPT
 from gpt2.progress import Progress, unseen
 from gpt2.tokenizer import token_bytes
@@ -40,22 +40,16 @@ def _on(device: torch.device, batch: npt.NDArray[np.int64]) -> Tensor:
 
 @torch.no_grad()
 def validation_loss(
-    model: GPT,
-    tokens: Tokens,
-    *,
-    sequence_length: int,
-    batch_size: int,
-    precision: torch.dtype = torch.float32,
-    progress: Progress = unseen,
+    compute: Compute, tokens: Tokens, *, sequence_length: int, batch_size: int, progress: Progress = unseen
 ) -> float:
     """Mean loss in nats over every token of a split but the first, in windows of `sequence_length`."""
-    total = 0.0
+    device = compute.model.device
+    total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)  # MPS has no float64
     for inputs, targets in windows(tokens, sequence_length, batch_size):
-        with autocast(model.device, precision):
-            _, loss = model(_on(model.device, inputs), _on(model.device, targets))
-        total += loss.item() * targets.size
+        loss = compute.loss(_on(device, inputs), _on(device, targets))
+        total += loss.to(total.device).double() * targets.size
         progress(targets.size)
-    return total / (len(tokens) - 1)
+    return total.item() / (len(tokens) - 1)
 
 
 @torch.no_grad()
@@ -65,15 +59,13 @@ def score(
     *,
     sequence_length: int,
     batch_size: int,
-    precision: torch.dtype = torch.float32,
     progress: Progress = unseen,
 ) -> Scores:
-    """All the scores, on the windows of `validation_loss`."""
+    """All the scores, on the windows of `validation_loss`, in the format that the model is in."""
     total_nats, top1, top5 = 0.0, 0, 0
     for inputs, targets in windows(tokens, sequence_length, batch_size):
         y = _on(model.device, targets)  # (B, T)
-        with autocast(model.device, precision):
-            logits, loss = model(_on(model.device, inputs), y)  # (B, T, V)
+        logits, loss = model(_on(model.device, inputs), y)  # (B, T, V)
         likelier = (logits > logits.gather(2, y[:, :, None])).sum(dim=2)  # how many tokens beat the right one
         total_nats += loss.item() * targets.size
         top1 += int((likelier < 1).sum())

@@ -5,11 +5,13 @@ The weights carry OpenAI's names (`transformer.h.0.attn.c_attn.weight`), so that
 as `nn.Linear` has them; OpenAI's and Hugging Face's lie transposed (see `swap_conv1d_layout`).
 """
 
+import math
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gpt2.config import PRESETS, GPTConfig
 from gpt2.errors import UserError
@@ -17,6 +19,7 @@ from gpt2.errors import UserError
 __all__ = ["GPT", "GPTConfig", "LayerCache", "swap_conv1d_layout"]
 
 INIT_STD = 0.02
+SHORT_SEQUENCE = 256
 CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
@@ -41,6 +44,30 @@ class LayerCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of each token to itself and what came before; all (B, n_head, T, head_size).
+
+    PyTorch's own, but where a CPU trains in bf16 on short sequences: there the backward pass of PyTorch's takes several
+    times as long as plain matrix products (benchmarks/train.py).
+    """
+    T, head_size = q.shape[2:]
+    is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT_SEQUENCE and q.requires_grad
+    if not is_slow:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    future = torch.full((T, T), -torch.inf, device=q.device).triu(1)
+    scores = (q * head_size**-0.5) @ k.transpose(2, 3)  # (B, n_head, T, T)
+    return cast(Tensor, (scores.float() + future).softmax(3).to(v.dtype) @ v)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU (https://arxiv.org/abs/1606.08415)."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    # 0.5 (1 + tanh(u)) is sigmoid(2u), which compiled for a CPU takes a third of the time
+    y = x.float()
+    return (y * torch.sigmoid(math.sqrt(8 / math.pi) * (y + 0.044715 * y * y * y))).to(x.dtype)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and what came before."""
 
@@ -53,7 +80,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(B, T, C) to (B, T, C)."""
         B, T, C = x.size()
-        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = self.c_attn(x.to(self.c_attn.weight.dtype)).split(C, dim=2)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, head_size)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
@@ -62,7 +89,7 @@ class CausalSelfAttention(nn.Module):
             past = cache.length
             k, v = cache.append(k, v)  # (B, n_head, past + T, head_size)
         if past == 0:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = causal_attention(q, k, v)
         elif T == 1:  # the newest token sees all
             y = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -82,7 +109,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        return cast(Tensor, self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return cast(Tensor, self.c_proj(gelu_tanh(self.c_fc(x.to(self.c_fc.weight.dtype)))))
 
 
 class Block(nn.Module):
@@ -119,6 +146,7 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer["wte"].weight = self.lm_head.weight  # tied
+        self.gradient_checkpointing = False
         self.init_weights()
 
     @torch.no_grad()
@@ -166,14 +194,18 @@ class GPT(nn.Module):
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens do not fit the context of {self.config.block_size}")
         positions = torch.arange(past, past + T, device=idx.device)
-        x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)  # (B, T, C)
+        # the residual stream is fp32 in whatever format the matrix products are
+        x = self.transformer["wte"](idx).float() + self.transformer["wpe"](positions)  # (B, T, C)
         for layer, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):
-            x = block(x, cache[layer] if cache is not None else None)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache[layer] if cache is not None else None)
         return cast(Tensor, self.transformer["ln_f"](x))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits, (B, T, V), and with targets, (B, T), the mean cross-entropy in nats per token."""
-        logits = self.lm_head(self.hidden(idx))
+        logits = self.lm_head(self.hidden(idx).to(self.lm_head.weight.dtype))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))

@@ -38,14 +38,15 @@ def evaluate(params: Params) -> dict[str, float]:
 
     from gpt2 import evaluation, tokenizer
     from gpt2.checkpoint import load_model, trained_length
-    from gpt2.device import choose_device, keep_freed_memory
+    from gpt2.device import choose_device, prepare
     from gpt2.generation import prompts_from
     from stages import reports
 
-    keep_freed_memory()
+    device = choose_device(params.runtime.device)
+    prepare(device)
     config = params.evaluate
     train_tokens, val_tokens = open_tokens(paths.TOKENS, "train"), open_tokens(paths.TOKENS, "val")
-    model = load_model(paths.MODELS).to(choose_device(params.runtime.device))
+    model = load_model(paths.MODELS).to(device)
     sequence_length = trained_length(paths.MODELS) or model.config.block_size
 
     bar = partial(tqdm, unit="token", unit_scale=True, disable=None, leave=False)

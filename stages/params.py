@@ -38,12 +38,15 @@ class ExportConfig:
 class RuntimeConfig:
     """What does not decide the results, and is in no stage's params: a change reruns nothing.
 
+    precision, compile: "auto" measures what is worth it here. gradient_checkpointing: less memory, more time.
     threads: of the CPU; None leaves it to torch. log_interval: steps between rows of the history.
     checkpoint_folder: None is `checkpoints/`, or the mounted Drive on Colab.
     """
 
     device: Literal["auto", "cuda", "mps", "cpu"]
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    compile: Literal["auto", "always", "never"]
+    gradient_checkpointing: bool
     threads: Annotated[int, Gt(0)] | None
     log_interval: Annotated[int, Gt(0)]
     checkpoint_folder: Annotated[str, MinLen(1)] | None

@@ -20,6 +20,8 @@ HISTORY_COLUMNS = [
     "learning_rate",
     "grad_norm",
     "tokens_per_s",
+    "mfu",
+    "peak_memory_bytes",
     "tokens",
     "elapsed_s",
 ]
@@ -74,12 +76,13 @@ def draw_loss(history: pd.DataFrame, path: Path) -> None:
 
 
 def draw_schedule(history: pd.DataFrame, path: Path) -> None:
-    """Learning rate, gradient norm and speed against the step."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    """Learning rate, gradient norm, speed and utilisation against the step."""
+    figure = Figure(figsize=(8, 7.5), layout="constrained")
     panels = [
         ("learning_rate", "learning rate"),
         ("grad_norm", "gradient norm\nbefore clipping"),
         ("tokens_per_s", "tokens/s"),
+        ("mfu", "share of the\nmachine's peak"),
     ]
     for axes, (column, label) in zip(figure.subplots(len(panels), sharex=True), panels, strict=True):
         axes.plot(history["step"], history[column], color="#475569", linewidth=1.2)

@@ -16,11 +16,14 @@ from stages.params import Params, load_params
 from stages.process import StopFlag, run_stage, say, warn
 
 if TYPE_CHECKING:
-    import torch
-
     from gpt2.checkpoint import CheckpointStore
+    from gpt2.compute import Compute
     from gpt2.model import GPT
+    from gpt2.optim import Optimizer
     from gpt2.trainer import Row, TrainState
+
+WORTH_COMPILING_S = 10.0
+"""Of the run's matrix products at this machine's peak."""
 
 
 def main() -> None:
@@ -48,16 +51,17 @@ def train(params: Params, meta: Mapping[str, Any], store: "CheckpointStore", sto
     import torch
 
     from gpt2 import trainer
-    from gpt2.device import choose_device, choose_precision, keep_freed_memory
+    from gpt2.compute import Compute
+    from gpt2.device import choose_device, choose_precision, device_name, peak_flops, prepare
     from gpt2.evaluation import validation_loss
     from gpt2.model import GPT
-    from gpt2.optim import adamw
+    from gpt2.optim import Optimizer
 
-    config = params.train
-    keep_freed_memory()
-    if params.runtime.threads is not None:
-        torch.set_num_threads(params.runtime.threads)
-    device = choose_device(params.runtime.device)
+    config, runtime = params.train, params.runtime
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    device = choose_device(runtime.device)
+    prepare(device)
     torch.manual_seed(config.seed)
     sampler = Sampler(
         open_tokens(paths.TOKENS, "train"),
@@ -69,12 +73,15 @@ def train(params: Params, meta: Mapping[str, Any], store: "CheckpointStore", sto
     validation = open_tokens(paths.TOKENS, "val")
     content = store.load_newest(warn)
     model = (initial_model(params) if content is None else GPT(params.model)).to(device)
-    optimizer = adamw(model, config)
+    optimizer = Optimizer(model, config)
     if content is None:
-        precision = choose_precision(device, params.runtime.precision)
-        state = trainer.TrainState(precision=str(precision).removeprefix("torch."))
+        precision = choose_precision(device, runtime.precision)
+        state = trainer.TrainState.begin(precision)
     else:
         state = trainer.restore(content, model, optimizer)
+        precision = getattr(torch, state.precision)
+    compute = Compute(model, precision, gradient_checkpointing=runtime.gradient_checkpointing)
+    peak = peak_flops(device, precision, paths.real_root() / "checkpoints/peak-flops.json")
     if state.step == config.max_steps:
         say(f"this run is complete in {store.folder}, its results are taken; delete that folder to train anew")
     else:
@@ -83,14 +90,14 @@ def train(params: Params, meta: Mapping[str, Any], store: "CheckpointStore", sto
             f"{begin}training {model.config.num_parameters():,} parameters on {device} in {state.precision}, "
             f"{config.step_tokens:,} tokens a step"
         )
+        if content is None:
+            state.compiled = is_compiled(params, device.type, peak)
+        if state.compiled:
+            state.compiled = compile_for(compute, sampler, state.step)
 
     def validate() -> float:
         return validation_loss(
-            model,
-            validation,
-            sequence_length=config.sequence_length,
-            batch_size=config.batch_size,
-            precision=getattr(torch, state.precision),
+            compute, validation, sequence_length=config.sequence_length, batch_size=config.batch_size
         )
 
     run_id = content["mlflow_run_id"] if content else None
@@ -98,16 +105,25 @@ def train(params: Params, meta: Mapping[str, Any], store: "CheckpointStore", sto
         if content is not None:
             run.skip_logged("train/loss")
         run.tags(_tags(meta))
+        run.tags(
+            {
+                "runtime.device": device_name(device),
+                "runtime.precision": state.precision,
+                "runtime.compiled": str(state.compiled).lower(),
+                "runtime.threads": str(torch.get_num_threads()),
+            }
+        )
         hooks = StageHooks(params, store, run, model, optimizer, stop, state)
         complete = trainer.train(
-            model,
+            compute,
             optimizer,
             sampler,
             validate,
             config,
             state,
             hooks,
-            log_interval=params.runtime.log_interval,
+            log_interval=runtime.log_interval,
+            peak_flops=peak,
         )
         hooks.close()
         if not complete:
@@ -118,6 +134,34 @@ def train(params: Params, meta: Mapping[str, Any], store: "CheckpointStore", sto
                 stop.signal_number,
             )
         write_results(state, model, config.sequence_length, store, run)
+
+
+def is_compiled(params: Params, device_type: str, peak_flops: float) -> bool:
+    """Whether the run is to be compiled. Compiling takes up to a minute, and a fifth to a third off each step."""
+    if params.runtime.compile != "auto":
+        return params.runtime.compile == "always"
+    if device_type == "mps":  # where torch.compile is a prototype
+        return False
+    config = params.train
+    flops = params.model.flops_per_token(config.sequence_length) * config.step_tokens * config.max_steps
+    return flops / peak_flops > WORTH_COMPILING_S
+
+
+def compile_for(compute: "Compute", sampler: Sampler, step: int) -> bool:
+    """Compiles for the batches of a run; says so, also if it is not possible, and whether it was."""
+    import torch
+
+    from gpt2.compute import CompileError
+
+    say("compiling ...")
+    inputs, targets = (torch.from_numpy(array).to(compute.model.device) for array in sampler.batch(step, 0))
+    try:
+        seconds = compute.compile(inputs.contiguous(), targets.contiguous())
+    except CompileError as error:
+        warn(f"torch.compile is not possible here, training goes on without it, slower: {error}")
+        return False
+    say(f"compiled in {seconds:.0f} s")
+    return True
 
 
 def initial_model(params: Params) -> "GPT":
@@ -157,7 +201,7 @@ class StageHooks:
         store: "CheckpointStore",
         run: tracking.Run,
         model: "GPT",
-        optimizer: "torch.optim.Optimizer",
+        optimizer: "Optimizer",
         stop: StopFlag,
         state: "TrainState",
     ) -> None:
@@ -168,10 +212,12 @@ class StageHooks:
         # disable=None: quiet when the output is no terminal
         self.bar = tqdm(total=params.train.max_steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True)
         self.val_loss: float | None = None
+        self.mfu: float | None = None
 
     def log(self, row: "Row") -> None:
         """A row of the history is mirrored to MLflow; an evaluation is a line for people."""
         step = int(row["step"] or 0)
+        self.mfu = row["mfu"]
         self.run.metrics(
             step,
             {
@@ -180,13 +226,16 @@ class StageHooks:
                 "train/lr": row["learning_rate"],
                 "train/grad_norm": row["grad_norm"],
                 "train/tokens_per_s": row["tokens_per_s"],
+                "train/mfu": row["mfu"],
+                "train/peak_memory_bytes": row["peak_memory_bytes"],
             },
         )
         if row["val_loss"] is not None:
             self.val_loss = row["val_loss"]
             line = (
                 f"step {step:>6} of {self.params.train.max_steps}: training loss {row['train_loss']:.4f}, "
-                f"validation loss {row['val_loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s"
+                f"validation loss {row['val_loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s, "
+                f"{(row['peak_memory_bytes'] or 0) / 1e9:.1f} GB"
             )
             if self.bar.disable:
                 say(line)
@@ -196,6 +245,8 @@ class StageHooks:
     def progress(self, state: "TrainState", loss: float, tokens_per_s: float) -> None:
         """A step of the progress bar, which shows the ETA itself."""
         shown = {"loss": f"{loss:.3f}", "tokens/s": f"{tokens_per_s:,.0f}"}
+        if self.mfu is not None:
+            shown["MFU"] = f"{self.mfu:.0%}"
         if self.val_loss is not None:
             shown["val"] = f"{self.val_loss:.3f}"
         self.bar.set_postfix(shown, refresh=False)
@@ -243,6 +294,12 @@ def write_results(
         "parameters": model.config.num_parameters(),
         "tokens_per_s": round(float(last["tokens"] or 0) / state.elapsed_s),
         "elapsed_s": round(state.elapsed_s, 1),
+        "mfu": last["mfu"],
+        "peak_memory_bytes": last["peak_memory_bytes"],
+        "data_share": round(state.data_s / state.elapsed_s, 5),
+        "log_share": round(state.log_s / state.elapsed_s, 5),
+        "precision": state.precision,
+        "compiled": state.compiled,
     }
     write_json(folder / "metrics.json", metrics)
     reports.draw_loss(history, folder / "loss.png")

@@ -62,6 +62,8 @@ def test_the_arrows_inside_the_library_run_one_way():
     assert knows["tokenizer"] == set()
     assert knows["data"] == {"tokenizer"}
     assert knows["optim"] == set()
+    assert knows["loss"] == set()
+    assert knows["compute"] == {"loss", "model"}
     assert [name for name in knows if "trainer" in knows[name]] == []
     for name, path in MODULES.items():
         for other in closure(path) - {path}:
@@ -120,5 +122,5 @@ def test_the_readme_names_what_there_is():
         assert (ROOT / picture).is_file(), picture
     for stage in STAGES:
         assert f"`{stage}`" in readme
-    for room in ("gpt2", "stages", "space", "presets", "tests", "tools", "reports", "docs"):
+    for room in ("gpt2", "stages", "space", "presets", "benchmarks", "tests", "tools", "reports", "docs"):
         assert f"`{room}/`" in readme

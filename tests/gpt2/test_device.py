@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from gpt2 import device
-from gpt2.device import autocast, choose_device, choose_precision
+from gpt2.device import choose_device, choose_precision, device_name, peak_flops, peak_memory_bytes
 from gpt2.errors import UserError
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("cuda", "mps", "chosen"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
@@ -20,17 +22,43 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
         choose_device("cuda")
 
 
-@pytest.mark.parametrize(("bf16_s", "expected"), [(1.0, torch.bfloat16), (1.9, torch.float32), (4.0, torch.float32)])
-def test_bf16_is_chosen_where_it_is_faster(monkeypatch, bf16_s, expected):
-    monkeypatch.setattr(device, "_matmul_seconds", lambda dtype: bf16_s if dtype == torch.bfloat16 else 2.0)
-    assert choose_precision(torch.device("cpu"), "auto") == expected
-    assert choose_precision(torch.device("cpu"), "bf16") == torch.bfloat16
-    assert choose_precision(torch.device("cpu"), "fp32") == torch.float32
+@pytest.mark.parametrize(("bf16", "expected"), [(2.0, torch.bfloat16), (1.1, torch.float32), (0.5, torch.float32)])
+def test_bf16_is_chosen_where_it_is_faster(monkeypatch, bf16, expected):
+    monkeypatch.setattr(device, "matmul_flops", lambda _, dtype, __: bf16 if dtype == torch.bfloat16 else 1.0)
+    assert choose_precision(CPU, "auto") == expected
+    assert choose_precision(CPU, "bf16") == torch.bfloat16
+    assert choose_precision(CPU, "fp32") == torch.float32
+    assert choose_precision(CPU, "fp16") == torch.float16
 
 
-def test_autocast_computes_in_the_precision():
-    a = torch.ones(2, 2)
-    with autocast(torch.device("cpu"), torch.bfloat16):
-        assert (a @ a).dtype == torch.bfloat16
-    with autocast(torch.device("cpu"), torch.float32):
-        assert (a @ a).dtype == torch.float32
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_without_bf16_computes_in_fp16(monkeypatch, has_bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert choose_precision(torch.device("cuda"), "auto") == expected
+
+
+def test_the_peak_is_measured_once(monkeypatch, tmp_path):
+    measured = iter([3e11, 5e11])
+    monkeypatch.setattr(device, "matmul_flops", lambda *_: next(measured))
+    cache = tmp_path / "peak.json"
+    assert [peak_flops(CPU, torch.float32, cache) for _ in range(3)] == [3e11] * 3
+    assert peak_flops(CPU, torch.bfloat16, cache) == 5e11
+    assert peak_flops(CPU, torch.float32, cache) == 3e11
+    assert device_name(CPU) in cache.read_text()
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"x": 1}', "\0"])
+def test_a_damaged_cache_of_the_peak_is_measured_again(monkeypatch, tmp_path, damage):
+    (tmp_path / "peak.json").write_text(damage)
+    monkeypatch.setattr(device, "matmul_flops", lambda *_: 7e11)
+    assert peak_flops(CPU, torch.float32, tmp_path / "peak.json") == 7e11
+
+
+def test_a_product_is_timed():
+    assert 1e6 < device.matmul_flops(CPU, torch.float32, 64) < 1e15
+
+
+def test_peak_memory_is_that_of_the_process():
+    import psutil
+
+    assert peak_memory_bytes(CPU) >= 0.9 * psutil.Process().memory_info().rss

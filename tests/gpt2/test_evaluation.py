@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt2 import evaluation, tokenizer
+from gpt2.compute import Compute
 from gpt2.evaluation import longest_verbatim, score, token_losses, validation_loss
 
 
@@ -27,7 +28,7 @@ def expected_losses(model, tokens, length):
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_validation_loss_is_the_mean_over_every_token(tiny_model, tokens, batch_size):
     expected = np.mean(expected_losses(tiny_model, tokens, 16))
-    found = validation_loss(tiny_model, tokens, sequence_length=16, batch_size=batch_size)
+    found = validation_loss(Compute(tiny_model, torch.float32), tokens, sequence_length=16, batch_size=batch_size)
     assert found == pytest.approx(expected, rel=1e-6)
 
 

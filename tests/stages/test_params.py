@@ -43,6 +43,7 @@ def test_seed_is_the_old_projects_setting():
     assert (train.batch_size, train.sequence_length, train.accumulation_steps) == (32, 128, 2)
     assert (train.max_steps, train.warmup_steps, train.eval_interval) == (2500, 50, 250)
     assert (train.learning_rate, train.min_learning_rate) == (3e-4, 3e-5)
+    assert (train.optimizer, train.schedule, train.label_smoothing) == ("adamw", "cosine", 0.0)
     assert params.corpus.source == "tinyshakespeare"
 
 
@@ -58,10 +59,10 @@ def test_seed_is_the_old_projects_setting():
         ("n_layer: 4", "n_layer:", "model.n_layer is None"),
         ("n_layer: 4", "n_layer: 4\n  n_layer: 5", 'duplicate key "n_layer"'),
         ("n_head: 4", "n_head: 3", "model: n_embd 256 is not a multiple of n_head 3"),
-        ("learning_rate: 1.0e-3", "learning_rate: '1e-3'", "train.learning_rate is '1e-3', which is text"),
-        ("learning_rate: 1.0e-3", "learning_rate: .inf", "train.learning_rate is inf"),
-        ("learning_rate: 1.0e-3", "learning_rate: .nan", "train.learning_rate is nan"),
-        ("learning_rate: 1.0e-3", "learning_rate: [1]", "train.learning_rate is [1]"),
+        ("learning_rate: 6.0e-3", "learning_rate: '1e-3'", "train.learning_rate is '1e-3', which is text"),
+        ("learning_rate: 6.0e-3", "learning_rate: .inf", "train.learning_rate is inf"),
+        ("learning_rate: 6.0e-3", "learning_rate: .nan", "train.learning_rate is nan"),
+        ("learning_rate: 6.0e-3", "learning_rate: [1]", "train.learning_rate is [1]"),
         ("beta1: 0.9", "beta1: 1.0", "train.beta1 is 1.0; expected less than 1"),
         ("warmup_steps: 20", "warmup_steps: 5000", "train: warmup_steps 5000 is longer than the run"),
         ("sequence_length: 128", "sequence_length: 300", "train.sequence_length 300 is over the context"),
@@ -102,7 +103,7 @@ def test_a_missing_file_says_where_to_get_one(tmp_path):
 
 
 def test_a_float_may_be_written_without_a_point(tmp_path):
-    assert load(tmp_path, change("learning_rate: 1.0e-3", "learning_rate: 3e-4")).train.learning_rate == 3e-4
+    assert load(tmp_path, change("learning_rate: 6.0e-3", "learning_rate: 3e-4")).train.learning_rate == 3e-4
 
 
 @pytest.mark.parametrize("stage", ["fetch", "tokenize", "train", "evaluate", "export_to_space"])

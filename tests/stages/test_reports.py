@@ -12,6 +12,8 @@ HISTORY = [
         "learning_rate": 1e-3,
         "grad_norm": 1.0,
         "tokens_per_s": 1000.0,
+        "mfu": 0.25,
+        "peak_memory_bytes": 10**9,
         "tokens": step * 100,
         "elapsed_s": step * 0.1,
     }
@@ -22,7 +24,10 @@ HISTORY = [
 def test_history_is_a_table_with_a_row_for_each_point(tmp_path):
     table = reports.write_history(HISTORY, tmp_path)
     lines = (tmp_path / "history.csv").read_text().splitlines()
-    assert lines[0] == "step,train_loss,val_loss,learning_rate,grad_norm,tokens_per_s,tokens,elapsed_s"
+    assert (
+        lines[0]
+        == "step,train_loss,val_loss,learning_rate,grad_norm,tokens_per_s,mfu,peak_memory_bytes,tokens,elapsed_s"
+    )
     assert lines[1].startswith("10,4,,0.001,")
     assert lines[2].startswith("20,3,4,0.001,")
     assert len(table) == 3

@@ -3,6 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gpt2.compute import CompileError, Compute
+from gpt2.data import Sampler, open_tokens
 from gpt2.errors import UserError
 from gpt2.exchange import write_hugging_face
 from stages import train
@@ -40,3 +42,22 @@ def test_the_code_that_decides_the_numbers_is_in_the_fingerprint(monkeypatch):
     sources = {path.as_posix() for path in train.training_sources()}
     assert {"gpt2/model.py", "gpt2/trainer.py", "gpt2/data.py", "gpt2/optim.py"} <= sources
     assert "gpt2/generation.py" not in sources
+
+
+@pytest.mark.parametrize(("peak_flops", "compiled"), [(1.0, True), (1e30, False)])
+def test_long_runs_are_compiled(params, peak_flops, compiled):
+    assert train.is_compiled(params, "cpu", peak_flops) == compiled
+    assert not train.is_compiled(params, "mps", peak_flops)
+    for setting, expected in (("always", True), ("never", False)):
+        chosen = replace(params, runtime=replace(params.runtime, compile=setting))
+        assert train.is_compiled(chosen, "cpu", peak_flops) == expected
+
+
+def test_without_a_compiler_training_goes_on_and_says_so(tokens, tiny_model, monkeypatch, capsys):
+    def fail(*_):
+        raise CompileError("no working C++ compiler")
+
+    monkeypatch.setattr(Compute, "compile", fail)
+    sampler = Sampler(open_tokens(tokens, "train"), sequence_length=16, batch_size=2, accumulation_steps=1, seed=0)
+    assert not train.compile_for(Compute(tiny_model, torch.float32), sampler, step=0)
+    assert "goes on without it, slower: no working C++ compiler" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Programs that measure speed and learning side by side with other implementations."""

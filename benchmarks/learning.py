@@ -1,0 +1,218 @@
+"""Loss against steps and against seconds: the old script's recipe, tuned AdamW and Muon, on the same model and batches.
+
+    python -m benchmarks.learning                   three seeds, about 25 minutes on two cores
+
+Takes the model and the batch of params.yaml and the tokens of the last pipeline run. The old script's seconds are those
+of its own step (fp32, not compiled), timed in the same run. Writes reports/benchmarks/learning.{json,md,png}.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+REPORT = Path("reports/benchmarks")
+EVAL_INTERVAL = 20
+VALIDATION_TOKENS = 9217
+"""The first quarter of the held-out text of Tiny Shakespeare."""
+RECIPES: dict[str, dict[str, Any]] = {
+    "the old script's recipe": {},  # that of presets/seed.yaml
+    "tuned AdamW": {"optimizer": "adamw", "learning_rate": 2.0e-3, "min_learning_rate": 0.0, "schedule": "linear"},
+    "Muon": {},  # that of presets/laptop.yaml
+}
+COLORS = {"the old script's recipe": "#64748b", "tuned AdamW": "#2563eb", "Muon": "#c2410c"}
+
+
+class Silent:
+    """Hooks of a training run that only needs its history."""
+
+    def log(self, row: Any) -> None:
+        """Nothing."""
+
+    def progress(self, state: Any, loss: float, tokens_per_s: float) -> None:
+        """Nothing."""
+
+    def save(self, state: Any) -> None:
+        """Nothing."""
+
+    def should_stop(self) -> bool:
+        """No."""
+        return False
+
+
+def main() -> None:
+    """Trains each recipe with each seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=500, help="default: %(default)s")
+    arguments = parser.parse_args()
+    from stages.params import load_params
+
+    laptop, seed = (load_params(Path(f"presets/{name}.yaml")) for name in ("laptop", "seed"))
+    taken = ("optimizer", "learning_rate", "min_learning_rate", "schedule", "warmup_steps", "weight_decay")
+    RECIPES["the old script's recipe"] = {name: getattr(seed.train, name) for name in taken}
+    old_step_s = time_old_step(laptop)
+    runs = []
+    for number in range(arguments.seeds):
+        for name, recipe in RECIPES.items():
+            config = replace(
+                laptop.train,
+                **recipe,
+                seed=laptop.train.seed + number,
+                max_steps=arguments.steps,
+                eval_interval=EVAL_INTERVAL,
+            )
+            curve = run(laptop, config)
+            runs.append({"recipe": name, "seed": config.seed, **curve})
+            print(f"{name}, seed {config.seed}: best {min(curve['val_loss']):.3f}, {curve['seconds'][-1]:.0f} s")
+    result = {"date": time.strftime("%Y-%m-%d"), "old_step_s": old_step_s, "runs": runs}
+    REPORT.mkdir(parents=True, exist_ok=True)
+    (REPORT / "learning.json").write_text(json.dumps(result) + "\n")
+    write_table(result)
+    draw(result)
+
+
+def run(params: Any, config: Any) -> dict[str, list[float]]:
+    """The validation losses of a training run, and the steps and seconds of training at which they were reached."""
+    import torch
+
+    from gpt2.compute import Compute
+    from gpt2.data import Sampler, open_tokens
+    from gpt2.device import choose_device, choose_precision, prepare
+    from gpt2.evaluation import validation_loss
+    from gpt2.model import GPT
+    from gpt2.optim import Optimizer
+    from gpt2.trainer import TrainState, train
+    from stages import paths
+
+    device = choose_device("auto")
+    prepare(device)
+    torch.manual_seed(config.seed)
+    model = GPT(params.model).to(device)
+    precision = choose_precision(device, "auto")
+    compute = Compute(model, precision)
+    sampler = Sampler(
+        open_tokens(paths.TOKENS, "train"),
+        sequence_length=config.sequence_length,
+        batch_size=config.batch_size,
+        accumulation_steps=config.accumulation_steps,
+        seed=config.seed,
+    )
+    torch._dynamo.reset()
+    compute.compile(*(torch.from_numpy(array).contiguous().to(device) for array in sampler.batch(0, 0)))
+    validation = open_tokens(paths.TOKENS, "val")[:VALIDATION_TOKENS]
+    state, evaluated_s = TrainState.begin(precision), 0.0
+    seconds = []
+
+    def validate() -> float:
+        nonlocal evaluated_s
+        seconds.append(state.elapsed_s - evaluated_s)
+        start_s = time.perf_counter()
+        loss = validation_loss(
+            compute, validation, sequence_length=config.sequence_length, batch_size=config.batch_size
+        )
+        evaluated_s += time.perf_counter() - start_s
+        return loss
+
+    train(compute, Optimizer(model, config), sampler, validate, config, state, Silent(), log_interval=10**9)
+    return {
+        "step": [float(row["step"] or 0) for row in state.history],
+        "val_loss": [float(row["val_loss"] or 0) for row in state.history],
+        "seconds": seconds,
+    }
+
+
+def time_old_step(params: Any) -> float:
+    """Seconds of the old script's step: fp32, not compiled, whole logits."""
+    import torch
+
+    from benchmarks.plain import PlainGPT, plain_step
+    from gpt2.device import choose_device
+
+    device = choose_device("auto")
+    size = (params.train.batch_size, params.train.sequence_length)
+    batch = tuple(torch.randint(0, params.model.vocab_size, size, device=device) for _ in range(2))
+    model = PlainGPT(params.model).to(device)
+    step = plain_step(model, model, [batch] * params.train.accumulation_steps, torch.float32, device)  # type: ignore[list-item]
+    seconds = []
+    for _ in range(12):
+        start_s = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start_s)
+    return statistics.median(seconds[2:])
+
+
+def reached(curve: dict[str, Any], loss: float, axis: str) -> float:
+    """Where on an axis a curve is first as low as this loss; not a number if nowhere."""
+    return next((x for x, y in zip(curve[axis], curve["val_loss"], strict=True) if y <= loss), float("nan"))
+
+
+def write_table(result: dict[str, Any]) -> None:
+    """reports/benchmarks/learning.md."""
+    runs = result["runs"]
+    old = {run["seed"]: run for run in runs if run["recipe"] == "the old script's recipe"}
+    lines = [
+        "# Learning, side by side",
+        "",
+        f"Made by `python -m benchmarks.learning` ({result['date']}); the curves are in learning.json. Each line is "
+        "the mean over the seeds, with the least and the most. The goal is the old recipe's best validation loss.",
+        "",
+        "| | best validation loss | steps to the goal | of the old recipe's | seconds to the goal "
+        "| of the old recipe's | of the old script's |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+
+    def shown(values: list[float], form: str) -> str:
+        return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+    for recipe in RECIPES:
+        of_recipe = [run for run in runs if run["recipe"] == recipe]
+        goals = [min(old[run["seed"]]["val_loss"]) for run in of_recipe]
+        pairs = list(zip(of_recipe, goals, strict=True))
+        steps, seconds = ([reached(run, goal, axis) for run, goal in pairs] for axis in ("step", "seconds"))
+        old_steps, old_s = (
+            [reached(old[run["seed"]], goal, axis) for run, goal in pairs] for axis in ("step", "seconds")
+        )
+        old_script_s = [step * result["old_step_s"] for step in old_steps]
+        lines.append(
+            f"| {recipe} | {shown([min(run['val_loss']) for run in of_recipe], '.3f')} | {shown(steps, '.0f')} "
+            f"| {statistics.mean(steps) / statistics.mean(old_steps):.0%} | {shown(seconds, '.0f')} "
+            f"| {statistics.mean(seconds) / statistics.mean(old_s):.0%} "
+            f"| {statistics.mean(seconds) / statistics.mean(old_script_s):.0%} |"
+        )
+    lines += ["", f"The old script's step takes {result['old_step_s']:.3f} s; all three recipes ran in our own loop."]
+    (REPORT / "learning.md").write_text("\n".join(lines) + "\n")
+
+
+def draw(result: dict[str, Any]) -> None:
+    """reports/benchmarks/learning.png."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 4), layout="constrained")
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    labelled = set()
+    for curve in result["runs"]:
+        recipe = curve["recipe"]
+        label = None if recipe in labelled else recipe
+        labelled.add(recipe)
+        by_step.plot(curve["step"], curve["val_loss"], color=COLORS[recipe], linewidth=1.3, label=label)
+        by_time.plot(curve["seconds"], curve["val_loss"], color=COLORS[recipe], linewidth=1.3)
+        if recipe == "the old script's recipe":
+            old_s = [step * result["old_step_s"] for step in curve["step"]]
+            label = None if "own" in labelled else "the same, in the old script's step"
+            labelled.add("own")
+            by_time.plot(old_s, curve["val_loss"], color=COLORS[recipe], linewidth=1.0, linestyle=":", label=label)
+    by_step.set(xlabel="step", ylabel="validation loss, nats per token", ylim=(None, 7.5))
+    by_time.set(xlabel="seconds of training")
+    for axes in (by_step, by_time):
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(REPORT / "learning.png", dpi=110, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()

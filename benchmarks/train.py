@@ -1,0 +1,276 @@
+"""Tokens/s, utilisation and peak memory of a training step: ours in each format, and others', side by side.
+
+    python -m benchmarks.train                      all cases, about a quarter of an hour on two cores
+    python -m benchmarks.train --case laptop        one of them
+    python -m benchmarks.train --device cuda
+
+Each contender runs in a process of its own, one after the other, on the same random tokens; the median of its steps
+counts. Writes reports/benchmarks/train.{json,md,png}.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPORT = Path("reports/benchmarks")
+TIMED_STEPS, TIMED_S = 40, 25.0
+"""Steps are timed until one of these is reached, but at least two."""
+# model sizes (as in GPTConfig, without the vocabulary), sequences, their length, micro-batches
+GPT2 = {"block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
+LAPTOP = {"block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 256}
+CASES: dict[str, tuple[dict[str, int], int, int, int]] = {
+    "laptop": (LAPTOP, 8, 128, 1),
+    "gpt2-128": (GPT2, 32, 128, 2),
+    "gpt2-1024": (GPT2, 4, 1024, 1),
+    "gpt2-gpu": (GPT2, 32, 1024, 2),
+}
+OURS = {
+    "ours, {narrow}": {"precision": "narrow", "compile": True},
+    "ours, {narrow}, not compiled": {"precision": "narrow", "compile": False},
+    "ours, {narrow}, gradient checkpointing": {"precision": "narrow", "compile": True, "checkpointing": True},
+    "ours, fp32": {"precision": "fp32", "compile": True},
+}
+PEERS = {
+    "nanoGPT's way, {narrow} autocast, compiled": {"peer": "plain", "precision": "narrow", "compile": True},
+    "Transformers, {narrow} autocast, compiled": {"peer": "transformers", "precision": "narrow", "compile": True},
+    "Transformers, {narrow} autocast": {"peer": "transformers", "precision": "narrow", "compile": False},
+    "the old script, fp32": {"peer": "plain", "precision": "fp32", "compile": False},
+}
+BOUND = "matrix products alone, {narrow}"
+
+
+def main() -> None:
+    """Runs the cases, or, as a worker, one contender."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--case", choices=CASES, action="append", help="default: gpt2-gpu on CUDA, the others elsewhere"
+    )
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: %(default)s)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(work(json.loads(arguments.worker), arguments.device)))
+        return
+    cases = arguments.case or default_cases(arguments.device)
+    results = json.loads((REPORT / "train.json").read_text()) if (REPORT / "train.json").is_file() else {}
+    for case in cases:
+        rows = []
+        for name, contender in {BOUND: {"bound": True, "precision": "narrow"}, **OURS, **PEERS}.items():
+            command = [sys.executable, "-m", "benchmarks.train", "--device", arguments.device, "--worker"]
+            worker = subprocess.run(
+                [*command, json.dumps({"case": case, **contender})], stdout=subprocess.PIPE, text=True, check=False
+            )
+            if worker.returncode:
+                print(f"{case}: {name} failed with exit code {worker.returncode}", file=sys.stderr)
+                continue
+            row = json.loads(worker.stdout.splitlines()[-1])
+            rows.append({"contender": name.format(narrow=row["narrow"]), **contender, **row})
+            print(f"{case}: {rows[-1]['contender']}: {row['tokens_per_s']:,.0f} tokens/s, {row['peak_gb']:.2f} GB")
+        results[case] = {"date": time.strftime("%Y-%m-%d"), "machine": rows[0]["machine"], "rows": rows}
+        REPORT.mkdir(parents=True, exist_ok=True)
+        (REPORT / "train.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_table(results)
+    draw(results)
+
+
+def default_cases(device_name: str) -> list[str]:
+    """Those that suit the device."""
+    from gpt2.device import choose_device
+
+    on_cuda = choose_device(device_name).type == "cuda"  # type: ignore[arg-type]
+    return ["gpt2-gpu"] if on_cuda else [case for case in CASES if case != "gpt2-gpu"]
+
+
+def work(contender: dict[str, Any], device_name: str) -> dict[str, Any]:
+    """Times one contender."""
+    import torch
+
+    from gpt2.config import GPT2_VOCAB_SIZE, GPTConfig
+    from gpt2.device import (
+        PROBE_SIZE,
+        choose_device,
+        choose_precision,
+        matmul_flops,
+        peak_memory_bytes,
+        prepare,
+    )
+    from gpt2.device import device_name as name_of
+
+    device = choose_device(device_name)  # type: ignore[arg-type]
+    narrow = choose_precision(device, "auto")
+    precision = narrow if contender["precision"] == "narrow" else torch.float32
+    sizes, batch_size, length, accumulation = CASES[contender["case"]]
+    config = GPTConfig(vocab_size=GPT2_VOCAB_SIZE, **sizes)
+    torch.manual_seed(0)
+    if "peer" not in contender:
+        prepare(device)  # peers run as their users run them
+    peak = matmul_flops(device, precision, PROBE_SIZE[device.type])
+    draw_tokens = (torch.randint(0, config.vocab_size, (batch_size, length), device=device) for _ in iter(int, 1))
+    batches = [(next(draw_tokens), next(draw_tokens)) for _ in range(accumulation)]
+
+    def timed(action: Callable[[], object]) -> float:
+        start_s = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start_s
+
+    start_s = time.perf_counter()
+    step = make_step(contender, config, precision, device, batches)
+    timed(step)
+    set_up_s = time.perf_counter() - start_s
+    timed(step)
+    seconds = [timed(step), timed(step)]
+    while len(seconds) < TIMED_STEPS and sum(seconds) < TIMED_S:
+        seconds.append(timed(step))
+    tokens = batch_size * length * accumulation
+    tokens_per_s = tokens / statistics.median(seconds)
+    return {
+        "narrow": {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[narrow],
+        "machine": f"{name_of(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "tokens_per_s": tokens_per_s,
+        "seconds": seconds,
+        "set_up_s": set_up_s,
+        "peak_flops": peak,
+        "mfu": tokens_per_s * config.flops_per_token(length) / peak,
+        "peak_gb": peak_memory_bytes(device) / 1e9,
+    }
+
+
+def make_step(contender: dict[str, Any], config: Any, precision: Any, device: Any, batches: Any) -> Callable[[], None]:
+    """A contender's optimizer step."""
+    import torch
+
+    from benchmarks import plain
+
+    if contender.get("bound"):
+        products = list(plain.products_alone(config, *batches[0][0].shape, precision, device))
+
+        def all_products() -> None:
+            for _ in batches:
+                for product in products:
+                    product()
+
+        return all_products
+    if "peer" not in contender:
+        return our_step(contender, config, precision, device, batches)
+    if contender["peer"] == "plain":
+        model: Any = plain.PlainGPT(config).to(device)
+        loss = torch.compile(model) if contender["compile"] else model
+    else:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        sizes = GPT2Config(
+            n_positions=config.block_size,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+        )
+        model = GPT2LMHeadModel(sizes).to(device).train()
+        call = torch.compile(model) if contender["compile"] else model
+
+        def loss(inputs: Any, targets: Any) -> Any:
+            logits = call(input_ids=inputs).logits
+            return torch.nn.functional.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.view(-1))
+
+    return plain.plain_step(loss, model, batches, precision, device)
+
+
+def our_step(contender: dict[str, Any], config: Any, precision: Any, device: Any, batches: Any) -> Callable[[], None]:
+    """The step of gpt2.trainer, with its pieces."""
+    import torch
+
+    from gpt2.compute import Compute
+    from gpt2.config import TrainConfig
+    from gpt2.model import GPT
+    from gpt2.optim import Optimizer
+
+    settings = dict.fromkeys(TrainConfig.__dataclass_fields__, 1) | {
+        "optimizer": "adamw",
+        "learning_rate": 1e-4,
+        "min_learning_rate": 0.0,
+        "warmup_steps": 0,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+    }
+    model = GPT(config).to(device)
+    optimizer = Optimizer(model, TrainConfig(**settings))  # type: ignore[arg-type]
+    compute = Compute(model, precision, gradient_checkpointing=contender.get("checkpointing", False))
+    if contender["compile"]:
+        compute.compile(*batches[0])
+
+    def step() -> None:
+        for inputs, targets in batches:
+            (compute.loss(inputs, targets) / len(batches)).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        compute.cast_weights()
+        optimizer.zero_grad()
+
+    return step
+
+
+def write_table(results: dict[str, Any]) -> None:
+    """reports/benchmarks/train.md."""
+    lines = [
+        "# Training step, side by side",
+        "",
+        "Made by `python -m benchmarks.train`; the numbers are in train.json.",
+    ]
+    for case, result in results.items():
+        sizes, batch_size, length, accumulation = CASES[case]
+        rows = result["rows"]
+        best_peer = max((r["tokens_per_s"] for r in rows if "peer" in r), default=float("nan"))
+        bound = next(r["tokens_per_s"] for r in rows if r.get("bound"))
+        lines += [
+            "",
+            f"## {case}: {sizes['n_layer']} layers x {sizes['n_embd']}, {batch_size} x {length} tokens, "
+            f"accumulation {accumulation}",
+            "",
+            f"{result['machine']}, {result['date']}. Utilisation is of the peak of the format's own matrix products.",
+            "",
+            "| | tokens/s | to the best peer | to the products alone | utilisation | peak memory, GB "
+            "| set-up and first step, s |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        lines += [
+            f"| {r['contender']} | {r['tokens_per_s']:,.0f} | {r['tokens_per_s'] / best_peer:.2f} "
+            f"| {r['tokens_per_s'] / bound:.0%} | {r['mfu']:.0%} | {r['peak_gb']:.2f} | {r['set_up_s']:.1f} |"
+            for r in rows
+        ]
+    (REPORT / "train.md").write_text("\n".join(lines) + "\n")
+
+
+def draw(results: dict[str, Any]) -> None:
+    """reports/benchmarks/train.png."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.6 * len(results)), layout="constrained")
+    for axes, (case, result) in zip(figure.subplots(len(results), squeeze=False)[:, 0], results.items(), strict=True):
+        rows = sorted(result["rows"], key=lambda r: r["tokens_per_s"])
+        colors = ["#cbd5e1" if r.get("bound") else "#94a3b8" if "peer" in r else "#c2410c" for r in rows]
+        bars = axes.barh([r["contender"] for r in rows], [r["tokens_per_s"] for r in rows], color=colors)
+        labels = [f"{r['tokens_per_s']:,.0f}  ({r['peak_gb']:.1f} GB)" for r in rows]
+        axes.bar_label(bars, labels, padding=3, fontsize=8)
+        axes.set_title(f"{case}: tokens/s (peak memory)", fontsize=10)
+        axes.tick_params(labelsize=8)
+        axes.margins(x=0.18)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(REPORT / "train.png", dpi=110, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

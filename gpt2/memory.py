@@ -1,0 +1,60 @@
+"""How much memory training takes, from the sizes alone, and what fits where."""
+
+from gpt2.config import GPTConfig
+
+GIB = 2**30
+PROCESS_BYTES = 450_000_000
+"""Of Python and torch, on a CPU."""
+HEAP_OVERHEAD = 1.15
+"""What a CPU's heap takes beyond what is in use; measured, see `python -m benchmarks.train`."""
+CHUNK_TOKENS = 512
+MACHINES = {"2-core laptop, 8 GB": 6 * GIB, "T4, 16 GB": 14 * GIB, "GPU, 24 GB": 22 * GIB, "GPU, 80 GB": 76 * GIB}
+"""What is left there for training."""
+
+
+def training_bytes(
+    config: GPTConfig,
+    batch_size: int,
+    sequence_length: int,
+    *,
+    narrow: bool,
+    checkpointing: bool = False,
+    on_cpu: bool = True,
+) -> int:
+    """An estimate of the peak memory of training with AdamW on micro-batches of these sizes.
+
+    narrow: matrix products in bf16 or fp16. checkpointing: gradient checkpointing.
+    Counted for each parameter: weight, gradient and two moments in fp32, and the narrow copy. For each token and layer:
+    the residual stream twice in fp32; two normalised inputs, queries, keys and values, the attention's output, and the
+    MLP's inside before and after GELU, 14 widths in all, in the format of the products.
+    """
+    C, V, tokens = config.n_embd, config.vocab_size, batch_size * sequence_length
+    number = 2 if narrow else 4
+    weights = config.num_parameters() * (16 + (2 if narrow else 0))
+    of_a_block = tokens * (8 * C + 14 * number * C)
+    if on_cpu and narrow and sequence_length <= 256:  # attention by plain products keeps its probabilities
+        of_a_block += tokens * config.n_head * sequence_length * number
+    activations = config.n_layer * of_a_block
+    if checkpointing:
+        activations = config.n_layer * tokens * 4 * C + of_a_block
+    head = V * C * (4 + 2 * number) + 2 * tokens * C * number + min(tokens, CHUNK_TOKENS) * V * number
+    total = weights + activations + head
+    return round(total * HEAP_OVERHEAD + PROCESS_BYTES) if on_cpu else total
+
+
+def largest_batch(config: GPTConfig, memory_bytes: int, *, checkpointing: bool, on_cpu: bool) -> int:
+    """The most sequences of the full context that a micro-batch in bf16 or fp16 can have in this memory; 0 if none."""
+
+    def fits(batch_size: int) -> bool:
+        needed = training_bytes(
+            config, batch_size, config.block_size, narrow=True, checkpointing=checkpointing, on_cpu=on_cpu
+        )
+        return needed <= memory_bytes
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

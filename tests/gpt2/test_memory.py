@@ -1,0 +1,51 @@
+import json
+
+import pytest
+
+from benchmarks.train import CASES
+from gpt2 import loss, memory
+from gpt2.config import GPT2_VOCAB_SIZE, PRESETS, GPTConfig
+from gpt2.memory import GIB, largest_batch, training_bytes
+from tests.conftest import ROOT, TINY
+
+MEASURED = json.loads((ROOT / "reports/benchmarks/train.json").read_text())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case in MEASURED])
+@pytest.mark.parametrize(
+    ("contender", "options"),
+    [
+        ("ours, bf16", {"narrow": True}),
+        ("ours, bf16, gradient checkpointing", {"narrow": True, "checkpointing": True}),
+        ("ours, fp32", {"narrow": False}),
+    ],
+)
+def test_the_estimate_is_near_the_measured_peaks(case, contender, options):
+    sizes, batch_size, length, _ = CASES[case]
+    measured = next(row["peak_gb"] for row in MEASURED[case]["rows"] if row["contender"] == contender)
+    config = GPTConfig(vocab_size=GPT2_VOCAB_SIZE, **sizes)
+    assert training_bytes(config, batch_size, length, **options) / 1e9 == pytest.approx(measured, rel=0.2)
+
+
+def test_three_configurations_were_measured():
+    assert len(MEASURED) >= 3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_largest_batch_is_the_largest(checkpointing):
+    config = PRESETS["gpt2"]
+    for size in (2 * GIB, 14 * GIB, 80 * GIB):
+        n = largest_batch(config, size, checkpointing=checkpointing, on_cpu=False)
+        options = {"narrow": True, "checkpointing": checkpointing, "on_cpu": False}
+        assert n == 0 or training_bytes(config, n, 1024, **options) <= size
+        assert training_bytes(config, n + 1, 1024, **options) > size
+
+
+def test_checkpointing_takes_less():
+    for config in (TINY, *PRESETS.values()):
+        plain, less = (training_bytes(config, 8, 32, narrow=True, checkpointing=c) for c in (False, True))
+        assert less < plain
+
+
+def test_the_chunk_is_that_of_the_loss():
+    assert memory.CHUNK_TOKENS == loss.CHUNK_TOKENS
