@@ -20,7 +20,7 @@ VALIDATION_TOKENS = 9217
 """The first quarter of the held-out text of Tiny Shakespeare."""
 RECIPES: dict[str, dict[str, Any]] = {
     "the old script's recipe": {},  # that of presets/seed.yaml
-    "tuned AdamW": {"optimizer": "adamw", "learning_rate": 2.0e-3, "min_learning_rate": 0.0, "schedule": "linear"},
+    "tuned AdamW": {"optimizer": "adamw", "learning_rate": 1.0e-3, "min_learning_rate": 1.0e-4, "schedule": "cosine"},
     "Muon": {},  # that of presets/laptop.yaml
 }
 COLORS = {"the old script's recipe": "#64748b", "tuned AdamW": "#2563eb", "Muon": "#c2410c"}

@@ -5,7 +5,8 @@
     python -m benchmarks.train --device cuda
 
 Each contender runs in a process of its own, one after the other, on the same random tokens; the median of its steps
-counts. Writes reports/benchmarks/train.{json,md,png}.
+counts. Peers run as they are, without our settings of the C library's memory, but for the one that says so. Writes
+reports/benchmarks/train.{json,md,png}.
 """
 
 import argparse
@@ -39,11 +40,16 @@ OURS = {
 }
 PEERS = {
     "nanoGPT's way, {narrow} autocast, compiled": {"peer": "plain", "precision": "narrow", "compile": True},
+    "the same, with our memory settings": {"peer": "plain", "precision": "narrow", "compile": True, "prepared": True},
     "Transformers, {narrow} autocast, compiled": {"peer": "transformers", "precision": "narrow", "compile": True},
     "Transformers, {narrow} autocast": {"peer": "transformers", "precision": "narrow", "compile": False},
     "the old script, fp32": {"peer": "plain", "precision": "fp32", "compile": False},
 }
-BOUND = "matrix products alone, {narrow}"
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "matrix products alone, {narrow}": {"bound": True, "precision": "narrow"},
+    **OURS,
+    **PEERS,
+}
 
 
 def main() -> None:
@@ -52,6 +58,7 @@ def main() -> None:
     parser.add_argument(
         "--case", choices=CASES, action="append", help="default: gpt2-gpu on CUDA, the others elsewhere"
     )
+    parser.add_argument("--only", default="", help="contenders with this in their name; the others keep their numbers")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: %(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -61,8 +68,10 @@ def main() -> None:
     cases = arguments.case or default_cases(arguments.device)
     results = json.loads((REPORT / "train.json").read_text()) if (REPORT / "train.json").is_file() else {}
     for case in cases:
-        rows = []
-        for name, contender in {BOUND: {"bound": True, "precision": "narrow"}, **OURS, **PEERS}.items():
+        rows = results.get(case, {}).get("rows", [])
+        for name, contender in CONTENDERS.items():
+            if arguments.only not in name:
+                continue
             command = [sys.executable, "-m", "benchmarks.train", "--device", arguments.device, "--worker"]
             worker = subprocess.run(
                 [*command, json.dumps({"case": case, **contender})], stdout=subprocess.PIPE, text=True, check=False
@@ -71,8 +80,13 @@ def main() -> None:
                 print(f"{case}: {name} failed with exit code {worker.returncode}", file=sys.stderr)
                 continue
             row = json.loads(worker.stdout.splitlines()[-1])
-            rows.append({"contender": name.format(narrow=row["narrow"]), **contender, **row})
-            print(f"{case}: {rows[-1]['contender']}: {row['tokens_per_s']:,.0f} tokens/s, {row['peak_gb']:.2f} GB")
+            row = {"contender": name.format(narrow=row["narrow"]), **contender, **row}
+            rows = [*(other for other in rows if other["contender"] != row["contender"]), row]
+            print(
+                f"{case}: {row['contender']}: {row['tokens_per_s']:,.0f} tokens/s, {row['peak_gb']:.2f} GB", flush=True
+            )
+        order = [name.format(narrow=rows[0]["narrow"]) for name in CONTENDERS]
+        rows.sort(key=lambda row: order.index(row["contender"]))
         results[case] = {"date": time.strftime("%Y-%m-%d"), "machine": rows[0]["machine"], "rows": rows}
         REPORT.mkdir(parents=True, exist_ok=True)
         (REPORT / "train.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -109,8 +123,8 @@ def work(contender: dict[str, Any], device_name: str) -> dict[str, Any]:
     sizes, batch_size, length, accumulation = CASES[contender["case"]]
     config = GPTConfig(vocab_size=GPT2_VOCAB_SIZE, **sizes)
     torch.manual_seed(0)
-    if "peer" not in contender:
-        prepare(device)  # peers run as their users run them
+    if "peer" not in contender or contender.get("prepared"):
+        prepare(device)  # the other peers run as their users run them
     peak = matmul_flops(device, precision, PROBE_SIZE[device.type])
     draw_tokens = (torch.randint(0, config.vocab_size, (batch_size, length), device=device) for _ in iter(int, 1))
     batches = [(next(draw_tokens), next(draw_tokens)) for _ in range(accumulation)]

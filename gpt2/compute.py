@@ -24,8 +24,10 @@ class Compute:
     """A model and the form of it that computes."""
 
     def __init__(self, model: GPT, precision: torch.dtype, *, gradient_checkpointing: bool = False) -> None:
-        """precision: of the matrix products. gradient_checkpointing: computes each block's inside again in the
-        backward pass rather than keep it, which takes less memory and about a third more time.
+        """precision: of the matrix products. gradient_checkpointing: takes less memory and more time.
+
+        With it, the inside of each block is computed again in the backward pass rather than kept
+        (https://arxiv.org/abs/1604.06174).
         """
         self.model, self.precision = model, precision
         self.fast = model if precision == torch.float32 else _narrowed(model, precision)

@@ -164,8 +164,9 @@ def _lower_loss_scale(state: TrainState) -> bool:
 
 
 def _batches(sampler: Sampler, step: int, max_steps: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets, (batch_size, sequence_length), of each micro-batch from `step` on; the next is prepared
-    while one is used.
+    """Inputs and targets of each micro-batch from `step` on, both (batch_size, sequence_length).
+
+    The next one is prepared while one is used.
     """
 
     def prepare(place: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from gpt2.data import Sampler, open_tokens, read_meta
 from gpt2.errors import Interrupted, UserError
 from gpt2.files import hold, sha256_of, write_json
 from stages import paths, tracking
+from stages.hooks import StageHooks
 from stages.params import Params, load_params
 from stages.process import StopFlag, run_stage, say, warn
 
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
     from gpt2.checkpoint import CheckpointStore
     from gpt2.compute import Compute
     from gpt2.model import GPT
-    from gpt2.optim import Optimizer
-    from gpt2.trainer import Row, TrainState
+    from gpt2.trainer import TrainState
 
 WORTH_COMPILING_S = 10.0
 """Of the run's matrix products at this machine's peak."""
@@ -82,6 +82,8 @@ def train(params: Params, meta: Mapping[str, Any], store: "CheckpointStore", sto
         precision = getattr(torch, state.precision)
     compute = Compute(model, precision, gradient_checkpointing=runtime.gradient_checkpointing)
     peak = peak_flops(device, precision, paths.real_root() / "checkpoints/peak-flops.json")
+    if content is None:
+        state.compiled = is_compiled(params, device.type, peak)
     if state.step == config.max_steps:
         say(f"this run is complete in {store.folder}, its results are taken; delete that folder to train anew")
     else:
@@ -90,10 +92,7 @@ def train(params: Params, meta: Mapping[str, Any], store: "CheckpointStore", sto
             f"{begin}training {model.config.num_parameters():,} parameters on {device} in {state.precision}, "
             f"{config.step_tokens:,} tokens a step"
         )
-        if content is None:
-            state.compiled = is_compiled(params, device.type, peak)
-        if state.compiled:
-            state.compiled = compile_for(compute, sampler, state.step)
+        state.compiled = state.compiled and compile_for(compute, sampler, state.step)
 
     def validate() -> float:
         return validation_loss(
@@ -104,15 +103,8 @@ def train(params: Params, meta: Mapping[str, Any], store: "CheckpointStore", sto
     with tracking.open_run(params, run_id, system_metrics=True) as run:
         if content is not None:
             run.skip_logged("train/loss")
-        run.tags(_tags(meta))
-        run.tags(
-            {
-                "runtime.device": device_name(device),
-                "runtime.precision": state.precision,
-                "runtime.compiled": str(state.compiled).lower(),
-                "runtime.threads": str(torch.get_num_threads()),
-            }
-        )
+        computed_by = {"device": device_name(device), "precision": state.precision, "compiled": state.compiled}
+        run.tags({**_tags(meta), **{f"runtime.{name}": str(value) for name, value in computed_by.items()}})
         hooks = StageHooks(params, store, run, model, optimizer, stop, state)
         complete = trainer.train(
             compute,
@@ -190,82 +182,6 @@ def _tags(meta: Mapping[str, Any]) -> dict[str, str]:
     if facts.get("fallback_reason"):
         tags["corpus.fallback_reason"] = facts["fallback_reason"]
     return tags
-
-
-class StageHooks:
-    """What the training loop tells us goes to the terminal, the history, MLflow and the checkpoints."""
-
-    def __init__(
-        self,
-        params: Params,
-        store: "CheckpointStore",
-        run: tracking.Run,
-        model: "GPT",
-        optimizer: "Optimizer",
-        stop: StopFlag,
-        state: "TrainState",
-    ) -> None:
-        from tqdm import tqdm
-
-        self.params, self.store, self.run, self.stop = params, store, run, stop
-        self.model, self.optimizer = model, optimizer
-        # disable=None: quiet when the output is no terminal
-        self.bar = tqdm(total=params.train.max_steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True)
-        self.val_loss: float | None = None
-        self.mfu: float | None = None
-
-    def log(self, row: "Row") -> None:
-        """A row of the history is mirrored to MLflow; an evaluation is a line for people."""
-        step = int(row["step"] or 0)
-        self.mfu = row["mfu"]
-        self.run.metrics(
-            step,
-            {
-                "train/loss": row["train_loss"],
-                "val/loss": row["val_loss"],
-                "train/lr": row["learning_rate"],
-                "train/grad_norm": row["grad_norm"],
-                "train/tokens_per_s": row["tokens_per_s"],
-                "train/mfu": row["mfu"],
-                "train/peak_memory_bytes": row["peak_memory_bytes"],
-            },
-        )
-        if row["val_loss"] is not None:
-            self.val_loss = row["val_loss"]
-            line = (
-                f"step {step:>6} of {self.params.train.max_steps}: training loss {row['train_loss']:.4f}, "
-                f"validation loss {row['val_loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s, "
-                f"{(row['peak_memory_bytes'] or 0) / 1e9:.1f} GB"
-            )
-            if self.bar.disable:
-                say(line)
-            else:
-                self.bar.write(line)
-
-    def progress(self, state: "TrainState", loss: float, tokens_per_s: float) -> None:
-        """A step of the progress bar, which shows the ETA itself."""
-        shown = {"loss": f"{loss:.3f}", "tokens/s": f"{tokens_per_s:,.0f}"}
-        if self.mfu is not None:
-            shown["MFU"] = f"{self.mfu:.0%}"
-        if self.val_loss is not None:
-            shown["val"] = f"{self.val_loss:.3f}"
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
-
-    def save(self, state: "TrainState") -> None:
-        """Writes a checkpoint, and keeps the best one."""
-        from gpt2.trainer import checkpoint_content
-
-        content = checkpoint_content(self.model, self.optimizer, state)
-        self.store.save(state.step, {**content, "mlflow_run_id": self.run.id}, keep=[state.best_step])
-
-    def should_stop(self) -> bool:
-        """Whether a signal came."""
-        return bool(self.stop)
-
-    def close(self) -> None:
-        """Ends the progress bar."""
-        self.bar.close()
 
 
 def write_results(

@@ -1,6 +1,7 @@
 """What tests share: a text of our own, tiny configurations, and a model that fits into milliseconds."""
 
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ TINY_TRAIN = TrainConfig(
     eval_interval=3,
     checkpoint_interval=2,
 )
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 SUBJECTS = [
     "The miller",
     "A grey heron",

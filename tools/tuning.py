@@ -32,13 +32,14 @@ def row_of(client: Any, run: Any) -> dict[str, Any]:
     """What the table says of a run."""
     losses = client.get_metric_history(run.info.run_id, "val/loss")
     speed = [metric.value for metric in client.get_metric_history(run.info.run_id, "train/tokens_per_s")]
+    times_ms = [metric.timestamp for metric in client.get_metric_history(run.info.run_id, "train/loss")]
     return {
         "name": run.data.tags["dvc.experiment"],
         "start": run.info.start_time,
         "params": run.data.params,
         "loss": min(metric.value for metric in losses),
         "tokens_per_s": sorted(speed)[len(speed) // 2],
-        "seconds": (run.info.end_time - run.info.start_time) / 1000,
+        "seconds": (max(times_ms) - min(times_ms)) / 1000,
     }
 
 
@@ -51,7 +52,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "Made by `make tuning` from MLflow's records of the experiments `tune-...`: the lowest validation loss of each "
         "and what it changes of the preset.",
         "",
-        "| experiment | changes | validation loss | tokens/s | seconds of the stage |",
+        "| experiment | changes | validation loss | tokens/s | seconds of training |",
         "|---|---|---:|---:|---:|",
     ]
     for row in sorted(rows, key=lambda row: row["loss"]):

@@ -1,14 +1,11 @@
-import shutil
-
 import pytest
 import torch
 
 from gpt2.compute import CompileError, Compute
 from gpt2.model import GPT, GPTConfig, causal_attention
-from tests.conftest import TINY
+from tests.conftest import TINY, needs_compiler
 
 SMALL = GPTConfig(block_size=32, vocab_size=1000, n_layer=3, n_head=2, n_embd=64)
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 
 
 def batch(config, size=(4, 32)):

@@ -5,8 +5,10 @@ import pytest
 
 from gpt2.__main__ import main
 from gpt2.checkpoint import save_weights
+from gpt2.config import PRESETS
 from gpt2.exchange import write_hugging_face
 from gpt2.files import write_json
+from gpt2.memory import MACHINES, largest_batch
 from tests.conftest import ROOT, TINY
 
 
@@ -82,6 +84,12 @@ def test_info_of_a_preset(capsys):
     output = capsys.readouterr().out
     assert "124,439,808" in output
     assert "1.99 GB" in output  # 16 bytes a parameter
+    fitting = {line[:22].strip(): line[22:].split() for line in output.splitlines() if "GB  " in line}
+    assert list(fitting) == list(MACHINES)
+    assert [int(n.replace(",", "")) for n in fitting["GPU, 80 GB"]] == [
+        largest_batch(PRESETS["gpt2"], MACHINES["GPU, 80 GB"], checkpointing=checkpointing, on_cpu=False)
+        for checkpointing in (False, True)
+    ]
 
 
 def test_info_of_a_trained_model_with_changes(model_folder, capsys):

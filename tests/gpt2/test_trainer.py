@@ -12,7 +12,7 @@ from gpt2.evaluation import validation_loss
 from gpt2.model import GPT
 from gpt2.optim import Optimizer, lr_at
 from gpt2.trainer import TrainState, checkpoint_content, restore, train
-from tests.conftest import TINY
+from tests.conftest import TINY, needs_compiler
 
 
 class Recorder:
@@ -210,6 +210,22 @@ def test_every_kind_of_run_resumes_exactly(tokens, train_config, optimizer, prec
     file.seek(0)
     resumed = Run(tokens, config, precision)
     resumed.state = restore(torch.load(file, weights_only=True), resumed.model, resumed.optimizer)
+    assert resumed.go(Recorder())
+    assert torch.equal(resumed.weights(), whole.weights())
+
+
+@needs_compiler
+def test_a_compiled_run_resumes_exactly(tokens, train_config):
+    def compiled_run():
+        run = Run(tokens, train_config(max_steps=4), torch.bfloat16)
+        run.compute.compile(*torch.zeros(2, 4, 16, dtype=torch.long))
+        return run
+
+    whole, parts, resumed = compiled_run(), compiled_run(), compiled_run()
+    whole.go(Recorder())
+    parts.go(Recorder(stop_after=2))
+    content = copy.deepcopy(checkpoint_content(parts.model, parts.optimizer, parts.state))
+    resumed.state = restore(content, resumed.model, resumed.optimizer)
     assert resumed.go(Recorder())
     assert torch.equal(resumed.weights(), whole.weights())
 
