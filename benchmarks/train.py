@@ -40,7 +40,7 @@ OURS = {
 }
 PEERS = {
     "nanoGPT's way, {narrow} autocast, compiled": {"peer": "plain", "precision": "narrow", "compile": True},
-    "the same, with our memory settings": {"peer": "plain", "precision": "narrow", "compile": True, "prepared": True},
+    "nanoGPT's way, our memory settings": {"peer": "plain", "precision": "narrow", "compile": True, "prepared": True},
     "Transformers, {narrow} autocast, compiled": {"peer": "transformers", "precision": "narrow", "compile": True},
     "Transformers, {narrow} autocast": {"peer": "transformers", "precision": "narrow", "compile": False},
     "the old script, fp32": {"peer": "plain", "precision": "fp32", "compile": False},
@@ -263,7 +263,8 @@ def write_table(results: dict[str, Any]) -> None:
         ]
         lines += [
             f"| {r['contender']} | {r['tokens_per_s']:,.0f} | {r['tokens_per_s'] / best_peer:.2f} "
-            f"| {r['tokens_per_s'] / bound:.0%} | {r['mfu'] * r['peak_flops'] / peaks[r['precision']]:.0%} | {r['peak_gb']:.2f} | {r['set_up_s']:.1f} |"
+            f"| {r['tokens_per_s'] / bound:.0%} "
+            f"| {r['mfu'] * r['peak_flops'] / peaks[r['precision']]:.0%} | {r['peak_gb']:.2f} | {r['set_up_s']:.1f} |"
             for r in rows
         ]
     (REPORT / "train.md").write_text("\n".join(lines) + "\n")
