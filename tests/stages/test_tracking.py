@@ -51,7 +51,7 @@ def test_stages_share_one_run_and_other_params_get_a_child(project, params, tmp_
     found = client(project).get_run(run.id)
     assert found.info.status == "FINISHED"
     assert found.data.metrics == {"train/loss": 1.5, "val/loss": 2.0, "evaluate/loss": 2.5}
-    assert found.data.params["train.learning_rate"] == "0.001"
+    assert found.data.params["train.learning_rate"] == str(params.train.learning_rate)
     assert found.data.params["model.n_layer"] == "4"
     assert not [key for key in found.data.params if key.startswith("runtime")]
     assert found.data.tags["model.sha256"] == "abc"
