@@ -53,11 +53,11 @@ def main() -> None:
 
     laptop, seed = (load_params(Path(f"presets/{name}.yaml")) for name in ("laptop", "seed"))
     taken = ("optimizer", "learning_rate", "min_learning_rate", "schedule", "warmup_steps", "weight_decay")
-    RECIPES["the old script's recipe"] = {name: getattr(seed.train, name) for name in taken}
+    recipes = {**RECIPES, "the old script's recipe": {name: getattr(seed.train, name) for name in taken}}
     old_step_s = time_old_step(laptop)
     runs = []
     for number in range(arguments.seeds):
-        for name, recipe in RECIPES.items():
+        for name, recipe in recipes.items():
             config = replace(
                 laptop.train,
                 **recipe,

@@ -11,7 +11,6 @@ reports/benchmarks/train.{json,md,png}.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -289,5 +288,4 @@ def draw(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()
