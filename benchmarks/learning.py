@@ -52,6 +52,8 @@ def main() -> None:
     from stages.params import load_params
 
     laptop, seed = (load_params(Path(f"presets/{name}.yaml")) for name in ("laptop", "seed"))
+    if arguments.steps <= seed.train.warmup_steps or arguments.seeds < 1:
+        parser.error(f"at least one seed, and more steps than the old recipe's warm-up, {seed.train.warmup_steps}")
     taken = ("optimizer", "learning_rate", "min_learning_rate", "schedule", "warmup_steps", "weight_decay")
     recipes = {**RECIPES, "the old script's recipe": {name: getattr(seed.train, name) for name in taken}}
     old_step_s = time_old_step(laptop)
