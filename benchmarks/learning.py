@@ -38,6 +38,10 @@ class Silent:
     def save(self, state: Any) -> None:
         """Nothing."""
 
+    def warn(self, message: str) -> None:
+        """For the person who runs the benchmark."""
+        print(message)
+
     def should_stop(self) -> bool:
         """No."""
         return False
@@ -87,6 +91,7 @@ def run(params: Any, config: Any) -> dict[str, list[float]]:
     from gpt2.evaluation import validation_loss
     from gpt2.model import GPT
     from gpt2.optim import Optimizer
+    from gpt2.progress import Progress
     from gpt2.trainer import TrainState, train
     from stages import paths
 
@@ -96,25 +101,19 @@ def run(params: Any, config: Any) -> dict[str, list[float]]:
     model = GPT(params.model).to(device)
     precision = choose_precision(device, "auto")
     compute = Compute(model, precision)
-    sampler = Sampler(
-        open_tokens(paths.TOKENS, "train"),
-        sequence_length=config.sequence_length,
-        batch_size=config.batch_size,
-        accumulation_steps=config.accumulation_steps,
-        seed=config.seed,
-    )
+    sampler = Sampler(open_tokens(paths.TOKENS, "train"), config)
     torch._dynamo.reset()
     compute.compile(*(torch.from_numpy(array).contiguous().to(device) for array in sampler.batch(0, 0)))
     validation = open_tokens(paths.TOKENS, "val")[:VALIDATION_TOKENS]
-    state, evaluated_s = TrainState.begin(precision), 0.0
+    state, evaluated_s = TrainState.begin(precision, config.batch_size), 0.0
     seconds = []
 
-    def validate() -> float:
+    def validate(batch_size: int, progress: Progress) -> float:
         nonlocal evaluated_s
         seconds.append(state.elapsed_s - evaluated_s)
         start_s = time.perf_counter()
         loss = validation_loss(
-            compute, validation, sequence_length=config.sequence_length, batch_size=config.batch_size
+            compute, validation, sequence_length=config.sequence_length, batch_size=batch_size, progress=progress
         )
         evaluated_s += time.perf_counter() - start_s
         return loss

@@ -3,16 +3,15 @@
     checkpoints/<fingerprint>/step-000250/gpt_model_checkpoint.pt   weights, optimizer, and where the run was
                                           manifest.json             SHA-256 of the file, written last
 
-A checkpoint is made in a folder with a temporary name and renamed when it is whole. One without a manifest, or whose
-file does not have the manifest's SHA-256, is passed over.
+A checkpoint is published as `gpt2.files` says: it is there whole or not at all. What is damaged later is recognised,
+named, and passed over for an older one. Each holds all that a run needs, its best weights so far among it.
 """
 
-import hashlib
 import json
 import pickle
-import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,14 @@ from torch import Tensor
 
 from gpt2.config import GPTConfig
 from gpt2.errors import FileError
-from gpt2.files import TEMPORARY, sha256_of, sync_folder, write_json, write_with
+from gpt2.files import check_published, discard, publish, write_with
 from gpt2.model import GPT
 
 CHECKPOINT_FILE = "gpt_model_checkpoint.pt"
-MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 RUN_FILE = "run.json"
 KEEP_NEWEST = 2
-
-
-def fingerprint(facts: dict[str, Any], sources: Iterable[Path]) -> str:
-    """A name for all that decides a run's numbers: facts (params, sums of the data) and source files."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for path in sorted(sources):
-        digest.update(f"\0{path.as_posix()}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def save_weights(state_dict: dict[str, Tensor], path: Path) -> None:
@@ -89,6 +79,7 @@ class CheckpointStore:
     def __init__(self, folder: Path) -> None:
         """Nothing is made before the first `save`."""
         self.folder = folder
+        self._unsound: set[int] = set()
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is."""
@@ -96,52 +87,54 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in order; whether it is sound shows when it is loaded."""
-        names = (path.name for path in self.folder.glob("step-*") if (path / MANIFEST_FILE).is_file())
-        return sorted(int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit())
+        names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
+        return sorted(int(name) for name in names if name.isdigit())
 
-    def save(self, step: int, content: dict[str, Any], *, keep: Iterable[int] = ()) -> Path:
-        """Writes a checkpoint; then deletes all but the newest, those of the steps `keep`, and leftovers.
+    def save(self, step: int, content: dict[str, Any]) -> Path:
+        """Writes the checkpoint of a step; then deletes all but the newest, and leftovers.
 
-        Raises FileError if it cannot be written; older ones are untouched then.
+        One that is there already and sound is left as it is. Raises FileError if the checkpoint cannot be written;
+        older ones are untouched then.
         """
         target = self.path(step)
-        staging = target.with_name(target.name + TEMPORARY)
         try:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-            write_with(staging / CHECKPOINT_FILE, lambda temporary: torch.save(content, temporary))
-            manifest = {"step": step, "sha256": {CHECKPOINT_FILE: sha256_of(staging / CHECKPOINT_FILE)}}
-            write_json(staging / MANIFEST_FILE, manifest)
-            if target.exists():  # not sound, or the run would have gone on from it
-                self._delete(target)
-            staging.rename(target)
-            sync_folder(self.folder)
+            if target.exists():
+                if self._is_sound(step):
+                    return target
+                discard(target)
+            publish(target, {CHECKPOINT_FILE: lambda file: torch.save(content, file)}, {"step": step})
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            shutil.rmtree(staging, ignore_errors=True)
+            self.prune()
             raise FileError(
                 f"cannot write the checkpoint {target} ({_one_line(error)}); make room, and run again to go on"
             ) from None
-        self.prune([*self.steps()[-KEEP_NEWEST:], *keep])
+        self._unsound.discard(step)
+        self.prune()
         return target
 
-    def prune(self, keep: Iterable[int]) -> None:
-        """Deletes the checkpoints of all steps but these."""
-        for step in set(self.steps()) - set(keep):
-            self._delete(self.path(step))
+    def _is_sound(self, step: int) -> bool:
+        try:
+            self.load(step)
+        except FileError:
+            return False
+        return True
 
-    def _delete(self, path: Path) -> None:
-        (path / MANIFEST_FILE).unlink(missing_ok=True)  # from here on it is no checkpoint
-        shutil.rmtree(path, ignore_errors=True)
+    def prune(self, keep: int = KEEP_NEWEST) -> None:
+        """Deletes all checkpoints but the newest, and what interrupted saves left. What cannot be deleted stays."""
+        kept = {self.path(step) for step in [s for s in self.steps() if s not in self._unsound][-keep:]}
+        for path in set(self.folder.glob("step-*")) - kept:
+            with suppress(OSError):
+                discard(path)
 
     def load(self, step: int) -> dict[str, Any]:
         """The content of a checkpoint, on the CPU. Raises FileError if it is missing or not sound."""
         path = self.path(step)
+        manifest = check_published(path)
+        if manifest.get("step") != step or list(manifest["sha256"]) != [CHECKPOINT_FILE]:
+            raise FileError(f"{path} is mixed up: its manifest is that of {manifest.get('step')!r}")
         try:
-            manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-            if sha256_of(path / CHECKPOINT_FILE) != manifest["sha256"][CHECKPOINT_FILE]:
-                raise FileError(f"{path / CHECKPOINT_FILE} is damaged: its SHA-256 is not the manifest's")
             content: dict[str, Any] = torch.load(path / CHECKPOINT_FILE, map_location="cpu", weights_only=True)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise FileError(f"cannot read the checkpoint {path}: {_one_line(error)}") from None
         return content
 
@@ -155,6 +148,7 @@ class CheckpointStore:
             try:
                 return self.load(step)
             except FileError as error:
+                self._unsound.add(step)
                 warn(f"{error}; going back to an older checkpoint")
         if steps:
             raise FileError(f"no checkpoint in {self.folder} is sound; delete that folder to start anew")

@@ -29,7 +29,7 @@ class Compute:
         With it, the inside of each block is computed again in the backward pass rather than kept
         (https://arxiv.org/abs/1604.06174).
         """
-        self.model, self.precision = model, precision
+        self.model = model
         self.fast = model if precision == torch.float32 else _narrowed(model, precision)
         self.fast.gradient_checkpointing = gradient_checkpointing
         self.compiled = False

@@ -5,8 +5,9 @@ is to be reported at once. The types are annotated with their ranges; whoever re
 checks them. The rules across fields hold for every instance.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
@@ -17,6 +18,26 @@ GPT2_VOCAB_SIZE = 50257
 
 PositiveInt = Annotated[int, Gt(0)]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What has to hold between fields. told: what to say if not, with {0} for the first value, and so on."""
+
+    fields: tuple[str, ...]
+    holds: Callable[..., bool]
+    told: str
+
+
+def broken(rules: Iterable[Rule], values: Mapping[str, Any]) -> list[str]:
+    """What to say of values, by field. A rule is left out if one of its fields is not among them."""
+    told = []
+    for rule in rules:
+        if all(name in values for name in rule.fields):
+            needed = [values[name] for name in rule.fields]
+            if not rule.holds(*needed):
+                told.append(rule.told.format(*needed))
+    return told
 
 
 @dataclass(frozen=True)
@@ -32,9 +53,17 @@ class GPTConfig:
     n_head: PositiveInt
     n_embd: PositiveInt
 
+    RULES: ClassVar = (
+        Rule(
+            ("n_embd", "n_head"),
+            lambda n_embd, n_head: n_embd % n_head == 0,
+            "n_embd {0} is not a multiple of n_head {1}",
+        ),
+    )
+
     def __post_init__(self) -> None:
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if problems := broken(self.RULES, vars(self)):
+            raise ValueError("; ".join(problems))
 
     @classmethod
     def from_dict(cls, sizes: dict[str, Any]) -> "GPTConfig":
@@ -42,8 +71,8 @@ class GPTConfig:
 
         Raises UserError if it has not exactly the five keys, or a value that is no positive integer.
         """
-        keys = cls.__dataclass_fields__.keys()
-        if not isinstance(sizes, dict) or sizes.keys() != keys:
+        keys = [field.name for field in fields(cls)]
+        if not isinstance(sizes, dict) or sizes.keys() != set(keys):
             found = ", ".join(map(str, sizes)) if isinstance(sizes, dict) else type(sizes).__name__
             raise UserError(f"a model configuration has the keys {', '.join(keys)}; found: {found}")
         for key, value in sizes.items():
@@ -129,7 +158,7 @@ class TrainConfig:
     learning_rate is reached after warmup_steps and falls to min_learning_rate at max_steps: along a cosine, in a
     straight line, or ("wsd": warm-up, stable, decay) in a straight line over the last decay_fraction of the steps.
     muon_learning_rate rises and falls with it. label_smoothing: the share of each target spread over all tokens.
-    eval_interval, checkpoint_interval: in steps.
+    eval_interval: in steps.
     """
 
     init_from: Annotated[str, MinLen(1)]
@@ -151,13 +180,27 @@ class TrainConfig:
     max_grad_norm: Annotated[float, Gt(0)]
     label_smoothing: Annotated[float, Ge(0), Lt(1)]
     eval_interval: PositiveInt
-    checkpoint_interval: PositiveInt
+
+    RULES: ClassVar = (
+        Rule(
+            ("warmup_steps", "max_steps"),
+            lambda warmup_steps, max_steps: warmup_steps < max_steps,
+            "warmup_steps {0} is longer than the run, max_steps {1}",
+        ),
+        Rule(
+            ("min_learning_rate", "learning_rate"),
+            lambda lowest, highest: lowest <= highest,
+            "min_learning_rate {0} is over learning_rate {1}",
+        ),
+    )
 
     def __post_init__(self) -> None:
-        if self.warmup_steps >= self.max_steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} is longer than the run, max_steps {self.max_steps}")
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(f"min_learning_rate {self.min_learning_rate} is over learning_rate {self.learning_rate}")
+        if problems := broken(self.RULES, vars(self)):
+            raise ValueError("; ".join(problems))
+
+    def micro_batch(self, limit: int) -> int:
+        """The largest number of sequences, up to `limit`, that divides batch_size; 0 if the limit is less than 1."""
+        return next((size for size in range(min(limit, self.batch_size), 0, -1) if self.batch_size % size == 0), 0)
 
     @property
     def step_tokens(self) -> int:

@@ -76,13 +76,14 @@ def write_corpus(
 
     downloads: a folder that keeps what was downloaded; a known corpus put there by hand, as `<name>.txt`, is taken.
     roots: the folders that a relative path may start from, the first that has it wins.
-    progress: called during a download with the number of bytes that have just come.
+    progress: called with the number of bytes that have just been downloaded, and with 0 during other work; what it
+    raises ends the work.
     Raises DownloadError, and UserError if there is no such source or its text is empty or no UTF-8.
     """
     if source == PYTHON_DOCS:
         licence = "Python Software Foundation License"
         name = f"{PYTHON_DOCS} (CPython {platform.python_version()})"
-        chunks: Iterator[str] = python_docs()
+        chunks: Iterator[str] = python_docs(progress)
     elif source in DOWNLOADS or is_url(source):
         download = DOWNLOADS.get(source) or Download(url=source, sha256=None, licence="unknown")
         licence, name = download.licence, download.url
@@ -93,15 +94,16 @@ def write_corpus(
         path = find_path(source, roots)
         name = str(path)
         chunks = read_text(text_files(path))
-    return _write(chunks, target, name, licence)
+    return _write(chunks, target, name, licence, progress)
 
 
-def _write(chunks: Iterator[str], target: Path, source: str, licence: str) -> CorpusFacts:
+def _write(chunks: Iterator[str], target: Path, source: str, licence: str, progress: Progress) -> CorpusFacts:
     digest = hashlib.sha256()
     num_bytes = num_characters = num_lines = 0
     is_blank = True
     with atomic_write(target) as file:
         for chunk in chunks:
+            progress(0)
             data = chunk.encode()
             file.write(data)
             digest.update(data)
@@ -123,7 +125,11 @@ def _write(chunks: Iterator[str], target: Path, source: str, licence: str) -> Co
 
 def find_path(source: str, roots: Iterable[Path]) -> Path:
     """The absolute path of a source. Raises UserError if there is none, and says what was looked for."""
-    candidates = [Path(os.path.abspath(root / Path(source).expanduser())) for root in roots]
+    try:
+        relative = Path(source).expanduser()
+    except RuntimeError as error:  # ~somebody who is not known here
+        raise UserError(f"corpus.source {source!r}: {error}") from None
+    candidates = [Path(os.path.abspath(root / relative)) for root in roots]
     for path in candidates:
         if path.exists():
             return path
@@ -137,10 +143,12 @@ def text_files(path: Path) -> list[Path]:
     """The files of a source: itself, or a folder's .txt and .md files at any depth, in the order of their paths.
 
     Links to folders are not followed, so that a circle of them cannot hang us; hidden files and folders are left out.
-    Raises UserError if a folder has none.
+    Raises UserError if a folder has none, or the source is neither file nor folder.
     """
-    if not path.is_dir():
+    if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise UserError(f"{path} is neither a file nor a folder")
     found: list[Path] = []
     for folder, subfolders, names in os.walk(path):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -175,6 +183,7 @@ def _read_file(path: Path) -> Iterator[str]:
     ends_with_cr = False
     try:
         with path.open("rb") as file:
+            before = _version(os.fstat(file.fileno()))
             while True:
                 data = file.read(CHUNK_BYTES)
                 if offset == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -197,9 +206,15 @@ def _read_file(path: Path) -> Iterator[str]:
                 if text := text.replace("\r\n", "\n").replace("\r", "\n"):
                     yield text
                 if not data:
-                    return
+                    break
+            if _version(path.stat()) != before:
+                raise UserError(f"{path} changed while it was read; run again when it is at rest")
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def fetch(download: Download, path: Path, progress: Progress = unseen) -> Path:
@@ -215,7 +230,7 @@ def fetch(download: Download, path: Path, progress: Progress = unseen) -> Path:
         with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT_S) as response:  # noqa: S310 - http(s) only
             expected = response.headers.get("Content-Length")
             with atomic_write(path) as file:
-                while data := response.read(CHUNK_BYTES):
+                while data := response.read1(CHUNK_BYTES):
                     file.write(data)
                     progress(len(data))
                 _check_download(file, download, expected)
@@ -234,7 +249,7 @@ def _check_download(file: IO[bytes], download: Download, expected: str | None) -
         raise DownloadError(f"{download.url} has SHA-256 {found}; expected {download.sha256}")
 
 
-def python_docs() -> Iterator[str]:
+def python_docs(progress: Progress = unseen) -> Iterator[str]:
     """English text that ships inside CPython: the language reference's topics and the standard library's docstrings.
 
     About 2 MB; the same on every machine with the same CPython release. Only prose: without indentation, tables and
@@ -242,7 +257,7 @@ def python_docs() -> Iterator[str]:
     """
     from pydoc_data.topics import topics
 
-    pieces = {prose(text) for text in (*topics.values(), *_docstrings())}
+    pieces = {prose(text) for text in (*topics.values(), *_docstrings(progress))}
     for piece in sorted(pieces, key=lambda piece: hashlib.sha256(piece.encode()).digest()):
         if len(piece) > MIN_PIECE_CHARACTERS:
             yield piece + "\n\n"
@@ -256,10 +271,11 @@ def prose(text: str) -> str:
     return "\n\n".join(paragraph.strip() for paragraph in paragraphs if paragraph.strip())
 
 
-def _docstrings() -> Iterator[str]:
+def _docstrings(progress: Progress) -> Iterator[str]:
     library = Path(sysconfig.get_paths()["stdlib"])
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(library.rglob("*.py")):
+        progress(0)
         folders = path.relative_to(library).parts[:-1]
         if not NOT_DOCUMENTATION.isdisjoint(folders):
             continue

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2 import tokenizer
+from gpt2.config import TrainConfig
 from gpt2.errors import FileError, UserError
 from gpt2.files import atomic_write, sha256_of, write_json
 from gpt2.progress import Progress, unseen
@@ -133,24 +134,29 @@ def _write_split(path: Path, chunks: Iterator[str], progress: Progress) -> dict[
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What meta.json says. Raises FileError if it cannot be read."""
+    """What meta.json says. Raises FileError if it cannot be read, or does not describe both splits."""
     try:
         meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileError(f"{folder} has no readable meta.json ({error}); run the tokenize stage again") from None
+        for split in ("train", "val"):
+            int(meta["splits"][split]["tokens"]), str(meta["splits"][split]["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(f"{folder} has no readable meta.json ({error!r}); run the tokenize stage again") from None
     return meta
 
 
 def open_tokens(folder: Path, split: str) -> Tokens:
-    """The tokens of a split, "train" or "val", memory-mapped. Raises FileError if meta.json says otherwise."""
-    expected = read_meta(folder)["splits"][split]["tokens"]
+    """The tokens of a split, "train" or "val", memory-mapped. Raises FileError if they are not those of meta.json."""
+    expected = read_meta(folder)["splits"][split]
     path = folder / f"{split}.bin"
     try:
+        found = sha256_of(path)
         tokens: Tokens = np.memmap(path, dtype=TOKEN_TYPE, mode="r")
     except (OSError, ValueError) as error:
         raise FileError(f"cannot read {path} ({error}); run the tokenize stage again") from None
-    if len(tokens) != expected:
-        raise FileError(f"{path} has {len(tokens)} tokens, not {expected}; run the tokenize stage again")
+    if len(tokens) != expected["tokens"]:
+        raise FileError(f"{path} has {len(tokens)} tokens, not {expected['tokens']}; run the tokenize stage again")
+    if found != expected["sha256"]:
+        raise FileError(f"{path} is damaged: its SHA-256 is not that of meta.json; run the tokenize stage again")
     return tokens
 
 
@@ -162,21 +168,19 @@ class Sampler:
     ranks that share a run can each take their part of the one order.
     """
 
-    def __init__(
-        self, tokens: Tokens, *, sequence_length: int, batch_size: int, accumulation_steps: int, seed: int
-    ) -> None:
+    def __init__(self, tokens: Tokens, config: TrainConfig) -> None:
         """Raises UserError if the tokens are fewer than one window and its targets."""
-        if len(tokens) < sequence_length + 1:
+        self.sequence_length = config.sequence_length
+        if len(tokens) < self.sequence_length + 1:
             raise UserError(
-                f"the train split has {len(tokens)} tokens and a sequence needs {sequence_length + 1}; "
+                f"the train split has {len(tokens)} tokens and a sequence needs {self.sequence_length + 1}; "
                 "use a longer text or a smaller train.sequence_length"
             )
         self.tokens = tokens
-        self.sequence_length = sequence_length
-        self.batch_size = batch_size
-        self.accumulation_steps = accumulation_steps
-        self.seed = seed
-        self.num_windows = (len(tokens) - 1) // sequence_length
+        self.batch_size = config.batch_size
+        self.accumulation_steps = config.accumulation_steps
+        self.seed = config.seed
+        self.num_windows = (len(tokens) - 1) // self.sequence_length
         self._epoch = -1
         self._starts: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
 

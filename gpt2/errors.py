@@ -14,13 +14,23 @@ class UserError(GPT2Error):
 
 
 class DivergedError(GPT2Error):
-    """Training reached a loss or a gradient that is not finite."""
+    """Training reached a number that is not finite, after so many good steps."""
 
     exit_code = 3
+
+    def __init__(self, message: str, good_steps: int) -> None:
+        super().__init__(message)
+        self.good_steps = good_steps
 
 
 class FileError(GPT2Error):
     """A file cannot be read or written, or does not hold what it should."""
+
+    exit_code = 74
+
+
+class OutOfMemoryError(GPT2Error):
+    """The memory of this machine is not enough."""
 
     exit_code = 74
 
@@ -37,3 +47,11 @@ class Interrupted(GPT2Error):  # noqa: N818 - an interruption is no error of any
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had: Python's, CUDA's, or that of torch's allocator on a CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    told = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in told or "out of memory" in told)

@@ -1,45 +1,106 @@
 """Writing files so that a reader finds the old content or the new, whole, whatever happens in between.
 
-All files that outlive a process are written here: to a temporary file beside the target, fsync, rename, fsync of the
-folder.
+All files that outlive a process are written here. A file is written beside its target, brought to the disk (fsync) and
+renamed, and the folder is brought to the disk. A folder is *published*: its files are written in a staging folder,
+then a manifest with their SHA-256 sums, then the staging folder is renamed. Whoever reads it checks the sums.
 """
 
 import hashlib
+import io
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from gpt2.errors import BusyError
+from gpt2.errors import BusyError, FileError
 
 TEMPORARY = ".tmp"
+MANIFEST_FILE = "manifest.json"
+BUFFER_BYTES = 1 << 20
+
+
+class _File(io.RawIOBase):
+    """A new file that is written through `os`, without a buffer."""
+
+    def __init__(self, path: Path, flags: int) -> None:
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0) | flags, 0o644)
+        self.name = str(path)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return os.write(self.descriptor, data)
+
+    def tell(self) -> int:
+        return os.lseek(self.descriptor, 0, os.SEEK_CUR)
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self.descriptor)
+        super().close()
 
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
     """A path to write to, whose file becomes `path` when the block ends, and disappears if it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     temporary = path.with_name(f".{os.getpid()}{TEMPORARY}.{path.name}")  # keeps the suffix that some look at
     try:
         yield temporary
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        os.chmod(temporary, 0o644)  # safetensors makes files that only their owner can read
+        sync(temporary)
+        os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.unlink(temporary)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what processes that were killed had begun to write in the place of a file."""
+    for leftover in path.parent.glob(f".*{TEMPORARY}.{path.name}"):
+        pid = leftover.name.removeprefix(".").partition(TEMPORARY)[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            with suppress(OSError):
+                os.unlink(leftover)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that becomes `path` when the block ends, and disappears if it raises."""
-    with staged(path) as temporary, temporary.open("wb") as file:
+    with staged(path) as temporary, _new_file(temporary) as file:
         yield file
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[IO[bytes]]:
+    raw = _File(path, os.O_TRUNC)
+    file = io.BufferedWriter(raw, BUFFER_BYTES)
+    try:
+        yield file
+        file.flush()
+    finally:
+        raw.close()  # without another attempt to write what could not be written
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,7 +111,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON for people and for git: indented, and valid (NaN raises ValueError)."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, _json(content))
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_with(path: Path, save: Callable[[str], object]) -> None:
@@ -59,14 +124,56 @@ def write_with(path: Path, save: Callable[[str], object]) -> None:
         save(str(temporary))
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder last, where the system can (Windows cannot open a folder)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+class Lines:
+    """A file of JSON lines that grows. A line is there for other processes at once; `sync` brings all to the disk.
+
+    After a crash the last line may be cut off; `read_lines` leaves such a line out.
+    """
+
+    def __init__(self, path: Path, lines: list[dict[str, Any]]) -> None:
+        """The file begins anew, with these lines."""
+        with atomic_write(path) as file:
+            file.writelines(map(_line, lines))
+        self._file = _File(path, os.O_APPEND)
+
+    def append(self, content: dict[str, Any]) -> None:
+        """Adds a line. Raises OSError."""
+        data = _line(content)
+        if self._file.write(data) != len(data):
+            raise OSError(f"the disk is full: {self._file.name}")
+
+    def sync(self) -> None:
+        """Brings all lines to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """No more lines."""
+        self._file.close()
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a file of JSON lines from a byte offset on, and the offset after them."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read()
+    data = data[: data.rfind(b"\n") + 1]
+    return [json.loads(line) for line in data.splitlines()], offset + len(data)
+
+
+def sync(path: Path) -> None:
+    """Brings a file, or the names in a folder, to the disk (Windows cannot open a folder)."""
+    is_folder = path.is_dir()
+    if is_folder and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:
@@ -75,12 +182,78 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fingerprint(facts: dict[str, Any], sources: Iterable[Path]) -> str:
+    """A name for all that decides a run's numbers: facts (params, sums of the data) and source files."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for path in sorted(sources):
+        digest.update(f"\0{path.as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def publish(folder: Path, files: Mapping[str, Callable[[IO[bytes]], object]], facts: dict[str, Any]) -> None:
+    """Makes a folder with files, each written by a function, and a manifest: `facts`, and the files' sums.
+
+    The folder appears whole or not at all; nothing may be there before. Raises OSError, or what a function raises.
+    """
+    staging = folder.with_name(folder.name + TEMPORARY)
+    discard(staging)
+    os.makedirs(staging)
+    sums = {}
+    for name, write in files.items():
+        with _new_file(staging / name) as file:
+            write(file)
+        # the sum is computed while the disk works
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            synced = thread.submit(sync, staging / name)
+            sums[name] = sha256_of(staging / name)
+            synced.result()
+    write_text(staging / MANIFEST_FILE, _json({**facts, "sha256": sums}))
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already")
+    os.rename(staging, folder)
+    sync(folder.parent)
+
+
+def check_published(folder: Path) -> dict[str, Any]:
+    """The manifest of a published folder. Raises FileError that says what is wrong, if anything at all is."""
+    try:
+        text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
+        manifest: dict[str, Any] = json.loads(text)
+        if _json(manifest) != text:
+            raise ValueError("it is not as it was written")
+        sums = dict(manifest["sha256"])
+    except FileNotFoundError:
+        raise FileError(f"{folder} is incomplete: it has no {MANIFEST_FILE}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(f"{folder / MANIFEST_FILE} is damaged ({type(error).__name__}: {error})") from None
+    for name, expected in sums.items():
+        try:
+            found = sha256_of(folder / name)
+        except OSError as error:
+            raise FileError(f"cannot read {folder / name}: {error.strerror}") from None
+        if found != expected:
+            raise FileError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
+    return manifest
+
+
+def discard(folder: Path) -> None:
+    """Deletes a published folder, or what is left of one: first the manifest, so that no half of it looks whole."""
+    if not folder.is_dir():
+        return
+    if (folder / MANIFEST_FILE).exists():
+        os.unlink(folder / MANIFEST_FILE)
+        sync(folder)
+    for path in list(folder.iterdir()):
+        os.unlink(path)
+    os.rmdir(folder)
+
+
 @contextmanager
-def hold(lock: Path, *, wait: bool = False) -> Iterator[None]:
+def hold(lock: Path, *, wait: bool = False, what: str | None = None) -> Iterator[None]:
     """Holds a lock file for the block; the system lets go of it when the process ends in whatever way.
 
-    If another process has it: waits, or else raises BusyError, which names the holder. Without fcntl (Windows) nothing
-    is locked.
+    If another process has it: waits, or else raises BusyError, which names the holder, and `what` it holds (the lock's
+    folder if None). Without fcntl (Windows), or on a file system without locks, nothing is locked.
     """
     try:
         import fcntl
@@ -95,8 +268,11 @@ def hold(lock: Path, *, wait: bool = False) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise BusyError(
-                f"{lock.parent} is in use by {holder}; wait until it ends, or stop it, and try again"
+                f"{what or lock.parent} is in use by {holder}; wait until it ends, or stop it, and try again"
             ) from None
+        except OSError:  # a file system that has no locks, as some mounts of a network or a Drive
+            yield
+            return
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

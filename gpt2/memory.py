@@ -42,13 +42,20 @@ def training_bytes(
     return round(total * HEAP_OVERHEAD + PROCESS_BYTES) if on_cpu else total
 
 
-def largest_batch(config: GPTConfig, memory_bytes: int, *, checkpointing: bool, on_cpu: bool) -> int:
-    """The most sequences of the full context that a micro-batch in bf16 or fp16 can have in this memory; 0 if none."""
+def largest_batch(
+    config: GPTConfig,
+    memory_bytes: int,
+    *,
+    checkpointing: bool,
+    on_cpu: bool,
+    narrow: bool = True,
+    sequence_length: int | None = None,
+) -> int:
+    """The most sequences, of the full context unless said otherwise, that a micro-batch can have; 0 if none fits."""
+    length = sequence_length or config.block_size
 
     def fits(batch_size: int) -> bool:
-        needed = training_bytes(
-            config, batch_size, config.block_size, narrow=True, checkpointing=checkpointing, on_cpu=on_cpu
-        )
+        needed = training_bytes(config, batch_size, length, narrow=narrow, checkpointing=checkpointing, on_cpu=on_cpu)
         return needed <= memory_bytes
 
     low, high = 0, 1

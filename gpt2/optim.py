@@ -1,12 +1,11 @@
 """The optimizers and their learning rate."""
 
 import math
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gpt2.config import TrainConfig
 
@@ -74,10 +73,11 @@ class Optimizer:
                 momentum=MUON_MOMENTUM,
             )
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all parts."""
-        return list(chain.from_iterable(part.param_groups for part in self.parts.values()))
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it keeps for the parameters, moments foremost."""
+        for part in self.parts.values():
+            for kept in part.state.values():
+                yield from (value for value in kept.values() if isinstance(value, Tensor))
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Sets that of AdamW, and Muon's in the same proportion to its highest."""

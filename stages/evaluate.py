@@ -11,7 +11,7 @@ from gpt2.data import Tokens, open_tokens
 from gpt2.files import write_json, write_text
 from stages import paths, tracking
 from stages.params import Params, load_params
-from stages.process import run_stage, say
+from stages.process import Stop, run_stage, say
 
 if TYPE_CHECKING:
     from gpt2.model import GPT
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 PROMPTS_FROM_TOKENS = 100_000
 
 
-def main() -> None:
+def main(stop: Stop) -> None:
     """Checks the params, then evaluates."""
     params = load_params(paths.PARAMS)
-    with tracking.open_run(params, tracking.read_run_id()) as run:
-        metrics = evaluate(params)
+    with tracking.open_run(params, "evaluate", tracking.read_names()) as run:
+        metrics = evaluate(params, stop)
         run.metrics(0, {f"evaluate/{key}": value for key, value in metrics.items()})
         run.files(sorted(paths.EVALUATE_REPORT.iterdir()), "reports/evaluate")
     say(
@@ -32,7 +32,7 @@ def main() -> None:
     )
 
 
-def evaluate(params: Params) -> dict[str, float]:
+def evaluate(params: Params, stop: Stop) -> dict[str, float]:
     """Writes reports/evaluate/; gives its metrics."""
     from tqdm import tqdm
 
@@ -42,6 +42,7 @@ def evaluate(params: Params) -> dict[str, float]:
     from gpt2.generation import prompts_from
     from stages import reports
 
+    stop.check()
     device = choose_device(params.runtime.device)
     prepare(device)
     config = params.evaluate
@@ -57,12 +58,12 @@ def evaluate(params: Params) -> dict[str, float]:
             val_tokens,
             sequence_length=sequence_length,
             batch_size=config.batch_size,
-            progress=progress.update,
+            progress=stop.watched(progress.update),
         )
     prompts = config.prompts or prompts_from(tokenizer.decode(val_tokens[:PROMPTS_FROM_TOKENS].tolist()))
-    samples = draw_samples(config, model, prompts, sequence_length)
+    samples = draw_samples(config, model, prompts, sequence_length, stop)
     with bar(total=len(train_tokens), desc="searching the training text") as progress:
-        verbatim = evaluation.longest_verbatim(samples, train_tokens, progress=progress.update)
+        verbatim = evaluation.longest_verbatim(samples, train_tokens, progress=stop.watched(progress.update))
     metrics = {**asdict(scores), "longest_verbatim_characters": len(verbatim)}
     write_json(paths.EVALUATE_REPORT / "metrics.json", metrics)
     pairs = [{"prompt": prompt, "sample": sample} for prompt, sample in zip(prompts, samples, strict=True)]
@@ -75,7 +76,7 @@ def evaluate(params: Params) -> dict[str, float]:
     return metrics
 
 
-def draw_samples(config: EvaluateConfig, model: "GPT", prompts: list[str], context: int) -> list[str]:
+def draw_samples(config: EvaluateConfig, model: "GPT", prompts: list[str], context: int, stop: Stop) -> list[str]:
     """A continuation of each prompt, as the Space would give it."""
     from tqdm import tqdm
 
@@ -83,19 +84,21 @@ def draw_samples(config: EvaluateConfig, model: "GPT", prompts: list[str], conte
     from gpt2.generation import BLANK_PROMPT, Sampling, generate
 
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    return [
-        tokenizer.decode(
-            generate(
-                model,
-                tokenizer.encode(prompt or BLANK_PROMPT),
-                max_new_tokens=config.max_new_tokens,
-                sampling=sampling,
-                seed=config.seed + number,
-                context=context,
-            )
-        )
-        for number, prompt in enumerate(tqdm(prompts, desc="writing samples", unit="sample", disable=None, leave=False))
-    ]
+    samples = []
+    for number, prompt in enumerate(tqdm(prompts, desc="writing samples", unit="sample", disable=None, leave=False)):
+        tokens = []
+        for token in generate(
+            model,
+            tokenizer.encode(prompt or BLANK_PROMPT),
+            max_new_tokens=config.max_new_tokens,
+            sampling=sampling,
+            seed=config.seed + number,
+            context=context,
+        ):
+            stop.check()
+            tokens.append(token)
+        samples.append(tokenizer.decode(tokens))
+    return samples
 
 
 def describe_samples(config: EvaluateConfig, prompts: list[str], samples: list[str], verbatim: str, loss: float) -> str:

@@ -17,7 +17,7 @@ from gpt2.errors import FileError
 from gpt2.files import sha256_of, write_json, write_text
 from stages import paths, tracking
 from stages.params import Params, load_params
-from stages.process import run_stage, say
+from stages.process import Stop, run_stage, say
 
 if TYPE_CHECKING:
     from gpt2.model import GPT
@@ -28,21 +28,22 @@ LOGITS_TOLERANCE = 1e-4
 CHECK_TOKENS = 64
 
 
-def main() -> None:
+def main(stop: Stop) -> None:
     """Checks the params, then exports."""
     params = load_params(paths.PARAMS)
-    run_id = tracking.read_run_id()
-    with tracking.open_run(params, run_id) as run:
-        export(params, run_id)
+    names = tracking.read_names()
+    with tracking.open_run(params, "export-to-space", names) as run:
+        export(params, names.mlflow_run_id, stop)
         run.files([paths.SPACE / name for name in ("README.md", "gpt_config.pt", "manifest.json")], "space")
         run.files([paths.HUGGING_FACE / "config.json"], "hf")
 
 
-def export(params: Params, run_id: str | None) -> None:
+def export(params: Params, run_id: str | None, stop: Stop) -> None:
     """Writes and verifies both folders. Raises FileError if either does not give the trained model's logits."""
     from gpt2.checkpoint import load_model, trained_length
     from gpt2.exchange import write_hugging_face, write_space_model
 
+    stop.check()
     model = load_model(paths.MODELS)
     context = trained_length(paths.MODELS) or model.config.block_size
     facts = model_facts(params, model, context, run_id)
@@ -61,7 +62,9 @@ def export(params: Params, run_id: str | None) -> None:
     write_json(paths.SPACE / "manifest.json", {"model": facts, "sha256": sums(paths.SPACE)})
     write_hugging_face(model, paths.HUGGING_FACE)
 
+    stop.check()
     space_difference = check_space(model)
+    stop.check()
     hf_difference = check_hugging_face(model)
     say(f"{paths.SPACE}: the same logits to {space_difference:.1g}; serve it with `make space`")
     say(f"{paths.HUGGING_FACE}: the same logits to {hf_difference:.1g}; load it with transformers")

@@ -12,28 +12,30 @@ from gpt2.corpus import CorpusFacts, DownloadError
 from gpt2.files import write_json
 from stages import paths
 from stages.params import load_params
-from stages.process import run_stage, say, warn
+from stages.process import Stop, redacted, run_stage, say, warn
 
 
-def main() -> None:
+def main(stop: Stop) -> None:
     """Fetches, with the fallback if a download fails."""
     config = load_params(paths.PARAMS).corpus
     source, fallback_reason = config.source, None
     link_own_text(source)
     try:
-        facts = write(source)
+        facts = write(source, stop)
     except DownloadError as error:
         if config.fallback is None or config.fallback == source:
             raise DownloadError(f"{error}; check the network, set corpus.fallback, or use a text file") from None
         fallback_reason = str(error)
         source = config.fallback
         warn(f"{error}. Using the fallback corpus {source!r} instead")
-        facts = write(source)
-    write_json(paths.CORPUS_FACTS, {"name": source, **asdict(facts), "fallback_reason": fallback_reason})
+        facts = write(source, stop)
+    content = {"name": source, **asdict(facts), "fallback_reason": fallback_reason}
+    shown = {key: redacted(value) if isinstance(value, str) else value for key, value in content.items()}
+    write_json(paths.CORPUS_FACTS, shown)
     say(f"{paths.CORPUS}: {facts.characters:,} characters in {facts.lines:,} lines from {facts.source}")
 
 
-def write(source: str) -> CorpusFacts:
+def write(source: str, stop: Stop) -> CorpusFacts:
     """Writes the corpus file from a source."""
     root = paths.real_root()
     with tqdm(desc="downloading", unit="B", unit_scale=True, disable=None, leave=False, delay=1) as bar:
@@ -42,7 +44,7 @@ def write(source: str) -> CorpusFacts:
             paths.CORPUS,
             downloads=root / "data/downloads",
             roots=[Path.cwd(), root],
-            progress=bar.update,
+            progress=stop.watched(bar.update),
         )
 
 

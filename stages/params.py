@@ -10,19 +10,21 @@ from annotated_types import Gt, MinLen
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import YAMLError
 
 from gpt2.config import (
     GPT2_VOCAB_SIZE,
     CorpusConfig,
     EvaluateConfig,
     GPTConfig,
+    Rule,
     TokenizeConfig,
     TrainConfig,
+    broken,
 )
 from gpt2.corpus import KNOWN
 from gpt2.errors import UserError
 
+MAX_SHOWN_CHARACTERS = 80
 CHECKS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -40,6 +42,7 @@ class RuntimeConfig:
 
     precision, compile: "auto" measures what is worth it here. gradient_checkpointing: less memory, more time.
     threads: of the CPU; None leaves it to torch. log_interval: steps between rows of the history.
+    checkpoint_interval: steps between checkpoints; None is by time alone.
     checkpoint_folder: None is `checkpoints/`, or the mounted Drive on Colab.
     """
 
@@ -49,6 +52,7 @@ class RuntimeConfig:
     gradient_checkpointing: bool
     threads: Annotated[int, Gt(0)] | None
     log_interval: Annotated[int, Gt(0)]
+    checkpoint_interval: Annotated[int, Gt(0)] | None
     checkpoint_folder: Annotated[str, MinLen(1)] | None
 
 
@@ -66,74 +70,113 @@ class Params:
     export: ExportConfig
     runtime: RuntimeConfig
 
-    def __post_init__(self) -> None:
-        if self.corpus.fallback not in (None, *KNOWN):
-            raise ValueError(f"corpus.fallback is {self.corpus.fallback!r}; expected null or one of {', '.join(KNOWN)}")
-        if self.model.vocab_size < GPT2_VOCAB_SIZE:
-            raise ValueError(f"model.vocab_size {self.model.vocab_size} is less than the tokenizer's {GPT2_VOCAB_SIZE}")
-        if self.train.sequence_length > self.model.block_size:
-            raise ValueError(
-                f"train.sequence_length {self.train.sequence_length} is over the context, "
-                f"model.block_size {self.model.block_size}"
-            )
+
+RULES = (
+    Rule(
+        ("corpus.fallback",),
+        lambda fallback: fallback in (None, *KNOWN),
+        "corpus.fallback is {0!r}; expected null or one of " + ", ".join(KNOWN),
+    ),
+    Rule(
+        ("model.vocab_size",),
+        lambda vocab_size: vocab_size >= GPT2_VOCAB_SIZE,
+        f"model.vocab_size {{0}} is less than the tokenizer's {GPT2_VOCAB_SIZE}",
+    ),
+    Rule(
+        ("train.sequence_length", "model.block_size"),
+        lambda sequence_length, block_size: sequence_length <= block_size,
+        "train.sequence_length {0} is over the context, model.block_size {1}",
+    ),
+)
+"""Those across sections."""
 
 
 def load_params(path: Path) -> Params:
-    """The checked parameters. Raises UserError that names each problem's section, key, value and what is allowed."""
+    """The checked parameters.
+
+    Raises UserError that names all problems, each with section, key, value and what is allowed.
+    """
     try:
         content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        # by way of JSON, as strict checks take a dict for a dataclass only there
+        as_json = json.dumps(content, default=str)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; take one from presets/: make preset NAME=laptop") from None
     except DuplicateKeyError as error:
         raise UserError(f"{path}: {error.problem} on line {error.problem_mark.line + 1}; delete one of them") from None
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    for key in fields(Params):
-        if isinstance(content, dict) and key.name not in content:
-            raise UserError(f"{path}: the section {key.name!r} is missing{_did_you_mean(key.name, content)}")
+    except Exception as error:  # a YAML parser may come up with anything for a text that is no YAML
+        raise UserError(f"cannot read {path}: {_one_line(error)}") from None
+    problems: list[tuple[tuple[str, ...], str]] = []
+    params = None
     try:
-        # by way of JSON, as strict checks take a dict for a dataclass only there
-        return TypeAdapter(Params).validate_json(json.dumps(content, default=str))
+        params = TypeAdapter(Params).validate_json(as_json)
     except ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors(include_url=False)]
-        # a misspelt key is one mistake, not also a missing one
-        problems = [p for p in problems if not any(_names_as_meant(other, p) for other in problems)]
-        if len(problems) == 1:
-            raise UserError(f"{path}: {problems[0]}") from None
-        raise UserError(f"{path} has {len(problems)} problems:\n  " + "\n  ".join(problems)) from None
+        for problem in error.errors(include_url=False):
+            if problem["type"] != "value_error":  # of a rule; they are all looked at below
+                problems.append(_describe(problem))
+    wrong = {place for place, _ in problems}
+    # a misspelt key is one mistake, not also a missing one
+    told = [text for place, text in problems if not (text.endswith(" is missing") and _is_meant(place, problems))]
+    told += _broken_rules(content, wrong)
+    if params is not None and not told:
+        return params
+    if len(told) == 1:
+        raise UserError(f"{path}: {told[0]}")
+    raise UserError(f"{path} has {len(told)} problems:\n  " + "\n  ".join(told))
 
 
-def _describe(problem: Any) -> str:
-    """A problem that pydantic found, in the terms of params.yaml."""
-    *section, key = [str(part) for part in problem["loc"] if not str(part).startswith("constrained-")] or [""]
-    name = ".".join([*section, key])
-    value = problem["input"]
+def _broken_rules(content: Any, wrong: set[tuple[str, ...]]) -> list[str]:
+    """The rules within and across sections that do not hold, as far as the values they need are right."""
+    told = []
+    values: dict[str, Any] = {}
+    for section in fields(Params):
+        given = content.get(section.name) if isinstance(content, dict) else None
+        if not isinstance(given, dict) or (section.name,) in wrong:
+            continue
+        right = {key: value for key, value in given.items() if (section.name, key) not in wrong}
+        assert isinstance(section.type, type)
+        told += [f"{section.name}: {text}" for text in broken(getattr(section.type, "RULES", ()), right)]
+        values |= {f"{section.name}.{key}": value for key, value in right.items()}
+    return told + broken(RULES, values)
+
+
+def _describe(problem: Any) -> tuple[tuple[str, ...], str]:
+    """Section and key of a problem that pydantic found, and what to say of it in the terms of params.yaml."""
+    place = tuple(str(part) for part in problem["loc"] if not str(part).startswith("constrained-"))
+    *section, key = place or ("",)
+    name = ".".join(place)
+    value = _shortened(problem["input"])
     match problem["type"]:
         case "unexpected_keyword_argument":
-            return f"unknown key {name}{_did_you_mean(key, _keys(section))}"
+            return place, f"unknown key {name}{_did_you_mean(key, _keys(section))}"
         case "missing":
-            return f"{name} is missing"
-        case "value_error":
-            message = str(problem["ctx"]["error"])
-            return f"{name}: {message}" if name else message
-        case "dataclass_type":
-            return f"{name or 'the file'} is {value!r}; expected a section with keys"
-        case "float_type" if isinstance(value, str):
-            return f"{name} is {value!r}, which is text; expected a number, written like 3.0e-4 without quotes"
+            return place, f"{name} is missing" if section else f"the section {name} is missing"
+        case "dataclass_type" | "dataclass_exact_type":
+            return place, f"{name or 'the file'} is {value}; expected a section with keys"
+        case "float_type" if isinstance(problem["input"], str):
+            return place, f"{name} is {value}, which is text; expected a number, written like 3.0e-4 without quotes"
     expected = (
         problem["msg"]
         .removeprefix("Input should be ")
         .replace("a valid integer", "an integer")
         .replace("a valid ", "a ")
     )
-    return f"{name} is {value!r}; expected {expected}"
+    return place[:2], f"{name} is {value}; expected {expected}"
 
 
-def _names_as_meant(problem: str, missing: str) -> bool:
-    """Whether `problem` says that the key which `missing` misses was meant."""
-    unknown, _, meant = problem.partition("; did you mean ")
-    section = unknown.removeprefix("unknown key ").rpartition(".")[0]
-    return bool(meant) and missing == f"{section}.{meant[1:-2]} is missing"
+def _shortened(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= MAX_SHOWN_CHARACTERS else f"{shown[:MAX_SHOWN_CHARACTERS]}..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _is_meant(place: tuple[str, ...], problems: list[tuple[tuple[str, ...], str]]) -> bool:
+    """Whether a problem in the same section says that this key was meant."""
+    end = f"; did you mean {place[-1]!r}?"
+    return any(other[:-1] == place[:-1] and text.endswith(end) for other, text in problems)
 
 
 def _keys(section: list[str]) -> list[str]:

@@ -30,6 +30,16 @@ def real_root() -> Path:
     return Path(root.split("/.dvc/tmp/exps/")[0]).absolute()
 
 
+def database() -> Path:
+    """MLflow's, unless MLFLOW_TRACKING_URI names another store."""
+    return real_root() / "mlflow.db"
+
+
+def outbox() -> Path:
+    """What MLflow is to be told, and may not know yet."""
+    return real_root() / "mlflow-outbox"
+
+
 def checkpoints(folder: str | None) -> Path:
     """Where checkpoints are kept: `folder` if given, the Drive on a Colab that has one mounted, or the repository."""
     if folder is not None:

@@ -2,21 +2,41 @@
 
 import ctypes
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from types import FrameType
+from typing import Any, TextIO
 
-from gpt2.errors import GPT2Error, Interrupted
+from gpt2.errors import GPT2Error, Interrupted, is_out_of_memory
+from gpt2.files import hold
+from gpt2.progress import Progress
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 OS_ERROR_EXIT_CODE = 74
 PR_SET_PDEATHSIG = 1
+DVC_FOLDER = Path(".dvc")
+SIGNALS_TO_GIVE_UP = 3
+SECRETS = (
+    (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@"),  # user and password in an address
+    (re.compile(r"(\w+://[^\s?#]+\?)[^\s)'\"]+"), r"\1***"),  # its query
+    (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_***"),  # a token of Hugging Face
+)
+
+
+def redacted(text: str) -> str:
+    """A text without what may be secret: passwords and queries in addresses, tokens."""
+    for pattern, shown in SECRETS:
+        text = pattern.sub(shown, text)
+    return text
 
 
 def say(message: str) -> None:
     """A line for the person at the terminal; beside progress bars, on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    print(redacted(message), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
@@ -24,48 +44,99 @@ def warn(message: str) -> None:
     say(f"WARNING: {message}")
 
 
-def run_stage(main: Callable[[], None]) -> None:
+class Stop:
+    """Whether somebody wants this process to end: a signal does no more than say so here.
+
+    Every loop asks, and ends at a moment of its own choice. The third signal of a kind ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        """From now on the stop signals are heard here, but for those that the process was started to ignore (nohup)."""
+        self.signal_number: int | None = None
+        self._counts: dict[int, int] = {}
+        self._parent = os.getppid() if "DVC_STAGE" in os.environ else None
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._set)
+
+    def _set(self, number: int, _: FrameType | None) -> None:
+        self.signal_number = number
+        self._counts[number] = self._counts.get(number, 0) + 1
+        if self._counts[number] >= SIGNALS_TO_GIVE_UP:
+            os._exit(128 + number)
+
+    def __bool__(self) -> bool:
+        if self._parent is not None and os.getppid() != self._parent:  # where there is no PR_SET_PDEATHSIG
+            self.signal_number = signal.SIGTERM
+        return self.signal_number is not None
+
+    def check(self) -> None:
+        """Raises Interrupted if it is time to end."""
+        if self:
+            assert self.signal_number is not None
+            name = signal.Signals(self.signal_number).name
+            raise Interrupted(f"interrupted by {name}; run the same command again", self.signal_number)
+
+    def watched(self, progress: Progress) -> Progress:
+        """A progress callback that checks as well."""
+
+        def report(count: int) -> None:
+            self.check()
+            progress(count)
+
+        return report
+
+
+class _Unbreakable:
+    """Standard error, which may have gone: a closed terminal, or `| head`. The work goes on without it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def run_stage(main: Callable[[Stop], None]) -> None:
     """Runs a stage and ends the process with the exit code that says how it went.
 
-    0 done; 2 the user's params or text are wrong; 3 training diverged; 74 files or disk; 75 another run holds this
-    one; 130 or 143 interrupted. Each but 0 comes with one line.
+    0 done; 2 the user's params or text are wrong; 3 training diverged; 74 files, disk or memory; 75 another process has
+    this folder or this run; 129, 130 or 143 interrupted. Each but 0 comes with one line.
     """
-    die_with_parent()
-    for number in STOP_SIGNALS:
-        signal.signal(number, _interrupt)
+    stop = Stop()
+    die_with_dvc()
+    sys.stderr = _Unbreakable(sys.stderr)
     try:
-        main()
+        # two stages that write the same folders would spoil each other's results, also if their runs differ
+        lock = DVC_FOLDER / "tmp/stage.lock"
+        with hold(lock, what=str(Path.cwd())) if DVC_FOLDER.is_dir() else nullcontext():
+            main(stop)
+            stop.check()
     except GPT2Error as error:
         say(f"error: {error}")
         sys.exit(error.exit_code)
     except OSError as error:
         say(f"error: {error}; check that the folder can be written to and that the disk has room")
         sys.exit(OS_ERROR_EXIT_CODE)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        say("error: the memory of this machine is not enough; take a smaller model or batch: `python -m gpt2 info`")
+        sys.exit(OS_ERROR_EXIT_CODE)
 
 
-def _interrupt(number: int, _: FrameType | None) -> None:
-    raise Interrupted(f"interrupted by {signal.Signals(number).name}; run the same command again", number)
-
-
-class StopFlag:
-    """Set by a signal instead of interrupting, for work that ends at a moment of its own choice."""
-
-    def __init__(self) -> None:
-        """From now on the stop signals set this flag."""
-        self.signal_number: int | None = None
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._set)
-
-    def _set(self, number: int, _: FrameType | None) -> None:
-        self.signal_number = number
-
-    def __bool__(self) -> bool:
-        return self.signal_number is not None
-
-
-def die_with_parent() -> None:
-    """Asks Linux for a SIGTERM when DVC, our parent, is killed; else we would train on, unseen."""
-    if sys.platform == "linux":
+def die_with_dvc() -> None:
+    """Asks Linux for a SIGTERM when DVC, our parent, is killed; else we would go on, unseen."""
+    if sys.platform == "linux" and "DVC_STAGE" in os.environ:
         parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent:  # it was killed in between

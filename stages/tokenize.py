@@ -5,15 +5,17 @@ from tqdm import tqdm
 from gpt2 import data
 from stages import paths
 from stages.params import load_params
-from stages.process import run_stage, say
+from stages.process import Stop, run_stage, say
 
 
-def main() -> None:
+def main(stop: Stop) -> None:
     """Tokenizes, and says how long the splits are."""
     config = load_params(paths.PARAMS).tokenize
     size = paths.CORPUS.stat().st_size
     with tqdm(desc="tokenizing", total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        meta = data.write_tokens(paths.CORPUS, paths.TOKENS, config.validation_fraction, progress=bar.update)
+        meta = data.write_tokens(
+            paths.CORPUS, paths.TOKENS, config.validation_fraction, progress=stop.watched(bar.update)
+        )
     train, val = meta["splits"]["train"], meta["splits"]["val"]
     say(f"{paths.TOKENS}: {train['tokens']:,} training and {val['tokens']:,} validation tokens")
 

@@ -1,117 +1,229 @@
-"""MLflow, as a mirror: what stands in it stands in files too, and no failure of it stops a stage.
+"""What a stage has to tell MLflow. It is written to files here, and another process brings it to MLflow.
 
-One run for each pipeline run: `train` starts it and writes its id to models/run.json, the later stages go on with it.
+    mlflow-outbox/<run>.<stage>/record.json    params and tags
+                                events.jsonl   metrics, tags, artifacts and the end, one after the other
+                                artifacts/
+
+Nothing that happens to MLflow can so hurt or hold up a stage. `stages.sync` is that other process: it is started here
+and follows the record as it grows; what it cannot deliver stays in the outbox, and `python -m stages.sync` delivers it
+later. One run for each pipeline run: `train` begins it and writes its names to models/run.json; the later stages go on
+with it.
 """
 
 import json
-import logging
 import os
+import shutil
 import subprocess
+import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gpt2.errors import FileError, Interrupted
-from gpt2.files import hold
+from gpt2.errors import BusyError, FileError, Interrupted
+from gpt2.files import Lines, hold, write_json
 from stages import paths
 from stages.params import Params
-from stages.process import warn
+from stages.process import redacted, warn
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-EXPERIMENT = "gpt2"
-PARENT_TAG = "mlflow.parentRunId"
+CODE = Path(__file__).absolute().parents[1]
 MAX_PARAM_CHARACTERS = 6000
 """MLflow refuses longer ones."""
-# MLflow's own defaults would let a server that does not answer hold up training for minutes.
-IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+PATIENCE_S = 4.0
+"""How long a stage waits in all for MLflow, most of it at its end."""
+CREATION_PATIENCE_S = 60.0
+"""The same while a database of our own is being made, which takes seconds once."""
+LATER = "`python -m stages.sync` brings it there later; the results are in reports/ as well"
+
+
+@dataclass(frozen=True)
+class RunNames:
+    """What a pipeline run is called: by us, and by MLflow (None if MLflow was not there)."""
+
+    run_id: str
+    mlflow_run_id: str | None
 
 
 class Run:
-    """An MLflow run. After a first failure it warns, and the rest of the stage goes on without."""
+    """A record that grows. What goes wrong with it, or with MLflow, is one warning."""
 
-    def __init__(self, client: "MlflowClient | None", run_id: str | None) -> None:
-        self.client, self.id = client, run_id
-        self._logged_step = -1
+    def __init__(self, names: RunNames) -> None:
+        self.run_id, self.mlflow_run_id = names.run_id, names.mlflow_run_id
+        self._found_id: str | None = None
+        self._events: Lines | None = None
+        self._folder: Path | None = None
+        self._mirror: subprocess.Popen[bytes] | None = None
+        self._unread = b""
+        self._failure: str | None = None
+        self._is_creating = False
+        self._warned = False
+        self._held = ExitStack()
+        self._waited_s = self._creation_s = 0.0
+
+    def begin(self, stage: str, record: dict[str, Any], events: list[dict[str, Any]]) -> None:
+        """Starts the record, and the process that follows it."""
+        try:
+            outbox = paths.outbox()
+            with hold(outbox / "lock", wait=True):
+                self._folder = outbox / f"{self.run_id}.{stage}"
+                self._held.enter_context(hold(self._folder / "writer"))
+                write_json(self._folder / "record.json", record)
+                self._events = Lines(self._folder / "events.jsonl", events)
+            self._mirror = subprocess.Popen(
+                [sys.executable, "-m", "stages.sync", "--follow", self._folder.name],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for us; the mirror ends when we have ended
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH")))),
+                },
+            )
+            assert self._mirror.stdout is not None
+            os.set_blocking(self._mirror.stdout.fileno(), False)
+        except (OSError, BusyError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._events = None
+        self._warn(f"cannot write the record for MLflow ({error}); going on without it, the results are in reports/")
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warn(message)
+
+    def _append(self, event: dict[str, Any]) -> None:
+        self._listen()
+        if self._events is not None:
+            try:
+                self._events.append({**event, "time_ms": int(time.time() * 1000)})
+            except OSError as error:
+                self._give_up(error)
 
     def metrics(self, step: int, values: dict[str, float | None]) -> None:
-        """Logs values at a step; those that are None, or of a step that an earlier session logged, are left out."""
-        if step <= self._logged_step:
-            return
-
-        def log(client: "MlflowClient", run_id: str) -> None:
-            from mlflow.entities import Metric
-
-            now_ms = int(time.time() * 1000)
-            client.log_batch(run_id, metrics=[Metric(k, v, now_ms, step) for k, v in values.items() if v is not None])
-
-        self._attempt(log)
-
-    def skip_logged(self, key: str) -> None:
-        """Leaves out the steps for which a run that goes on has this metric already."""
-
-        def find(client: "MlflowClient", run_id: str) -> None:
-            self._logged_step = max((m.step for m in client.get_metric_history(run_id, key)), default=-1)
-
-        self._attempt(find)
+        """Values at a step; those that are None are left out."""
+        self._append(metrics_event(step, values))
 
     def tags(self, values: dict[str, str]) -> None:
         """Sets tags."""
-
-        def log(client: "MlflowClient", run_id: str) -> None:
-            from mlflow.entities import RunTag
-
-            client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in values.items()])
-
-        self._attempt(log)
+        self._append({"tags": {key: redacted(str(value)) for key, value in values.items()}})
 
     def files(self, files: list[Path], folder: str) -> None:
         """Copies files into a folder of the run's artifacts."""
-
-        def log(client: "MlflowClient", run_id: str) -> None:
-            for file in files:
-                client.log_artifact(run_id, str(file), folder)
-
-        self._attempt(log)
-
-    def _attempt(self, action: Callable[["MlflowClient", str], None]) -> None:
-        if self.client is None or self.id is None:
+        if self._events is None or self._folder is None:
             return
+        target = self._folder / "artifacts" / folder
         try:
-            action(self.client, self.id)
-        except Interrupted:
-            raise
-        except Exception as error:  # whatever a tracking server or its client comes up with
-            self.client = None
-            warn(f"MLflow does not answer ({_one_line(error)}); going on without it, the results are in reports/")
+            target.mkdir(parents=True, exist_ok=True)
+            for file in files:
+                shutil.copyfile(file, target / file.name)
+        except OSError as error:
+            self._give_up(error)
+            return
+        for file in files:
+            self._append({"artifact": file.name, "folder": folder})
+
+    def names(self) -> RunNames:
+        """What the run is called; waits a little for MLflow's name."""
+        self._wait(lambda: self._found_id is not None or self._failure is not None)
+        return RunNames(self.run_id, self._found_id or self.mlflow_run_id)
+
+    def end(self, status: str) -> None:
+        """The last event. Waits a little until MLflow has everything, unless the stage was interrupted."""
+        self._append({"status": status})
+        if self._events is not None:
+            self._events.close()
+        self._held.close()
+        if self._mirror is None:
+            return
+        assert self._mirror.stdin is not None
+        with suppress(OSError):
+            self._mirror.stdin.close()  # so it knows that nothing more comes
+        if status == "KILLED":
+            return
+        done = self._wait(lambda: self._mirror is None or self._mirror.poll() is not None)
+        self._listen()
+        if not done:
+            self._mirror.kill()
+            self._mirror.wait()
+        if self._mirror.returncode:
+            self._warn(f"MLflow does not have everything of this run ({self._failure or 'it is slow'}); {LATER}")
+
+    def _wait(self, condition: Callable[[], bool]) -> bool:
+        """Waits for a condition, as long as there is hope and patience."""
+        now_s = time.monotonic()
+        while True:
+            self._listen()
+            before_s, now_s = now_s, time.monotonic()
+            if self._is_creating:
+                self._creation_s += now_s - before_s
+            else:
+                self._waited_s += now_s - before_s
+            hopeless = self._mirror is None or self._mirror.poll() is not None
+            if condition() or hopeless or self._waited_s > PATIENCE_S or self._creation_s > CREATION_PATIENCE_S:
+                return condition()
+            time.sleep(0.02)
+
+    def _listen(self) -> None:
+        """Takes in what the mirror has said."""
+        if self._mirror is None or self._mirror.stdout is None:
+            return
+        self._unread += self._mirror.stdout.read() or b""
+        *lines, self._unread = self._unread.split(b"\n")
+        for message in map(json.loads, lines):
+            self._found_id = message.get("run", self._found_id)
+            self._is_creating = message.get("creating", self._is_creating)
+            self._failure = message.get("failed", self._failure)
+        if self._failure is not None:
+            self._warn(f"MLflow does not answer ({self._failure}); going on without it, {LATER}")
 
 
-def read_run_id() -> str | None:
-    """The MLflow run that trained the model; None if it was trained without MLflow."""
+def metrics_event(step: int, values: dict[str, float | None]) -> dict[str, Any]:
+    """A line of events.jsonl."""
+    return {"step": step, "metrics": {key: value for key, value in values.items() if value is not None}}
+
+
+def read_names() -> RunNames:
+    """The run that trained the model."""
     try:
-        run_id = json.loads(paths.RUN.read_text(encoding="utf-8"))["mlflow_run_id"]
+        content = json.loads(paths.RUN.read_text(encoding="utf-8"))
+        mlflow_run_id = content["mlflow_run_id"]
+        return RunNames(str(content["run_id"]), None if mlflow_run_id is None else str(mlflow_run_id))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileError(f"cannot read {paths.RUN} ({error}); run the train stage again") from None
-    return run_id if isinstance(run_id, str) else None
+        raise FileError(f"cannot read {paths.RUN} ({error!r}); run the train stage again") from None
+
+
+def new_names() -> RunNames:
+    """Those of a new run."""
+    return RunNames(uuid.uuid4().hex, None)
 
 
 @contextmanager
-def open_run(params: Params, run_id: str | None = None, *, system_metrics: bool = False) -> Iterator[Run]:
-    """The run of this pipeline run, for a stage: `run_id` if it can go on, a new one otherwise.
-
-    A run that was trained with other params of a later stage is not changed: the later stages share a child of it.
-    """
-    try:
-        run = _open(params, run_id, system_metrics)
-    except Interrupted:
-        raise
-    except Exception as error:  # as in Run._attempt
-        warn(f"MLflow cannot be used ({_one_line(error)}); going on without it, the results are in reports/")
-        run = Run(None, run_id)
+def open_run(
+    params: Params,
+    stage: str,
+    names: RunNames,
+    *,
+    events: list[dict[str, Any]] | None = None,
+    system_metrics: bool = False,
+) -> Iterator[Run]:
+    """The record of a stage. events: of earlier sessions of it, which MLflow may have or not."""
+    run = Run(names)
+    record = {
+        **asdict(names),
+        "stage": stage,
+        "began_ms": int(time.time() * 1000),
+        "name": os.environ.get("DVC_EXP_NAME"),
+        "params": flatten(params),
+        "tags": git_tags(),
+        "system_metrics": system_metrics,
+    }
+    run.begin(stage, record, [{**event, "time_ms": record["began_ms"]} for event in events or []])
     status = "FAILED"
     try:
         yield run
@@ -120,81 +232,13 @@ def open_run(params: Params, run_id: str | None = None, *, system_metrics: bool 
         status = "KILLED"
         raise
     finally:
-        if run.client is not None:
-            run._attempt(lambda *_: _end(status))
-
-
-def _open(params: Params, run_id: str | None, system_metrics: bool) -> Run:
-    for variable, value in IMPATIENCE.items():
-        os.environ.setdefault(variable, value)
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    import mlflow
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    root = paths.real_root()
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri or f"sqlite:///{root / 'mlflow.db'}")
-    client = mlflow.MlflowClient()
-    with hold(root / ".mlflow.lock", wait=True):  # two processes that create a database at once destroy it
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            # with the default store, artifacts belong to the repository, not to the folder we happen to run in
-            location = None if uri else (root / "mlartifacts").as_uri()
-            experiment_id = client.create_experiment(EXPERIMENT, artifact_location=location)
-        else:
-            experiment_id = experiment.experiment_id
-    flat = flatten(params)
-    tags = git_tags()
-    trained = _find(client, run_id)
-    known = None
-    if trained is not None:
-        children = client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{run_id}'")
-        fitting = (run for run in (trained, *children) if all(run.data.params.get(k, v) == v for k, v in flat.items()))
-        known = next(fitting, None)
-        tags[PARENT_TAG] = trained.info.run_id
-    elif run_id is not None:
-        tags["continues"] = run_id
-    if system_metrics:
-        mlflow.set_system_metrics_sampling_interval(5)  # type: ignore[no-untyped-call]
-    active = mlflow.start_run(
-        run_id=known.info.run_id if known else None,
-        experiment_id=experiment_id,
-        run_name=None if known else os.environ.get("DVC_EXP_NAME"),
-        tags=None if known else tags,
-        log_system_metrics=system_metrics,
-    )
-    if known is None:
-        mlflow.log_params(flat)
-    return Run(client, active.info.run_id)
-
-
-def _end(status: str) -> None:
-    import mlflow
-
-    mlflow.end_run(status)
-
-
-def _find(client: "MlflowClient", run_id: str | None) -> Any:
-    """The run of this id; None if the store does not know it or it was deleted."""
-    from mlflow.exceptions import MlflowException
-
-    if run_id is None:
-        return None
-    try:
-        found = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
-    return found if found.info.lifecycle_stage == "active" else None
+        run.end(status)
 
 
 def flatten(params: Params) -> dict[str, str]:
     """params.yaml as MLflow's params, `section.key`; without `runtime`, which does not decide the results."""
     return {
-        f"{section}.{key}": str(value)[:MAX_PARAM_CHARACTERS]
+        f"{section}.{key}": redacted(str(value))[:MAX_PARAM_CHARACTERS]
         for section, values in asdict(params).items()
         if section != "runtime"
         for key, value in values.items()
@@ -218,7 +262,3 @@ def _git(*arguments: str) -> str:
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository: the tags are left out
         return ""
     return result.stdout.strip()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,7 +1,8 @@
 """train: the token files become a model, from where an earlier attempt at the same run was stopped."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,35 +10,36 @@ from typing import TYPE_CHECKING, Any
 from ruamel.yaml import YAML
 
 from gpt2.data import Sampler, open_tokens, read_meta
-from gpt2.errors import Interrupted, UserError
-from gpt2.files import hold, sha256_of, write_json
-from stages import paths, tracking
-from stages.hooks import StageHooks
+from gpt2.errors import DivergedError, Interrupted, UserError
+from gpt2.files import fingerprint, hold, sha256_of, write_json
+from stages import paths, preflight, tracking
+from stages.hooks import StageHooks, metrics_of
 from stages.params import Params, load_params
-from stages.process import StopFlag, run_stage, say, warn
+from stages.process import Stop, run_stage, say, warn
 
 if TYPE_CHECKING:
     from gpt2.checkpoint import CheckpointStore
     from gpt2.compute import Compute
     from gpt2.model import GPT
+    from gpt2.progress import Progress
     from gpt2.trainer import TrainState
 
 WORTH_COMPILING_S = 10.0
 """Of the run's matrix products at this machine's peak."""
+DIVERGED_FILE = "diverged.json"
+MOST_DIVERGENCES = 2
 
 
-def main() -> None:
-    """Checks the params, then trains."""
+def main(stop: Stop) -> None:
+    """Checks what can be checked before torch, which takes seconds to import, is; then trains."""
     params = load_params(paths.PARAMS)
-    stop = StopFlag()
-    # torch takes seconds to import; a wrong parameter is reported before
-    from gpt2.checkpoint import CheckpointStore, fingerprint
-
+    micro_batch_size = preflight.micro_batch_that_fits(params)
     meta = read_meta(paths.TOKENS)
     facts = {"model": asdict(params.model), "train": asdict(params.train), "tokens": meta["splits"]}
     folder = paths.checkpoints(params.runtime.checkpoint_folder) / fingerprint(facts, training_sources())
-    with hold(folder / "lock"):
-        train(params, meta, CheckpointStore(folder), stop)
+    preflight.check_disk(params, folder)
+    with hold(folder / "lock"), at_most_twice_the_same_divergence(folder):
+        train(params, meta, folder, micro_batch_size, stop)
 
 
 def training_sources() -> list[Path]:
@@ -46,86 +48,130 @@ def training_sources() -> list[Path]:
     return [Path(dep) for dep in stages["train"]["deps"] if dep.startswith("gpt2/")]
 
 
-def train(params: Params, meta: Mapping[str, Any], store: "CheckpointStore", stop: StopFlag) -> None:
+@contextmanager
+def at_most_twice_the_same_divergence(folder: Path) -> Iterator[None]:
+    """Remembers where a run diverged: after the second time at one step there is no third try, as it would be alike."""
+    path = folder / DIVERGED_FILE
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        good_steps, times, told = int(earlier["good_steps"]), int(earlier["times"]), str(earlier["told"])
+    except (OSError, ValueError, KeyError, TypeError):
+        good_steps, times, told = -1, 0, ""
+    if times >= MOST_DIVERGENCES:
+        raise DivergedError(
+            f"{told}. So it went {times} times, and would again: change a parameter, or delete {folder} to try anyway",
+            good_steps,
+        )
+    try:
+        yield
+    except DivergedError as error:
+        times = times + 1 if error.good_steps == good_steps else 1
+        write_json(path, {"good_steps": error.good_steps, "times": times, "told": str(error)})
+        raise
+
+
+def train(params: Params, meta: Mapping[str, Any], folder: Path, micro_batch_size: int, stop: Stop) -> None:
     """Trains to the end and writes the results, or stops with a checkpoint and raises Interrupted."""
     import torch
 
     from gpt2 import trainer
+    from gpt2.checkpoint import CheckpointStore
     from gpt2.compute import Compute
     from gpt2.device import choose_device, choose_precision, device_name, peak_flops, prepare
     from gpt2.evaluation import validation_loss
     from gpt2.model import GPT
     from gpt2.optim import Optimizer
 
+    stop.check()
     config, runtime = params.train, params.runtime
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     device = choose_device(runtime.device)
     prepare(device)
     torch.manual_seed(config.seed)
-    sampler = Sampler(
-        open_tokens(paths.TOKENS, "train"),
-        sequence_length=config.sequence_length,
-        batch_size=config.batch_size,
-        accumulation_steps=config.accumulation_steps,
-        seed=config.seed,
-    )
+    sampler = Sampler(open_tokens(paths.TOKENS, "train"), config)
     validation = open_tokens(paths.TOKENS, "val")
+    store = CheckpointStore(folder)
     content = store.load_newest(warn)
+    stop.check()
     model = (initial_model(params) if content is None else GPT(params.model)).to(device)
     optimizer = Optimizer(model, config)
     if content is None:
         precision = choose_precision(device, runtime.precision)
-        state = trainer.TrainState.begin(precision)
+        state = trainer.TrainState.begin(precision, micro_batch_size)
+        names = tracking.new_names()
     else:
         state = trainer.restore(content, model, optimizer)
         precision = getattr(torch, state.precision)
+        names = tracking.RunNames(content["run_id"], None)
+        warn_of_other_bits(content["environment"], trainer.environment(device))
+    if state.micro_batch_size < config.batch_size:
+        warn(
+            f"memory is short: {state.micro_batch_size} sequences are computed at a time instead of "
+            f"{config.batch_size}; a step is the same {config.step_tokens:,} tokens"
+        )
     compute = Compute(model, precision, gradient_checkpointing=runtime.gradient_checkpointing)
+    stop.check()
     peak = peak_flops(device, precision, paths.real_root() / "checkpoints/peak-flops.json")
     if content is None:
         state.compiled = is_compiled(params, device.type, peak)
     if state.step == config.max_steps:
-        say(f"this run is complete in {store.folder}, its results are taken; delete that folder to train anew")
-    else:
-        begin = f"going on from step {state.step} of {config.max_steps} in {store.folder}, " if content else ""
-        say(
-            f"{begin}training {model.config.num_parameters():,} parameters on {device} in {state.precision}, "
-            f"{config.step_tokens:,} tokens a step"
-        )
-        state.compiled = state.compiled and compile_for(compute, sampler, state.step)
+        say(f"this run is complete in {folder}, its results are taken; delete that folder to train anew")
 
-    def validate() -> float:
+    def validate(batch_size: int, progress: "Progress") -> float:
         return validation_loss(
-            compute, validation, sequence_length=config.sequence_length, batch_size=config.batch_size
+            compute, validation, sequence_length=config.sequence_length, batch_size=batch_size, progress=progress
         )
 
-    run_id = content["mlflow_run_id"] if content else None
-    with tracking.open_run(params, run_id, system_metrics=True) as run:
-        if content is not None:
-            run.skip_logged("train/loss")
+    earlier = [tracking.metrics_event(int(row["step"] or 0), metrics_of(row)) for row in state.history]
+    with tracking.open_run(params, "train", names, events=earlier, system_metrics=True) as run:
         computed_by = {"device": device_name(device), "precision": state.precision, "compiled": state.compiled}
         run.tags({**_tags(meta), **{f"runtime.{name}": str(value) for name, value in computed_by.items()}})
+        if state.step < config.max_steps:
+            begin = f"going on from step {state.step} of {config.max_steps} in {folder}, " if content else ""
+            say(
+                f"{begin}training {model.config.num_parameters():,} parameters on {device} in {state.precision}, "
+                f"{config.step_tokens:,} tokens a step"
+            )
+            state.compiled = state.compiled and compile_for(compute, sampler, state)
         hooks = StageHooks(params, store, run, model, optimizer, stop, state)
-        complete = trainer.train(
-            compute,
-            optimizer,
-            sampler,
-            validate,
-            config,
-            state,
-            hooks,
-            log_interval=runtime.log_interval,
-            peak_flops=peak,
-        )
-        hooks.close()
+        try:
+            complete = trainer.train(
+                compute,
+                optimizer,
+                sampler,
+                validate,
+                config,
+                state,
+                hooks,
+                log_interval=runtime.log_interval,
+                checkpoint_interval=runtime.checkpoint_interval,
+                peak_flops=peak,
+            )
+        except DivergedError as error:
+            steps = store.steps()
+            good = f"The last good checkpoint is {store.path(steps[-1])}" if steps else "There is no checkpoint yet"
+            raise DivergedError(f"{error}. {good}", error.good_steps) from None
+        finally:
+            hooks.close()
         if not complete:
             assert stop.signal_number is not None
             raise Interrupted(
-                f"interrupted; the checkpoint of step {state.step} is in {store.folder}; "
+                f"interrupted; the checkpoint of step {state.step} is in {folder}; "
                 "run the same command again to go on from there",
                 stop.signal_number,
             )
+        stop.check()
         write_results(state, model, config.sequence_length, store, run)
+
+
+def warn_of_other_bits(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """One line if a run goes on where its last bits cannot be the same."""
+    changes = [f"{name} {then.get(name)} instead of {now[name]}" for name in now if then.get(name) != now[name]]
+    if changes:
+        warn(
+            f"this run was begun with {', '.join(changes)}; it goes on, but not to the last bit as it would have there"
+        )
 
 
 def is_compiled(params: Params, device_type: str, peak_flops: float) -> bool:
@@ -139,16 +185,19 @@ def is_compiled(params: Params, device_type: str, peak_flops: float) -> bool:
     return flops / peak_flops > WORTH_COMPILING_S
 
 
-def compile_for(compute: "Compute", sampler: Sampler, step: int) -> bool:
+def compile_for(compute: "Compute", sampler: Sampler, state: "TrainState") -> bool:
     """Compiles for the batches of a run; says so, also if it is not possible, and whether it was."""
     import torch
 
     from gpt2.compute import CompileError
 
     say("compiling ...")
-    inputs, targets = (torch.from_numpy(array).to(compute.model.device) for array in sampler.batch(step, 0))
+    inputs, targets = (
+        torch.from_numpy(array)[: state.micro_batch_size].contiguous().to(compute.model.device)
+        for array in sampler.batch(state.step, 0)
+    )
     try:
-        seconds = compute.compile(inputs.contiguous(), targets.contiguous())
+        seconds = compute.compile(inputs, targets)
     except CompileError as error:
         warn(f"torch.compile is not possible here, training goes on without it, slower: {error}")
         return False
@@ -192,10 +241,9 @@ def write_results(
     from stages import reports
 
     save_weights(model.state_dict(), paths.MODELS / "last.safetensors")
-    best = store.load(state.best_step)["model_state_dict"] if state.best_step else model.state_dict()
-    save_weights(best, paths.MODELS / MODEL_FILE)
+    save_weights(state.best_weights or model.state_dict(), paths.MODELS / MODEL_FILE)
     write_json(paths.MODELS / CONFIG_FILE, model.config.to_dict())
-    write_json(paths.RUN, {"mlflow_run_id": run.id, "sequence_length": sequence_length})
+    write_json(paths.RUN, {**asdict(run.names()), "sequence_length": sequence_length})
 
     folder = paths.TRAIN_REPORT
     history = reports.write_history(state.history, folder)
@@ -223,7 +271,7 @@ def write_results(
     run.tags({"model.sha256": sha256_of(paths.MODELS / MODEL_FILE)})
     run.files(sorted(folder.iterdir()), "reports/train")
     run.files([paths.MODELS / CONFIG_FILE], "model")
-    store.prune([state.best_step, state.step])
+    store.prune(keep=1)
     say(
         f"{paths.MODELS / MODEL_FILE}: validation loss {state.best_val_loss:.4f} at step {state.best_step}, "
         f"trained in {state.elapsed_s:.0f} s"

@@ -35,7 +35,6 @@ TINY_TRAIN = TrainConfig(
     max_grad_norm=1.0,
     label_smoothing=0.0,
     eval_interval=3,
-    checkpoint_interval=2,
 )
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 SUBJECTS = [
@@ -88,6 +87,24 @@ def tokens(tmp_path: Path, text: str) -> Path:
     corpus.write_text(text)
     write_tokens(corpus, tmp_path / "tokens", 0.1)
     return tmp_path / "tokens"
+
+
+class NeverStops:
+    """In the place of `stages.process.Stop`, which takes over the process's signals."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        pass
+
+    def watched(self, progress: Any) -> Any:
+        return progress
+
+
+@pytest.fixture
+def never_stops() -> NeverStops:
+    return NeverStops()
 
 
 @pytest.fixture(autouse=True)

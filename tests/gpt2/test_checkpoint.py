@@ -4,9 +4,9 @@ import pickle
 import pytest
 import torch
 
-from gpt2.checkpoint import CheckpointStore, fingerprint, load_model, save_weights, trained_length
+from gpt2.checkpoint import CheckpointStore, load_model, save_weights, trained_length
 from gpt2.errors import FileError
-from gpt2.files import write_json
+from gpt2.files import fingerprint, write_json
 from tests.conftest import TINY
 
 
@@ -21,24 +21,28 @@ def content(step):
 
 def test_the_newest_checkpoint_comes_back(store):
     assert store.load_newest() is None
-    for step in (2, 10, 9):
-        store.save(step, content(step), keep=[2])
+    for step in (2, 9, 10):
+        store.save(step, content(step))
     assert store.load_newest()["step"] == 10
     assert torch.equal(store.load(9)["weights"]["w"], torch.full((50,), 9.0))
 
 
-def test_the_newest_and_the_best_are_kept(store):
+def test_the_newest_two_are_kept_and_leftovers_go(store):
+    (store.folder / "step-000003.tmp").mkdir(parents=True)
+    (store.folder / "step-000003.tmp/gpt_model_checkpoint.pt").write_bytes(b"half")
     for step in range(1, 7):
-        store.save(step, content(step), keep=[2])
-    assert store.steps() == [2, 5, 6]
-    assert sorted(path.name for path in store.folder.iterdir()) == ["step-000002", "step-000005", "step-000006"]
+        store.save(step, content(step))
+    assert sorted(path.name for path in store.folder.iterdir()) == ["step-000005", "step-000006"]
+    store.prune(keep=1)
+    assert store.steps() == [6]
 
 
-def test_prune_keeps_what_it_is_told_to(store):
-    for step in range(1, 4):
-        store.save(step, content(step), keep=range(4))
-    store.prune([1, 3, 99])
-    assert store.steps() == [1, 3]
+def test_a_sound_checkpoint_is_never_written_over(store):
+    path = store.save(3, content(3))
+    before = (path / "gpt_model_checkpoint.pt").stat()
+    store.save(3, content(4))
+    assert store.load(3)["step"] == 3
+    assert (path / "gpt_model_checkpoint.pt").stat().st_ino == before.st_ino
 
 
 def test_the_manifest_has_the_sum_of_the_file(store):
@@ -80,12 +84,33 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(store, damage):
         store.load_newest(warnings.append)
 
 
-def test_one_without_a_manifest_is_none(store):
+def damage_swap(path):
+    other = path.parent / "step-000001"
+    for name in ("gpt_model_checkpoint.pt", "manifest.json"):
+        (path / name).write_bytes((other / name).read_bytes())
+
+
+def damage_manifest_gone(path):
+    (path / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_swap, damage_manifest_gone])
+def test_one_that_is_mixed_up_or_half_deleted_is_named_and_replaced(store, damage):
     store.save(1, content(1))
-    (store.save(2, content(2)) / "manifest.json").unlink()
-    assert store.load_newest()["step"] == 1
+    damage(store.save(2, content(2)))
+    warnings = []
+    assert store.load_newest(warnings.append)["step"] == 1
+    assert "step-000002" in warnings[0]
     store.save(2, content(2))  # the leftover does not stand in the way
     assert store.load_newest()["step"] == 2
+
+
+def test_a_damaged_one_does_not_push_out_a_sound_one(store):
+    store.save(1, content(1))
+    damage_flip(store.save(9, content(9)))
+    store.load_newest(lambda _: None)
+    store.save(2, content(2))
+    assert store.steps() == [1, 2]
 
 
 def test_a_failed_save_leaves_the_older_ones(store, monkeypatch):

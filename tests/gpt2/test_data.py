@@ -1,5 +1,6 @@
 import json
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from gpt2 import data, tokenizer
 from gpt2.data import Sampler, open_tokens, windows, write_tokens
 from gpt2.errors import FileError, UserError
+from tests.conftest import TINY_TRAIN
 
 
 @given(st.text(alphabet=st.sampled_from(list("ab'1 s\n\t\r\x1c\u00a0é🙂.")), max_size=80), st.integers(1, 9))
@@ -78,13 +80,10 @@ def test_token_files_that_were_cut_off_are_noticed(tokens):
 
 
 def sampler(num_tokens=1000, batch_size=4, accumulation_steps=2, seed=5):
-    return Sampler(
-        np.arange(num_tokens, dtype=np.uint16),
-        sequence_length=10,
-        batch_size=batch_size,
-        accumulation_steps=accumulation_steps,
-        seed=seed,
+    config = replace(
+        TINY_TRAIN, sequence_length=10, batch_size=batch_size, accumulation_steps=accumulation_steps, seed=seed
     )
+    return Sampler(np.arange(num_tokens, dtype=np.uint16), config)
 
 
 def test_targets_follow_their_inputs():

@@ -95,4 +95,4 @@ def test_muons_update_is_orthogonal(tiny_model, train_config):
 
 def test_with_adamw_alone_its_state_is_torchs_own(tiny_model, train_config):
     optimizer = Optimizer(tiny_model, train_config())
-    torch.optim.AdamW(optimizer.param_groups).load_state_dict(optimizer.state_dict())
+    torch.optim.AdamW(optimizer.parts["adamw"].param_groups).load_state_dict(optimizer.state_dict())

@@ -19,7 +19,7 @@ class Recorder:
     """Hooks that remember what they heard, and stop after a step if told to."""
 
     def __init__(self, stop_after=None):
-        self.rows, self.saved, self.steps, self.stop_after = [], [], [], stop_after
+        self.rows, self.saved, self.steps, self.warnings, self.stop_after = [], [], [], [], stop_after
 
     def log(self, row):
         self.rows.append(row)
@@ -30,8 +30,11 @@ class Recorder:
     def save(self, state):
         self.saved.append(state.step)
 
+    def warn(self, message):
+        self.warnings.append(message)
+
     def should_stop(self):
-        return self.stop_after is not None and self.steps[-1] >= self.stop_after
+        return self.stop_after is not None and bool(self.steps) and self.steps[-1] >= self.stop_after
 
 
 class Run:
@@ -43,28 +46,24 @@ class Run:
         self.model = GPT(TINY)
         self.compute = Compute(self.model, precision, **options)
         self.optimizer = Optimizer(self.model, config)
-        self.state = TrainState.begin(precision)
+        self.state = TrainState.begin(precision, config.batch_size)
 
-    def go(self, hooks, log_interval=1, peak_flops=None):
+    def go(self, hooks, log_interval=1, **options):
         config = self.config
-        sampler = Sampler(
-            open_tokens(self.tokens, "train"),
-            sequence_length=config.sequence_length,
-            batch_size=config.batch_size,
-            accumulation_steps=config.accumulation_steps,
-            seed=config.seed,
-        )
+        sampler = Sampler(open_tokens(self.tokens, "train"), config)
         validation = open_tokens(self.tokens, "val")[:200]
         return train(
             self.compute,
             self.optimizer,
             sampler,
-            lambda: validation_loss(self.compute, validation, sequence_length=16, batch_size=4),
+            lambda batch_size, progress: validation_loss(
+                self.compute, validation, sequence_length=16, batch_size=batch_size, progress=progress
+            ),
             config,
             self.state,
             hooks,
             log_interval=log_interval,
-            peak_flops=peak_flops,
+            **options,
         )
 
     def weights(self):
@@ -82,12 +81,12 @@ def test_training_lowers_the_loss_on_held_out_text(tokens, train_config):
 
 
 def test_what_is_logged_and_when(tokens, train_config):
-    run, hooks = Run(tokens, train_config(max_steps=7, eval_interval=3, checkpoint_interval=5)), Recorder()
-    run.go(hooks, log_interval=2)
+    run, hooks = Run(tokens, train_config(max_steps=7, eval_interval=3)), Recorder()
+    run.go(hooks, log_interval=2, checkpoint_interval=5)
     assert hooks.steps == [1, 2, 3, 4, 5, 6, 7]
     assert [row["step"] for row in hooks.rows] == [2, 3, 4, 6, 7]
     assert [row["step"] for row in hooks.rows if row["val_loss"] is not None] == [3, 6, 7]  # the last step always
-    assert hooks.saved == [3, 5, 6, 7]  # improvements, the interval, the end
+    assert hooks.saved == [5, 7]  # the interval, the end
     assert [row["learning_rate"] for row in hooks.rows] == [lr_at(row["step"] - 1, run.config) for row in hooks.rows]
     assert hooks.rows[-1]["tokens"] == 7 * run.config.step_tokens
     assert run.state.history == hooks.rows

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from gpt2.errors import FileError
-from stages import evaluate, paths, tracking
+from stages import evaluate
 from stages.params import load_params
 from tests.conftest import ROOT
 
@@ -28,17 +27,7 @@ def test_the_passage_is_from_the_middle():
     assert evaluate.middle(tokens, 1000).tolist() == list(range(100))
 
 
-def test_each_prompt_has_a_sample_of_its_own(params, tiny_model):
-    samples = evaluate.draw_samples(params.evaluate, tiny_model, ["a", "a", ""], 16)
+def test_each_prompt_has_a_sample_of_its_own(params, tiny_model, never_stops):
+    samples = evaluate.draw_samples(params.evaluate, tiny_model, ["a", "a", ""], 16, never_stops)
     assert len(samples) == len(set(samples)) == 3
-    assert evaluate.draw_samples(params.evaluate, tiny_model, ["a", "a", ""], 16) == samples
-
-
-def test_the_run_that_trained_the_model_is_found(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileError, match="run the train stage again"):
-        tracking.read_run_id()
-    (tmp_path / "models").mkdir()
-    for content, expected in (('{"mlflow_run_id": "abc"}', "abc"), ('{"mlflow_run_id": null}', None)):
-        paths.RUN.write_text(content)
-        assert tracking.read_run_id() == expected
+    assert evaluate.draw_samples(params.evaluate, tiny_model, ["a", "a", ""], 16, never_stops) == samples

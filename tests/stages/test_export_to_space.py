@@ -36,8 +36,8 @@ def trained(tmp_path, monkeypatch, tiny_model):
     return load_params(ROOT / "params.yaml")
 
 
-def test_both_folders_are_written_and_checked(trained, capsys):
-    export_to_space.export(trained, "abc")
+def test_both_folders_are_written_and_checked(trained, capsys, never_stops):
+    export_to_space.export(trained, "abc", never_stops)
     told = capsys.readouterr().err
     assert "dist/space: the same logits to 0" in told
     assert "dist/hf: the same logits to" in told
@@ -55,17 +55,17 @@ def test_both_folders_are_written_and_checked(trained, capsys):
     assert front["python_version"] == "3.12"
 
 
-def test_a_page_that_cannot_load_its_model_fails_the_stage(trained, monkeypatch):
+def test_a_page_that_cannot_load_its_model_fails_the_stage(trained, monkeypatch, never_stops):
     def write_other(model, folder):
         torch.save(TINY.to_dict(), folder / "gpt_config.pt")
         torch.save({"transformer.wte.weight": torch.zeros(3)}, folder / "gpt_model.pt")
 
     monkeypatch.setattr("gpt2.exchange.write_space_model", write_other)
     with pytest.raises(FileError, match=r"dist/space cannot be loaded: gpt2\.errors\.FileError: the model cannot be"):
-        export_to_space.export(trained, None)
+        export_to_space.export(trained, None, never_stops)
 
 
-def test_other_weights_fail_the_stage(trained, monkeypatch):
+def test_other_weights_fail_the_stage(trained, monkeypatch, never_stops):
     from gpt2 import exchange
     from gpt2.model import GPT
 
@@ -73,7 +73,7 @@ def test_other_weights_fail_the_stage(trained, monkeypatch):
     torch.manual_seed(1)
     monkeypatch.setattr(exchange, "write_hugging_face", lambda _, folder: right(GPT(TINY), folder))
     with pytest.raises(FileError, match="dist/hf gives other logits than the trained model"):
-        export_to_space.export(trained, None)
+        export_to_space.export(trained, None, never_stops)
 
 
 def test_requirements_are_pinned_to_what_is_installed():

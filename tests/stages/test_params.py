@@ -70,7 +70,7 @@ def test_seed_is_the_old_projects_setting():
         ("fallback: python-docs", "fallback: nothing", "corpus.fallback is 'nothing'; expected null or one of"),
         ("source: tinyshakespeare", "source: ''", "corpus.source is ''"),
         ("device: auto", "device: tpu", "runtime.device is 'tpu'; expected 'auto', 'cuda', 'mps' or 'cpu'"),
-        ("tokenize:", "tokenise:", "the section 'tokenize' is missing; did you mean 'tokenise'?"),
+        ("tokenize:", "tokenise:", "unknown key tokenise; did you mean 'tokenize'?"),
         ("corpus:\n", "extra: 1\n\ncorpus:\n", "unknown key extra"),
         ("validation_fraction: 0.1", "validation_fraction: 1", "tokenize.validation_fraction is 1"),
         ("corpus:\n", "corpus: [\n", "cannot read"),

@@ -37,10 +37,9 @@ TINY = {
         "warmup_steps": 2,
         "learning_rate": 1.0e-2,
         "eval_interval": 4,
-        "checkpoint_interval": 5,
     },
     "evaluate": {"max_new_tokens": 12, "passage_tokens": 40},
-    "runtime": {"device": "cpu", "threads": 1},
+    "runtime": {"device": "cpu", "threads": 1, "checkpoint_interval": 5},
 }
 
 

@@ -1,20 +1,28 @@
+import json
+import os
 import subprocess
+import sys
 import time
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
 from gpt2.errors import Interrupted
-from stages import tracking
+from stages import sync, tracking
 from stages.params import load_params
+from stages.tracking import RunNames
 from tests.conftest import ROOT
+
+NAMES = RunNames("a" * 32, None)
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A folder of its own for the database, as DVC sets it."""
+    """A folder of its own for database and outbox, as DVC sets it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    for variable in tracking.IMPATIENCE:
+    for variable in sync.IMPATIENCE:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.delenv("DVC_EXP_NAME", raising=False)
     return tmp_path
@@ -32,85 +40,142 @@ def client(project):
 
 
 def with_seed(params, seed):
-    from dataclasses import replace
-
     return replace(params, evaluate=replace(params.evaluate, seed=seed))
 
 
 def test_stages_share_one_run_and_other_params_get_a_child(project, params, tmp_path):
     (tmp_path / "report.md").write_text("hello")
-    with tracking.open_run(params) as run:
+    with tracking.open_run(params, "train", NAMES) as run:
         for step in (10, 20):
             run.metrics(step, {"train/loss": 3.5 - step / 10, "val/loss": None if step == 10 else 2.0})
         run.tags({"model.sha256": "abc"})
-    with tracking.open_run(params, run.id) as later:
+    names = run.names()
+    assert names.run_id == NAMES.run_id
+    with tracking.open_run(params, "evaluate", names) as later:
         later.metrics(0, {"evaluate/loss": 2.5})
         later.files([tmp_path / "report.md"], "reports")
-    assert later.id == run.id
+    assert later.names() == names
 
-    found = client(project).get_run(run.id)
+    found = client(project).get_run(names.mlflow_run_id)
     assert found.info.status == "FINISHED"
     assert found.data.metrics == {"train/loss": 1.5, "val/loss": 2.0, "evaluate/loss": 2.5}
     assert found.data.params["train.learning_rate"] == str(params.train.learning_rate)
     assert found.data.params["model.n_layer"] == "4"
     assert not [key for key in found.data.params if key.startswith("runtime")]
     assert found.data.tags["model.sha256"] == "abc"
-    assert (project / "mlartifacts" / run.id / "artifacts/reports/report.md").read_text() == "hello"
+    artifacts = project / "mlartifacts" / names.mlflow_run_id / "artifacts"
+    assert (artifacts / "reports/report.md").read_text() == "hello"
     assert client(project).get_experiment(found.info.experiment_id).name == "gpt2"
+    assert sync.records() == []  # delivered
 
-    # a run that goes on logs no step twice
-    with tracking.open_run(params, run.id) as resumed:
-        resumed.skip_logged("train/loss")
-        for step in (10, 20, 30):
-            resumed.metrics(step, {"train/loss": 9.0})
-    history = client(project).get_metric_history(run.id, "train/loss")
+    # a run that goes on has no step twice, and the same evaluation again is no news
+    earlier = [tracking.metrics_event(step, {"train/loss": 9.0}) for step in (10, 20)]
+    with tracking.open_run(params, "train", names, events=earlier) as resumed:
+        resumed.metrics(30, {"train/loss": 9.0})
+    with tracking.open_run(params, "evaluate", names) as again:
+        again.metrics(0, {"evaluate/loss": 2.5})
+    history = client(project).get_metric_history(names.mlflow_run_id, "train/loss")
     assert sorted((m.step, m.value) for m in history) == [(10, 2.5), (20, 1.5), (30, 9.0)]
+    assert len(client(project).get_metric_history(names.mlflow_run_id, "evaluate/loss")) == 1
 
-    with tracking.open_run(with_seed(params, 99), run.id) as child:
+    with tracking.open_run(with_seed(params, 99), "evaluate", names) as child:
+        child.metrics(0, {"evaluate/loss": 2.4})
+    child_id = child.names().mlflow_run_id
+    assert child_id != names.mlflow_run_id
+    assert client(project).get_run(child_id).data.tags[sync.PARENT_TAG] == names.mlflow_run_id
+    assert client(project).get_run(names.mlflow_run_id).data.params["evaluate.seed"] == "1"
+    with tracking.open_run(with_seed(params, 99), "export-to-space", names) as next_stage:
         pass
-    assert child.id != run.id
-    tags = client(project).get_run(child.id).data.tags
-    assert tags[tracking.PARENT_TAG] == run.id
-    assert client(project).get_run(run.id).data.params["evaluate.seed"] == "1"
-    with tracking.open_run(with_seed(params, 99), run.id) as next_stage:
+    assert next_stage.names().mlflow_run_id == child_id
+
+    with tracking.open_run(params, "evaluate", RunNames("b" * 32, "0" * 32)) as other:
         pass
-    assert next_stage.id == child.id
+    assert client(project).get_run(other.names().mlflow_run_id).data.tags["continues"] == "0" * 32
 
-    with tracking.open_run(params, "0" * 32) as other:
-        pass
-    assert client(project).get_run(other.id).data.tags["continues"] == "0" * 32
-
-    with pytest.raises(Interrupted), tracking.open_run(params) as killed:
-        raise Interrupted("stop", 15)
-    with pytest.raises(ValueError, match="x"), tracking.open_run(params) as failed:
-        raise ValueError("x")
-    assert [client(project).get_run(r.id).info.status for r in (killed, failed)] == ["KILLED", "FAILED"]
+    failed = leave_with(ValueError("x"), params, RunNames("c" * 32, None))
+    assert client(project).get_run(failed.names().mlflow_run_id).info.status == "FAILED"
 
 
-def test_a_server_that_is_not_there_costs_a_warning_and_seconds(project, params, monkeypatch, capsys):
+def leave_with(error, params, names):
+    """A run whose stage ends with an error."""
+    with suppress(type(error)), tracking.open_run(params, "train", names) as run:
+        run.metrics(1, {"train/loss": 1.0})
+        raise error
+    return run
+
+
+def test_an_interrupted_stage_does_not_wait_and_is_told_nevertheless(project, params):
+    client(project).search_experiments()  # makes the database, which takes seconds
+    started_s = time.monotonic()
+    run = leave_with(Interrupted("stop", 15), params, NAMES)
+    assert time.monotonic() - started_s < 1
+    run._mirror.wait(timeout=20)
+    sync.sync()
+    (found,) = client(project).search_runs([client(project).get_experiment_by_name("gpt2").experiment_id])
+    assert (found.info.status, found.data.metrics) == ("KILLED", {"train/loss": 1.0})
+
+
+def test_what_could_not_be_delivered_is_delivered_later(project, params, monkeypatch, capsys, tmp_path):
+    (tmp_path / "report.md").write_text("hello")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     started_s = time.monotonic()
-    with tracking.open_run(params, "some-id") as run:
+    with tracking.open_run(params, "train", NAMES) as run:
         run.metrics(1, {"train/loss": 1.0})
-        run.tags({"a": "b"})
-    assert time.monotonic() - started_s < 30
-    assert run.id == "some-id"  # not forgotten, for a later stage that may reach the server again
+        run.files([tmp_path / "report.md"], "reports")
+    assert time.monotonic() - started_s < tracking.PATIENCE_S + 1
+    assert run.names() == NAMES
     error = capsys.readouterr().err
-    assert error.count("WARNING: MLflow cannot be used") == 1
+    assert error.count("WARNING: MLflow does not") == 1
+    assert "`python -m stages.sync`" in error
+    assert error.count("\n") == 1
+
+    (tmp_path / "report.md").unlink()  # the record has a copy
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for told in (f"{NAMES.run_id}.train: delivered\n", "MLflow has everything\n"):
+        result = subprocess.run([sys.executable, "-m", "stages.sync"], env=environment, capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (0, told)
+    (found,) = client(project).search_runs([client(project).get_experiment_by_name("gpt2").experiment_id])
+    assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/loss": 1.0})
+    assert (project / "mlartifacts" / found.info.run_id / "artifacts/reports/report.md").read_text() == "hello"
+
+
+def test_sync_says_what_it_cannot_deliver(project, params, monkeypatch, capsys):
+    folder = project / "mlflow-outbox/abc.train"
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text("{")
+    assert sync.sync() == 1
+    assert "WARNING: abc.train: JSONDecodeError" in capsys.readouterr().err
+    assert folder.exists()
+
+
+def test_a_record_that_cannot_be_written_costs_a_warning(project, params, capsys):
+    (project / "mlflow-outbox").write_text("no folder")
+    with tracking.open_run(params, "train", NAMES) as run:
+        run.metrics(1, {"train/loss": 1.0})
+        run.files([project / "mlflow-outbox"], "reports")
+    error = capsys.readouterr().err
+    assert error.startswith("WARNING: cannot write the record for MLflow")
     assert error.count("\n") == 1
 
 
-def test_a_store_that_breaks_during_a_run_costs_a_warning(project, params, capsys):
-    class Broken:
-        def log_batch(self, *_, **__):
-            raise RuntimeError("disk\nfull")
+def test_nothing_secret_is_recorded(project, params, monkeypatch):
+    secret = replace(params, corpus=replace(params.corpus, source="https://me:s3cret@example.org/a.txt?key=s3cret"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
+    with tracking.open_run(secret, "train", NAMES) as run:
+        run.tags({"corpus.from": secret.corpus.source})
+    files = [path for path in (project / "mlflow-outbox").rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if "s3cret" in path.read_text()]
 
-    run = tracking.Run(Broken(), "id")
-    run.metrics(1, {"train/loss": 1.0})
-    run.metrics(2, {"train/loss": 1.0})
-    assert capsys.readouterr().err == (
-        "WARNING: MLflow does not answer (RuntimeError: disk full); going on without it, the results are in reports/\n"
-    )
+
+def test_names_are_read_from_the_trained_model(project):
+    (project / "models").mkdir()
+    (project / "models/run.json").write_text(json.dumps({"run_id": "a", "mlflow_run_id": None}))
+    assert tracking.read_names() == RunNames("a", None)
+    (project / "models/run.json").write_text("{}")
+    with pytest.raises(tracking.FileError, match="run the train stage again"):
+        tracking.read_names()
 
 
 def test_tags_name_commit_and_experiment(project, monkeypatch):

@@ -7,6 +7,7 @@ from gpt2.compute import CompileError, Compute
 from gpt2.data import Sampler, open_tokens
 from gpt2.errors import UserError
 from gpt2.exchange import write_hugging_face
+from gpt2.trainer import TrainState
 from stages import train
 from stages.params import load_params
 from tests.conftest import ROOT, TINY, TINY_TRAIN
@@ -58,6 +59,6 @@ def test_without_a_compiler_training_goes_on_and_says_so(tokens, tiny_model, mon
         raise CompileError("no working C++ compiler")
 
     monkeypatch.setattr(Compute, "compile", fail)
-    sampler = Sampler(open_tokens(tokens, "train"), sequence_length=16, batch_size=2, accumulation_steps=1, seed=0)
-    assert not train.compile_for(Compute(tiny_model, torch.float32), sampler, step=0)
+    sampler = Sampler(open_tokens(tokens, "train"), TINY_TRAIN)
+    assert not train.compile_for(Compute(tiny_model, torch.float32), sampler, TrainState.begin(torch.float32, 2))
     assert "goes on without it, slower: no working C++ compiler" in capsys.readouterr().err

@@ -1,0 +1,100 @@
+"""What can be known before a run begins: whether it fits into the memory and onto the disk of this machine.
+
+From the params alone, in milliseconds, before torch is imported.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from gpt2.errors import FileError, UserError
+from gpt2.memory import GIB, largest_batch, training_bytes
+from stages.params import Params
+
+ESTIMATE_ERROR = 1.2
+"""The estimate of memory is that near to what was measured, at worst."""
+CHECKPOINT_BYTES_PER_PARAMETER = 16
+"""Weights, two moments, and the best weights, in fp32."""
+CHECKPOINTS_AT_ONCE = 3
+"""Two are kept while the next one is written."""
+RESULT_BYTES_PER_PARAMETER = 24
+"""Best and last weights, the Space's and those for transformers, some of them in DVC's cache too."""
+LESS = (
+    "take a smaller model or train.sequence_length, or set runtime.gradient_checkpointing; "
+    "`python -m gpt2 info` says what fits"
+)
+
+
+def micro_batch_that_fits(params: Params) -> int:
+    """How many sequences to compute at a time on a CPU: the batch_size, or what it can be divided into that fits.
+
+    Raises UserError if not even one does. With a GPU, whose memory is not known yet, it is the batch_size.
+    """
+    config, size = params.model, params.train.batch_size
+    memory = memory_bytes()
+    at_least = 4 * config.num_parameters()
+    if at_least > memory:
+        raise UserError(f"the weights alone take {_gb(at_least)}, and this machine has {_gb(memory)} of memory: {LESS}")
+    if params.runtime.device in ("cuda", "mps") or (params.runtime.device == "auto" and may_have_gpu()):
+        return size
+    narrow = params.runtime.precision != "fp32"
+    checkpointing = params.runtime.gradient_checkpointing
+    limit = largest_batch(
+        config,
+        round(memory * ESTIMATE_ERROR),
+        checkpointing=checkpointing,
+        on_cpu=True,
+        narrow=narrow,
+        sequence_length=params.train.sequence_length,
+    )
+    if fitting := params.train.micro_batch(limit):
+        return fitting
+    needed = training_bytes(config, 1, params.train.sequence_length, narrow=narrow, checkpointing=checkpointing)
+    raise UserError(
+        f"training takes about {_gb(needed)} even for one sequence at a time, and this machine has {_gb(memory)} of "
+        f"memory: {LESS}"
+    )
+
+
+def check_disk(params: Params, folder: Path) -> None:
+    """Raises FileError if the checkpoints, in `folder`, and the results cannot find room on their disks."""
+    parameters = params.model.num_parameters()
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    needs = {
+        folder: max(0, CHECKPOINTS_AT_ONCE * CHECKPOINT_BYTES_PER_PARAMETER * parameters - there),
+        Path.cwd(): RESULT_BYTES_PER_PARAMETER * parameters,
+    }
+    by_disk: dict[int, tuple[Path, int]] = {}
+    for path, needed in needs.items():
+        existing = next(each for each in (path, *path.parents) if each.exists())
+        disk = existing.stat().st_dev
+        by_disk[disk] = (existing, by_disk.get(disk, (existing, 0))[1] + needed)
+    for existing, needed in by_disk.values():
+        free = shutil.disk_usage(existing).free
+        if free < needed:
+            raise FileError(
+                f"checkpoints and results need about {_gb(needed)}, and the disk of {existing} has {_gb(free)} left: "
+                "make room, or set runtime.checkpoint_folder to a folder on another disk"
+            )
+
+
+def memory_bytes() -> int:
+    """This machine's memory and swap, or less if a container may take less."""
+    import psutil
+
+    total = psutil.virtual_memory().total + psutil.swap_memory().total
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # there is none, or it is "max"
+            continue
+    return total
+
+
+def may_have_gpu() -> bool:
+    """Whether torch could find one here; a guess that does without torch."""
+    return os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg") or os.uname().sysname == "Darwin"
+
+
+def _gb(count: int) -> str:
+    return f"{count / GIB:,.1f} GiB"

@@ -1,0 +1,308 @@
+"""`python -m stages.sync`: brings to MLflow what is in the outbox, each step once, however often it is tried.
+
+With `--follow` it is the process beside a stage that delivers a record as it grows. Nothing but this module knows
+MLflow's client.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt2.errors import BusyError
+from gpt2.files import hold, read_lines
+from stages import paths
+from stages.process import redacted, say, warn
+from stages.tracking import CREATION_PATIENCE_S, PATIENCE_S
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+EXPERIMENT = "gpt2"
+RUN_TAG = "pipeline.run_id"
+PARENT_TAG = "mlflow.parentRunId"
+UNDELIVERED_EXIT_CODE = 74
+POLL_S = 1.0
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
+METRICS_AT_ONCE = 1000
+"""As many as MLflow takes."""
+# This process may take its time, but each attempt should end.
+IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+
+
+class Store:
+    """MLflow's client, and the experiment of ours in its store."""
+
+    def __init__(self) -> None:
+        """Makes database and experiment if they are not there. Raises whatever MLflow comes up with."""
+        for variable, value in IMPATIENCE.items():
+            os.environ.setdefault(variable, value)
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        import mlflow
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.database()}"
+        with hold(paths.real_root() / ".mlflow.lock", wait=True):  # two processes that create a database destroy it
+            if not os.environ.get("MLFLOW_TRACKING_URI") and not paths.database().exists():
+                _create_database()
+            mlflow.set_tracking_uri(uri)
+            self.client = mlflow.MlflowClient()
+            experiment = self.client.get_experiment_by_name(EXPERIMENT)
+            if experiment is not None:
+                self.experiment_id = experiment.experiment_id
+            else:
+                self.experiment_id = self.client.create_experiment(EXPERIMENT, artifact_location=_artifacts())
+
+
+def _artifacts() -> str | None:
+    """With the database of ours, artifacts belong to the repository, not to the folder we happen to run in."""
+    return None if os.environ.get("MLFLOW_TRACKING_URI") else (paths.real_root() / "mlartifacts").as_uri()
+
+
+def _create_database() -> None:
+    """Beside its place; so whoever kills us leaves no half of it there."""
+    global _is_creating
+    import mlflow
+
+    temporary = paths.database().with_name(f"{paths.database().name}.new")
+    temporary.unlink(missing_ok=True)
+    _is_creating = True
+    _tell(creating=True)
+    mlflow.MlflowClient(f"sqlite:///{temporary}").create_experiment(EXPERIMENT, artifact_location=_artifacts())
+    temporary.replace(paths.database())
+    _is_creating = False
+    _tell(creating=False)
+
+
+class Mirror:
+    """The way of one record into MLflow."""
+
+    def __init__(self, folder: Path, store: Store) -> None:
+        """Finds the record's run, or makes it."""
+        self.folder, self.client = folder, store.client
+        self.record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        self.status: str | None = None
+        self._offset = 0
+        self._logged: dict[str, dict[int, float]] = {}
+        self.run_id = self._find_or_create(store.experiment_id)
+        _tell(run=self.run_id)
+        self.client.update_run(self.run_id, status="RUNNING")
+
+    def _find_or_create(self, experiment_id: str) -> str:
+        """The pipeline run's own run in MLflow, if it was made with the same params; else a child of it."""
+        params, ours = self.record["params"], self.record["run_id"]
+        runs = self.client.search_runs(
+            [experiment_id], f"tags.`{RUN_TAG}` = '{ours}'", order_by=["attributes.start_time ASC"]
+        )
+        run = next((run for run in runs if _agrees(run, params)), None)
+        if run is None:
+            tags = {**self.record["tags"], RUN_TAG: ours}
+            if runs:
+                tags[PARENT_TAG] = runs[0].info.run_id
+            elif self.record["mlflow_run_id"]:
+                tags["continues"] = self.record["mlflow_run_id"]
+            run = self.client.create_run(
+                experiment_id, start_time=self.record["began_ms"], tags=tags, run_name=self.record["name"]
+            )
+        from mlflow.entities import Param
+
+        missing = [Param(key, value) for key, value in params.items() if key not in run.data.params]
+        if missing:
+            self.client.log_batch(run.info.run_id, params=missing)
+        return str(run.info.run_id)
+
+    def deliver(self) -> None:
+        """Brings over what has come since the last time, in its order."""
+        from mlflow.entities import RunTag
+
+        events, end = read_lines(self.folder / "events.jsonl", self._offset)
+        self._log_metrics([event for event in events if "metrics" in event])
+        tags = [RunTag(key, value) for event in events for key, value in event.get("tags", {}).items()]
+        if tags:
+            self.client.log_batch(self.run_id, tags=tags)
+        for event in events:
+            if "artifact" in event:
+                file = self.folder / "artifacts" / event["folder"] / event["artifact"]
+                self.client.log_artifact(self.run_id, str(file), event["folder"])
+        for event in events:
+            if "status" in event:
+                self.status = event["status"]
+                self.client.set_terminated(self.run_id, self.status, event["time_ms"])
+        self._offset = end
+
+    def _log_metrics(self, events: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        new = [
+            Metric(key, value, event["time_ms"], event["step"])
+            for event in events
+            for key, value in event["metrics"].items()
+            if self._is_new(key, event["step"], value)
+        ]
+        for start in range(0, len(new), METRICS_AT_ONCE):
+            part = new[start : start + METRICS_AT_ONCE]
+            self.client.log_batch(self.run_id, metrics=part)
+            for metric in part:
+                self._logged[metric.key][metric.step] = metric.value
+
+    def _is_new(self, key: str, step: int, value: float) -> bool:
+        """Whether MLflow lacks it. A step of training is one fact; an evaluation that is repeated may differ."""
+        if key not in self._logged:
+            history = self.client.get_metric_history(self.run_id, key)
+            self._logged[key] = {metric.step: metric.value for metric in history}
+        known = self._logged[key].get(step)
+        return known is None or (self.record["stage"] != "train" and known != value)
+
+    def close(self) -> None:
+        """Everything is delivered: the record goes, unless a new session of the stage writes it again."""
+        with hold(paths.outbox() / "lock", wait=True):
+            try:
+                with hold(self.folder / "writer"):
+                    if self.status is None:  # it was killed
+                        self.client.set_terminated(self.run_id, "KILLED")
+                    shutil.rmtree(self.folder)
+            except BusyError:
+                pass
+
+
+def _agrees(run: "Run", params: dict[str, str]) -> bool:
+    return all(run.data.params.get(key, value) == value for key, value in params.items())
+
+
+def records(run_id: str = "*") -> list[Path]:
+    """What is in the outbox, the oldest first."""
+    found = [path.parent for path in paths.outbox().glob(f"{run_id}.*/record.json")]
+    return sorted(found, key=lambda folder: (folder / "record.json").stat().st_mtime)
+
+
+def sync() -> int:
+    """Delivers all records that no other process delivers; gives how many could not be."""
+    failures = 0
+    store = None
+    for folder in records():
+        try:
+            with hold(folder / "lock"), hold(folder / "writer"):
+                pass
+            store = store or Store()
+            with hold(folder / "lock"):
+                mirror = Mirror(folder, store)
+                mirror.deliver()
+            mirror.close()
+            say(f"{folder.name}: delivered")
+        except BusyError:
+            say(f"{folder.name}: being written, and delivered, by another process")
+        except Exception as error:  # whatever MLflow comes up with
+            failures += 1
+            warn(f"{folder.name}: {describe(error)}")
+    return failures
+
+
+def follow(folder: Path) -> int:
+    """Delivers a record, and older ones of its run, until the stage that writes it has closed our standard input."""
+    os.nice(10)  # training comes first
+    stage_ended = threading.Event()
+    threading.Thread(target=_watch, args=[stage_ended], daemon=True).start()
+    pause_s = SHORTEST_PAUSE_S
+    failed = is_last = False
+    store: Store | None = None
+    mirror: Mirror | None = None
+    monitor: Any = None
+    with hold(folder / "lock", wait=True):
+        while not is_last:
+            is_last = stage_ended.is_set()
+            try:
+                store = store or Store()
+                if mirror is None:
+                    _deliver_older(folder, store)
+                    mirror = Mirror(folder, store)
+                    if mirror.record["system_metrics"]:
+                        monitor = _monitor(mirror.run_id)
+                mirror.deliver()
+                failed, pause_s = False, SHORTEST_PAUSE_S
+            except Exception as error:  # as in sync
+                if not failed:
+                    _tell(failed=describe(error))
+                failed, pause_s = True, min(2 * pause_s, LONGEST_PAUSE_S)
+            if not is_last:
+                stage_ended.wait(pause_s if failed else POLL_S)
+    if monitor is not None:
+        monitor.finish()
+    if failed or mirror is None:
+        return UNDELIVERED_EXIT_CODE
+    mirror.close()
+    return 0
+
+
+def _watch(stage_ended: threading.Event) -> None:
+    """Notices the end of the stage, whatever way it ended. From then on nobody waits for us long."""
+    sys.stdin.buffer.read()
+    stage_ended.set()
+    time.sleep(CREATION_PATIENCE_S if _is_creating else PATIENCE_S)
+    os._exit(UNDELIVERED_EXIT_CODE)
+
+
+def _deliver_older(folder: Path, store: Store) -> None:
+    """What earlier stages of the same run could not deliver."""
+    for older in records(folder.name.partition(".")[0]):
+        if older != folder:
+            try:
+                with hold(older / "lock"):
+                    mirror = Mirror(older, store)
+                    mirror.deliver()
+                mirror.close()
+            except BusyError:
+                continue
+
+
+def _monitor(run_id: str) -> Any:
+    """Use of CPU, memory, disk, network and GPU, as MLflow measures it."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, sampling_interval=5, resume_logging=True)  # type: ignore[no-untyped-call]
+    monitor.start()  # type: ignore[no-untyped-call]
+    return monitor
+
+
+_is_following = False
+_is_creating = False
+
+
+def _tell(**message: Any) -> None:
+    """A line for the stage that we follow."""
+    if _is_following:
+        print(json.dumps(message), flush=True)
+
+
+def describe(error: Exception) -> str:
+    """An error in one line, without secrets."""
+    return redacted(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
+
+
+def main() -> int:
+    """Gives the exit code: 0, or 74 if not everything could be delivered."""
+    global _is_following
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.sync", description="Bring to MLflow what it does not have yet."
+    )
+    parser.add_argument("--follow", metavar="RECORD", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.follow:
+        _is_following = True
+        return follow(paths.outbox() / arguments.follow)
+    waiting = len(records())
+    failures = sync()
+    if not waiting:
+        say("MLflow has everything")
+    return UNDELIVERED_EXIT_CODE if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
