@@ -113,7 +113,8 @@ def test_two_stages_do_not_run_in_one_folder(tmp_path):
 def test_a_stage_does_not_outlive_its_parent(tmp_path):
     child = (
         "import os, time, pathlib\nfrom stages.process import *\ndef main(stop):\n"
-        f"    pathlib.Path({str(tmp_path)!r}, 'pid').write_text(str(os.getpid())); \n    for _ in range(600): time.sleep(0.1); stop.check()\nrun_stage(main)"
+        f"    pathlib.Path({str(tmp_path)!r}, 'pid').write_text(str(os.getpid()))\n"
+        "    for _ in range(600):\n        time.sleep(0.1)\n        stop.check()\nrun_stage(main)"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"],

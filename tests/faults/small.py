@@ -1,0 +1,153 @@
+"""A small training run with the real loop, hooks and checkpoints, each session of it in a forked process."""
+
+import hashlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpt2 import files
+from gpt2.checkpoint import CheckpointStore
+from gpt2.compute import Compute
+from gpt2.config import GPTConfig
+from gpt2.data import Sampler
+from gpt2.errors import GPT2Error
+from gpt2.evaluation import validation_loss
+from gpt2.model import GPT
+from gpt2.optim import Optimizer
+from gpt2.trainer import TrainState, restore, train
+from stages.hooks import StageHooks
+from tests.conftest import TINY_TRAIN, NeverStops
+
+CONFIG = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
+TRAIN = replace(TINY_TRAIN, batch_size=2, sequence_length=8, max_steps=5, eval_interval=2, accumulation_steps=1)
+TOKENS = np.random.default_rng(0).integers(0, 64, 400).astype(np.uint16)
+NUMBERS = ("step", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens")
+"""The columns of the history that do not depend on the clock."""
+
+
+class NoRun:
+    """Tracking that nobody needs."""
+
+    run_id = "a" * 32
+
+    def metrics(self, *_: Any) -> None:
+        pass
+
+
+class Session:
+    """What a process does to the run: goes on from the newest checkpoint in a folder, to the end."""
+
+    def __init__(
+        self, folder: Path, *, interval: int = 1, precision: torch.dtype = torch.float32, **changes: Any
+    ) -> None:
+        torch.manual_seed(1)
+        self.config = replace(TRAIN, **changes)
+        self.interval, self.warnings = interval, []
+        self.store = CheckpointStore(folder)
+        self.model = GPT(CONFIG)
+        self.optimizer = Optimizer(self.model, self.config)
+        self.compute = Compute(self.model, precision)
+        content = self.store.load_newest(self.warnings.append)
+        if content is None:
+            self.state = TrainState.begin(precision, self.config.batch_size)
+        else:
+            self.state = restore(content, self.model, self.optimizer)
+
+    def train(self, stop: Any = None) -> bool:
+        """Returns whether the run is complete."""
+        params = SimpleNamespace(train=self.config)
+        hooks = StageHooks(params, self.store, NoRun(), self.model, self.optimizer, stop or NeverStops(), self.state)
+        hooks.warn = self.warnings.append
+
+        def validate(batch_size: int, progress: Any) -> float:
+            return validation_loss(
+                self.compute, TOKENS[:60], sequence_length=8, batch_size=batch_size, progress=progress
+            )
+
+        try:
+            return train(
+                self.compute,
+                self.optimizer,
+                Sampler(TOKENS, self.config),
+                validate,
+                self.config,
+                self.state,
+                hooks,
+                log_interval=1,
+                checkpoint_interval=self.interval,
+            )
+        finally:
+            hooks.close()
+
+    def outcome(self) -> dict[str, Any]:
+        """What two runs that are the same have in common, to the bit."""
+        digest = hashlib.sha256()
+        for weights in (*self.model.parameters(), *self.state.best_weights.values()):
+            digest.update(weights.detach().numpy().tobytes())
+        return {
+            "sha256": digest.hexdigest(),
+            "best": [self.state.best_step, self.state.best_val_loss],
+            "history": [[row[name] for name in NUMBERS] for row in self.state.history],
+        }
+
+
+def whole_run(folder: Path, disk: Any = None, **options: Any) -> Callable[[], int]:
+    """A session as a function for `forked`, which leaves its outcome in `folder`.json. Gives the exit code."""
+
+    def run() -> int:
+        if disk is not None:
+            files.os = disk
+        try:
+            session = Session(folder, **options)
+            session.train()
+        except GPT2Error as error:
+            return error.exit_code
+        files.os = os
+        folder.with_suffix(".json").write_text(json.dumps(session.outcome()))
+        return 0
+
+    return run
+
+
+def warm_up(folder: Path) -> None:
+    """Does once, before any fork, what torch imports at first use: that takes longer than a session."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    Session(folder).train()
+    torch.set_num_threads(threads)
+
+
+def outcome_of(folder: Path) -> Any:
+    """What `whole_run` left."""
+    return json.loads(folder.with_suffix(".json").read_text())
+
+
+def forked(*functions: Callable[[], int]) -> list[int]:
+    """Runs functions in processes of their own, at the same time; gives their exit codes, 99 for a traceback."""
+    pids = []
+    for function in functions:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            code = 99
+            terminal = os.dup(2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            try:
+                torch.set_num_threads(1)
+                code = function()
+            except BaseException:
+                os.write(terminal, traceback.format_exc().encode())
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
