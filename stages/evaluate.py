@@ -34,15 +34,15 @@ def main(stop: Stop) -> None:
 
 def evaluate(params: Params, stop: Stop) -> dict[str, float]:
     """Writes reports/evaluate/; gives its metrics."""
-    from tqdm import tqdm
+    with stop.nothing_to_lose():
+        from tqdm import tqdm
 
-    from gpt2 import evaluation, tokenizer
-    from gpt2.checkpoint import load_model, trained_length
-    from gpt2.device import choose_device, prepare
-    from gpt2.generation import prompts_from
-    from stages import reports
+        from gpt2 import evaluation, tokenizer
+        from gpt2.checkpoint import load_model, trained_length
+        from gpt2.device import choose_device, prepare
+        from gpt2.generation import prompts_from
+        from stages import reports
 
-    stop.check()
     device = choose_device(params.runtime.device)
     prepare(device)
     config = params.evaluate

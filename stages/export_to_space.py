@@ -40,10 +40,10 @@ def main(stop: Stop) -> None:
 
 def export(params: Params, run_id: str | None, stop: Stop) -> None:
     """Writes and verifies both folders. Raises FileError if either does not give the trained model's logits."""
-    from gpt2.checkpoint import load_model, trained_length
-    from gpt2.exchange import write_hugging_face, write_space_model
+    with stop.nothing_to_lose():
+        from gpt2.checkpoint import load_model, trained_length
+        from gpt2.exchange import write_hugging_face, write_space_model
 
-    stop.check()
     model = load_model(paths.MODELS)
     context = trained_length(paths.MODELS) or model.config.block_size
     facts = model_facts(params, model, context, run_id)

@@ -5,8 +5,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -54,6 +54,7 @@ class Stop:
         """From now on the stop signals are heard here, but for those that the process was started to ignore (nohup)."""
         self.signal_number: int | None = None
         self._counts: dict[int, int] = {}
+        self._has_nothing_to_lose = False
         self._parent = os.getppid() if "DVC_STAGE" in os.environ else None
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -62,7 +63,9 @@ class Stop:
     def _set(self, number: int, _: FrameType | None) -> None:
         self.signal_number = number
         self._counts[number] = self._counts.get(number, 0) + 1
-        if self._counts[number] >= SIGNALS_TO_GIVE_UP:
+        if self._has_nothing_to_lose:
+            os.write(2, f"error: {_interruption(number)}\n".encode())
+        if self._has_nothing_to_lose or self._counts[number] >= SIGNALS_TO_GIVE_UP:
             os._exit(128 + number)
 
     def __bool__(self) -> bool:
@@ -74,8 +77,17 @@ class Stop:
         """Raises Interrupted if it is time to end."""
         if self:
             assert self.signal_number is not None
-            name = signal.Signals(self.signal_number).name
-            raise Interrupted(f"interrupted by {name}; run the same command again", self.signal_number)
+            raise Interrupted(_interruption(self.signal_number), self.signal_number)
+
+    @contextmanager
+    def nothing_to_lose(self) -> Iterator[None]:
+        """For imports and compilation, which take long and cannot ask: a signal ends the process at once."""
+        self.check()
+        self._has_nothing_to_lose = True
+        try:
+            yield
+        finally:
+            self._has_nothing_to_lose = False
 
     def watched(self, progress: Progress) -> Progress:
         """A progress callback that checks as well."""
@@ -85,6 +97,10 @@ class Stop:
             progress(count)
 
         return report
+
+
+def _interruption(number: int) -> str:
+    return f"interrupted by {signal.Signals(number).name}; run the same command again"
 
 
 class _Unbreakable:

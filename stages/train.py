@@ -72,17 +72,17 @@ def at_most_twice_the_same_divergence(folder: Path) -> Iterator[None]:
 
 def train(params: Params, meta: Mapping[str, Any], folder: Path, micro_batch_size: int, stop: Stop) -> None:
     """Trains to the end and writes the results, or stops with a checkpoint and raises Interrupted."""
-    import torch
+    with stop.nothing_to_lose():
+        import torch
 
-    from gpt2 import trainer
-    from gpt2.checkpoint import CheckpointStore
-    from gpt2.compute import Compute
-    from gpt2.device import choose_device, choose_precision, device_name, peak_flops, prepare
-    from gpt2.evaluation import validation_loss
-    from gpt2.model import GPT
-    from gpt2.optim import Optimizer
+        from gpt2 import trainer
+        from gpt2.checkpoint import CheckpointStore
+        from gpt2.compute import Compute
+        from gpt2.device import choose_device, choose_precision, device_name, peak_flops, prepare
+        from gpt2.evaluation import validation_loss
+        from gpt2.model import GPT
+        from gpt2.optim import Optimizer
 
-    stop.check()
     config, runtime = params.train, params.runtime
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
@@ -133,7 +133,8 @@ def train(params: Params, meta: Mapping[str, Any], folder: Path, micro_batch_siz
                 f"{begin}training {model.config.num_parameters():,} parameters on {device} in {state.precision}, "
                 f"{config.step_tokens:,} tokens a step"
             )
-            state.compiled = state.compiled and compile_for(compute, sampler, state)
+            with stop.nothing_to_lose():
+                state.compiled = state.compiled and compile_for(compute, sampler, state)
         hooks = StageHooks(params, store, run, model, optimizer, stop, state)
         try:
             complete = trainer.train(

@@ -3,6 +3,7 @@
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,9 @@ class NeverStops:
 
     def check(self) -> None:
         pass
+
+    def nothing_to_lose(self) -> Any:
+        return nullcontext()
 
     def watched(self, progress: Any) -> Any:
         return progress

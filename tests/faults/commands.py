@@ -1,0 +1,284 @@
+"""The real command line, hurt from outside: plain `python -m stages.train`, and the same through DVC."""
+
+import csv
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.faults.result import Result
+from tests.project import Project
+
+SHIM = Path(__file__).parent / "shim"
+NUMBERS = ("step", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens")
+PLAIN = [sys.executable, "-m", "stages.train"]
+THROUGH_DVC = ["dvc", "repro", "--single-item", "train"]
+QUICK = {"max_steps": 30, "eval_interval": 10, "accumulation_steps": 2}
+RUNTIME = {"checkpoint_interval": 3, "log_interval": 1, "precision": "fp32", "compile": "never"}
+
+
+class Trained:
+    """A project after an undisturbed run, to make copies of: `expected` is what each hurt run has to end with."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.project = Project(folder)
+        self.project.change(train=QUICK, runtime=RUNTIME)
+        self.project.run("dvc", "repro", "tokenize")
+        self.project.run(*PLAIN)  # makes MLflow's database as well, which takes seconds
+        forget(self.project)
+        started_s = time.monotonic()
+        self.project.run(*PLAIN)
+        self.seconds = time.monotonic() - started_s
+        self.expected = results(self.project)
+
+    def copy(self, folder: Path) -> Project:
+        """Another one like it."""
+        shutil.copytree(self.project.folder, folder, symlinks=True)
+        copy = Project.__new__(Project)
+        copy.folder = folder
+        return copy
+
+
+def results(project: Project) -> dict[str, Any]:
+    """What two runs that are the same have in common, to the bit."""
+    models = project.folder / "models"
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(models.glob("*.safetensors"))}
+    with (project.folder / "reports/train/history.csv").open() as file:
+        history = [[row[name] for name in NUMBERS] for row in csv.DictReader(file)]
+    live = next(project.folder.glob("checkpoints/*/history.jsonl")).read_text().splitlines()
+    return {**sums, "history": history, "live": [[json.loads(line)[name] for name in NUMBERS] for line in live]}
+
+
+def forget(project: Project) -> None:
+    """As if nothing had been trained."""
+    project.run("rm", "-rf", ".dvc/cache/runs", "models", "checkpoints", "reports", "mlflow-outbox")
+    with suppress(OSError):
+        (project.folder / "dvc.lock").write_text((project.folder / "dvc.lock").read_text().partition("  train:")[0])
+
+
+class Command:
+    """A command that runs in a project."""
+
+    def __init__(self, project: Project, command: list[str], **environment: str) -> None:
+        self.log = (project.folder / "command.log").open("w+")
+        self.process = subprocess.Popen(
+            command,
+            cwd=project.folder,
+            env={**project.environment, **environment},
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def wait(self, timeout_s: float = 120) -> int:
+        """The exit code, that of the stage if it ran through DVC."""
+        try:
+            code = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return -1
+        told = self.output().rpartition("exited with ")[2][:3]
+        return int("".join(filter(str.isdigit, told)) or code) if code == 255 else code
+
+    def output(self) -> str:
+        """What it has said."""
+        self.log.seek(0)
+        return self.log.read()
+
+    def kill(self) -> None:
+        """SIGKILL for it and all that it started, but for the process beside the stage, which ends by itself."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def problem(self, code: int, expected: int) -> str | None:
+        """What is wrong with how it ended."""
+        output = self.output()
+        if "Traceback" in output:
+            return f"traceback: {output[-2000:]}"
+        return None if code == expected else f"exit code {code} instead of {expected}: {output[-600:]}"
+
+
+def finish(project: Project, command: list[str]) -> str | None:
+    """Runs a command to its end."""
+    again = Command(project, command)
+    return again.problem(again.wait(), 0)
+
+
+PHASES = {
+    "import": ("train", "gpt2.trainer::1"),
+    "data": ("train", "gpt2.data:open_tokens:2"),
+    "step": ("train", "gpt2.optim:Optimizer.step:7"),
+    "accumulation": ("train", "gpt2.compute:Compute.loss:8"),
+    "evaluation": ("train", "gpt2.data:windows:1"),
+    "saving": ("train", "gpt2.files:publish:3"),
+    "flushing": ("train", "stages.tracking:Run.end:1"),
+    "sampling": ("evaluate", "gpt2.generation:context_start:9"),
+}
+MOST_SECONDS_TO_END = 2.0
+
+
+def signal_in_phase(
+    project: Project, phase: str, through_dvc: bool, expected: dict[str, Any], result: Result
+) -> str | None:
+    """SIGTERM in a phase, then the same command again; what is wrong, if anything is."""
+    stage, fault = PHASES[phase]
+    plain = [sys.executable, "-m", f"stages.{stage}"]
+    command = ["dvc", "repro", "--single-item", "--force", stage] if through_dvc else plain
+    if stage == "train":
+        forget(project)
+    sent = project.folder / "sent"
+    sent.unlink(missing_ok=True)
+    hurt = Command(project, command, PYTHONPATH=str(SHIM), FAULT=fault, FAULT_SENT=str(sent))
+    code = hurt.wait()
+    ended_s = time.time()
+    if problem := hurt.problem(code, 143):
+        return problem
+    if not sent.exists():
+        return "the phase was not reached"
+    dvc_s = 1.0 if through_dvc else 0.0  # DVC takes its time to end
+    took_s = ended_s - float(sent.read_text()) - dvc_s
+    result.notes.append(f"{phase}{' through DVC' if through_dvc else ''}: ended in {took_s:.1f} s")
+    if took_s > MOST_SECONDS_TO_END:
+        return f"took {took_s:.1f} s to end"
+    if through_dvc and stage in project.run("dvc", "status", stage) == "":
+        return "DVC thinks that the stage is done"
+    if problem := finish(project, command):
+        return f"then {problem}"
+    if stage == "train" and results(project) != expected:
+        return "then another result"
+    return None
+
+
+def signals(folder: Path, trained: Trained, cases: Iterable[tuple[str, bool]]) -> Result:
+    """SIGTERM in phases, each plain or through DVC; two at the same time, in two projects."""
+    result = Result("SIGTERM by phase, plain and through DVC")
+    todo = list(cases)
+
+    def lane(number: int) -> None:
+        project = trained.copy(folder / f"signals-{number}")
+        for phase, through_dvc in todo[number::2]:
+            problem = signal_in_phase(project, phase, through_dvc, trained.expected, result)
+            result.add(problem and f"{phase}{' through DVC' if through_dvc else ''}: {problem}")
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lane, (0, 1)))
+    return result
+
+
+def kills(folder: Path, trained: Trained, cases: int, seed: int = 0) -> Result:
+    """SIGKILL at random times, half of them through DVC; after five, the run goes on to its end."""
+    result = Result("SIGKILL of the real command line at random times")
+
+    def lane(number: int) -> None:
+        draw = random.Random(seed + number)
+        project = trained.copy(folder / f"kills-{number}")
+        command = THROUGH_DVC if number else PLAIN
+        done = 0
+        while done < cases // 2:
+            forget(project)
+            problem: str | None = "not finished"
+            for _ in range(min(5, cases // 2 - done)):
+                run = Command(project, command)
+                try:
+                    problem = run.problem(run.process.wait(draw.uniform(0.3, 0.9) * trained.seconds), 0)
+                    break
+                except subprocess.TimeoutExpired:
+                    run.kill()
+                    done += 1
+                    result.add(None)
+            if problem:
+                problem = finish(project, command)
+            if not problem and results(project) != trained.expected:
+                problem = "another result"
+            if not problem and (doubled := steps_logged_twice(project)):
+                problem = f"MLflow has steps twice: {doubled}"
+            if problem:
+                result.failures.append(f"{command}, after kill {done}: {problem}")
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lane, (0, 1)))
+    return result
+
+
+def steps_logged_twice(project: Project) -> list[str]:
+    """The metrics of any run in MLflow that have a step more than once."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")
+    doubled = []
+    for run in client.search_runs([client.get_experiment_by_name("gpt2").experiment_id]):
+        for key in (key for key in run.data.metrics if not key.startswith("system/")):
+            steps = [metric.step for metric in client.get_metric_history(run.info.run_id, key)]
+            if len(steps) != len(set(steps)):
+                doubled.append(key)
+    return doubled
+
+
+def orphans(folder: Path, trained: Trained, cases: int, seed: int = 0) -> Result:
+    """DVC alone is killed: the stage has to end by itself, and a second run at once must not write beside it."""
+    draw = random.Random(seed)
+    project = trained.copy(folder / "orphans")
+    project.change(train={"max_steps": 4000, "eval_interval": 4000})
+    result = Result("orphans and double runs after DVC is killed")
+    for number in range(cases):
+        dvc = Command(project, THROUGH_DVC)
+        if not (stage := wait_for_stage(dvc.process)):
+            result.add("the stage did not start")
+            continue
+        time.sleep(draw.uniform(0, 5))
+        dvc.process.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM]))
+        dvc.process.wait()
+        second = Command(project, PLAIN)
+        time.sleep(0.2)
+        both = [p for p in (stage, psutil.Process(second.process.pid)) if p.is_running()]
+        writers = {name for name in map(holder_of_lock, project.folder.glob("checkpoints/*/lock")) if name}
+        problem = f"two writers: {writers}" if len(writers) > 1 else None
+        try:
+            stage.wait(5)
+        except psutil.TimeoutExpired:
+            problem = "the stage was still there after 5 s"
+            stage.kill()
+        second.process.send_signal(signal.SIGTERM)
+        code = second.wait()
+        if code not in (75, 143):
+            problem = second.problem(code, 143)
+        result.add(problem and f"try {number} ({len(both)} at once): {problem}")
+    return result
+
+
+def wait_for_stage(dvc: "subprocess.Popen[bytes]") -> psutil.Process | None:
+    """The process that DVC started for the stage."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and dvc.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(dvc.pid).children(recursive=True):
+                if "stages.train" in " ".join(child.cmdline()):
+                    return child
+        time.sleep(0.05)
+    return None
+
+
+def holder_of_lock(path: Path) -> str:
+    """Who holds a lock file, if anybody does."""
+    import fcntl
+
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"{path.parent.name} by {file.read()}"
+    return ""

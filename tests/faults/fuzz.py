@@ -1,0 +1,214 @@
+"""Corpora and params files that nobody would write on purpose."""
+
+import random
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from gpt2 import corpus, data, tokenizer
+from gpt2.errors import GPT2Error
+from stages.params import Params, load_params
+from tests.conftest import ROOT, our_text
+from tests.faults.result import Result
+
+STRANGE = (
+    "\ufeff",
+    "\r\n",
+    "\r",
+    "\0",
+    "\ufffd",
+    "\u202eabc\u202c",
+    "👩‍👩‍👧‍👦",
+    "<|endoftext|>",
+    "é",
+    "e\u0301",
+    "漢字",
+    "مرحبا",
+    "\u2028",
+    "\u00a0",
+    "\t",
+    "  ",
+    "\n\n\n",
+    "\x1b[31m",
+    "'s",
+    "a" * 5000,
+    "\U0010ffff",
+    "\x7f",
+    "\x85",
+)
+BYTES = (b"\xff", b"\xfe\xff", b"\xff\xfe", b"\xc3", b"\xed\xa0\x80", b"\x80abc", b"\xf8\x88\x80\x80\x80")
+
+
+def a_corpus(draw: random.Random) -> bytes:
+    """The bytes of a text file, most often with something strange in it."""
+    text = our_text(draw.choice([0, 1, 3, 40, 200]), draw.randrange(99))
+    for _ in range(draw.choice([0, 1, 3, 30])):
+        place = draw.randrange(len(text) + 1)
+        text = text[:place] + draw.choice(STRANGE) + text[place:]
+    if draw.random() < 0.1:
+        return text.encode("utf-16")
+    if draw.random() < 0.1:
+        return text.encode("latin-1", errors="ignore")
+    content = text.encode()
+    if draw.random() < 0.2:
+        place = draw.randrange(len(content) + 1)
+        content = content[:place] + draw.choice(BYTES) + content[place:]
+    return content
+
+
+def corpora(folder: Path, cases: int, seed: int = 0) -> Result:
+    """Each becomes tokens that decode to its text, or one line that says what is wrong with it."""
+    draw = random.Random(seed)
+    result = Result("fuzzed corpora")
+    for number in range(cases):
+        case = folder / str(number)
+        case.mkdir(parents=True)
+        source = case / "mine.txt"
+        content = a_corpus(draw)
+        source.write_bytes(content)
+        chunk = corpus.CHUNK_BYTES
+        corpus.CHUNK_BYTES = draw.choice([7, 64, chunk])
+        try:
+            result.add(corpus_problem(case, source, content))
+        finally:
+            corpus.CHUNK_BYTES = chunk
+    return result
+
+
+def corpus_problem(case: Path, source: Path, content: bytes) -> str | None:
+    """What is wrong with what became of a corpus."""
+
+    def read() -> None:
+        corpus.write_corpus(str(source), case / "corpus.txt", downloads=case, roots=[case])
+        data.write_tokens(case / "corpus.txt", case / "tokens", 0.1)
+
+    if problem := problem_of(read):
+        return f"{content[:80]!r}: {problem}"
+    if source.read_bytes() != content:
+        return f"{content[:80]!r}: the user's file was changed"
+    if not (case / "tokens/meta.json").exists():
+        return None  # it was refused, in one line
+    text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    if (case / "corpus.txt").read_bytes().decode() != text:
+        return f"{content[:80]!r}: another text"
+    ids = [int(token) for split in ("train", "val") for token in data.open_tokens(case / "tokens", split)]
+    return None if tokenizer.decode(ids) == text else f"{content[:80]!r}: decode(encode(x)) != x"
+
+
+def problem_of(action: Callable[[], object]) -> str | None:
+    """None if an action succeeds, or raises an error of ours that is told in one line."""
+    try:
+        action()
+    except GPT2Error as error:
+        message = str(error)
+        return None if message and "\n" not in message else f"told in several lines: {message!r}"
+    except Exception as error:
+        return f"traceback: {type(error).__name__}: {error}"
+    return None
+
+
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    3,
+    10**6,
+    10**30,
+    -0.0,
+    0.5,
+    1.5,
+    -1e-300,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "6e-4",
+    "null",
+    "yes",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    "a" * 10000,
+    "\0",
+    "../../etc/passwd",
+    2**63,
+    "2024-01-01",
+)
+
+
+def mutated(draw: random.Random, text: str) -> str:
+    """A params file with one to three mistakes."""
+    yaml = YAML()
+    content = yaml.load(text)
+    for _ in range(draw.choice([1, 1, 2, 3])):
+        section = draw.choice(list(content) or ["corpus"])
+        keys = list(content.get(section) or []) if isinstance(content.get(section), dict) else []
+        way = draw.choice(["value", "value", "value", "misspell", "remove", "add", "section"])
+        if way == "section" or not keys:
+            change = draw.choice(["remove", "value", "misspell"])
+            if change == "remove":
+                content.pop(section, None)
+            elif change == "value":
+                content[section] = draw.choice(VALUES)
+            else:
+                content[section[:-1] + "x"] = content.pop(section, None)
+            continue
+        key = draw.choice(keys)
+        if way == "value":
+            content[section][key] = draw.choice(VALUES)
+        elif way == "misspell":
+            place = draw.randrange(len(key))
+            content[section][key[:place] + draw.choice("xyz") + key[place + 1 :]] = content[section].pop(key)
+        elif way == "remove":
+            del content[section][key]
+        else:
+            content[section][draw.choice(["extra", "n_layers", "1", "lr"])] = draw.choice(VALUES)
+    from io import StringIO
+
+    stream = StringIO()
+    yaml.dump(content, stream)
+    return stream.getvalue()
+
+
+def garbled(draw: random.Random, text: str) -> str:
+    """A params file that may be no YAML any more."""
+    characters = list(text)
+    for _ in range(draw.choice([1, 2, 5, 50])):
+        place = draw.randrange(len(characters))
+        if draw.random() < 0.5:
+            characters[place] = draw.choice("\t\0:[]{}&*!|>'\"%@`#-?, \n\ufeff\x85")
+        else:
+            del characters[place]
+    return "".join(characters)
+
+
+def params_files(folder: Path, cases: int, seed: int = 0) -> Result:
+    """Each is accepted, or refused with a line for each problem, in one message."""
+    draw = random.Random(seed)
+    text = (ROOT / "params.yaml").read_text()
+    result = Result("fuzzed params files")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "params.yaml"
+    sections = [field.name for field in fields(Params)]
+    for _ in range(cases):
+        content = garbled(draw, text) if draw.random() < 0.3 else mutated(draw, text)
+        path.write_text(content, newline="")
+        try:
+            params = load_params(path)
+            problem = None if all(hasattr(params, section) for section in sections) else "incomplete params"
+        except GPT2Error as error:
+            lines = str(error).split("\n")
+            is_list = len(lines) == 1 or f"has {len(lines) - 1} problems:" in lines[0]
+            problem = None if error.exit_code == 2 and is_list and len(lines[0]) < 1000 else f"told badly: {error}"
+        except Exception as error:
+            problem = f"traceback: {type(error).__name__}: {error}"
+        result.add(problem and f"{problem}\n{content}")
+    return result

@@ -1,0 +1,75 @@
+"""Python runs this at its start if a test puts this folder on PYTHONPATH.
+
+FAULT names a module, a function of it, and which call of it (from 1); in that call this process gets a signal, before
+the function does its work. FAULT_SENT is a file for the time at which that was. Only a stage is hurt, not DVC or the
+process that brings its record to MLflow; that one gets its files limited to FAULT_MIRROR_FILE_BYTES.
+"""
+
+import functools
+import importlib.abc
+import importlib.util
+import os
+import signal
+import sys
+import time
+
+
+class Patch(importlib.abc.MetaPathFinder):
+    """Wraps a function of a module as soon as the module is imported."""
+
+    def __init__(self, module, function, call, number, note):
+        self.module, self.function, self.left, self.number, self.note = module, function, call, number, note
+
+    def find_spec(self, name, path, target=None):
+        if name != self.module:
+            return None
+        if not self.function:
+            self.strike()
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            self.wrap(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+    def wrap(self, module):
+        *owners, name = self.function.split(".")
+        owner = functools.reduce(getattr, owners, module)
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def hurt(*arguments, **options):
+            self.strike()
+            return original(*arguments, **options)
+
+        setattr(owner, name, hurt)
+
+    def strike(self):
+        self.left -= 1
+        if self.left == 0:
+            with open(self.note, "w") as file:
+                file.write(repr(time.time()))
+            os.kill(os.getpid(), self.number)
+
+
+def install():
+    command = " ".join(sys.orig_argv)
+    is_mirror = "stages.sync" in command
+    if "FAULT" in os.environ and "-m stages." in command and not is_mirror:
+        module, function, call = os.environ["FAULT"].split(":")
+        number = int(os.environ.get("FAULT_SIGNAL", int(signal.SIGTERM)))
+        sys.meta_path.insert(0, Patch(module, function, int(call), number, os.environ["FAULT_SENT"]))
+    if "FAULT_MIRROR_FILE_BYTES" in os.environ and is_mirror:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limit = int(os.environ["FAULT_MIRROR_FILE_BYTES"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+install()

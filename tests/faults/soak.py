@@ -1,0 +1,55 @@
+"""The long version of the tests of faults: `make soak`. Prints a table, and everything that went wrong."""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults.commands import PHASES, Trained, kills, orphans, signals
+from tests.faults.corruption import corruption
+from tests.faults.crash_points import crash_points
+from tests.faults.fuzz import corpora, params_files
+from tests.faults.non_finite import non_finite
+from tests.faults.result import Result
+from tests.faults.tracking import tracking_faults
+
+
+def main() -> int:
+    """Gives the exit code: 1 if anything went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200, help="of the real command line (default: %(default)s)")
+    parser.add_argument("--orphans", type=int, default=50, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of what is random (default: %(default)s)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        trained = Trained(folder / "trained")
+        both = [(phase, through_dvc) for phase in PHASES for through_dvc in (False, True)]
+        campaigns: list[Callable[[], Result]] = [
+            lambda: crash_points(folder / "crash"),
+            lambda: corruption(folder / "corruption", 500, arguments.seed),
+            lambda: non_finite(folder / "non-finite", 150, arguments.seed),
+            lambda: corpora(folder / "corpora", 300, arguments.seed),
+            lambda: params_files(folder / "params", 500, arguments.seed),
+            lambda: signals(folder, trained, both),
+            lambda: tracking_faults(folder, trained),
+            lambda: orphans(folder, trained, arguments.orphans, arguments.seed),
+            lambda: kills(folder, trained, arguments.kills, arguments.seed),
+        ]
+        lines, failures = [], 0
+        print("| what | cases | failures | seconds |\n|---|---|---|---|", flush=True)
+        for campaign in campaigns:
+            started_s = time.monotonic()
+            result = campaign()
+            failures += len(result.failures)
+            seconds = time.monotonic() - started_s
+            print(f"| {result.name} | {result.cases} | {len(result.failures)} | {seconds:.0f} |", flush=True)
+            lines += [f"{result.name}: {line}" for line in (*result.failures, *result.notes)]
+    print("\n" + "\n".join(lines))
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Strange corpora and params, in this process."""
+
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2 import corpus, data, tokenizer
+from gpt2.errors import FileError, UserError
+from tests.faults.fuzz import corpora, params_files
+
+
+def test_strange_corpora_are_taken_as_they_are_or_refused(tmp_path):
+    corpora(tmp_path, 300).check(at_least=300)
+
+
+def test_wrong_params_are_refused_in_one_message(tmp_path):
+    params_files(tmp_path, 500).check(at_least=500)
+
+
+@given(st.text(max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_every_text_comes_back_from_its_tokens(text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_end_of_text_in_a_corpus_is_ordinary_text():
+    assert tokenizer.END_OF_TEXT not in tokenizer.encode("<|endoftext|>")
+
+
+def write(tmp_path, source):
+    corpus.write_corpus(str(source), tmp_path / "corpus.txt", downloads=tmp_path, roots=[tmp_path])
+
+
+@pytest.mark.parametrize("text", ["a" * 1_000_000, "word " * 1_000_000, " " * 1_000_000 + "x"])
+def test_a_long_line_is_tokenized_in_memory_for_a_part_of_it(tmp_path, text):
+    (tmp_path / "corpus.txt").write_text(text)
+    meta = data.write_tokens(tmp_path / "corpus.txt", tmp_path / "tokens", 0.1)
+    assert sum(split["bytes"] for split in meta["splits"].values()) == len(text)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").mkdir()
+    for name in ("a", "pipe", "empty", "nowhere", "~nobody-is-called-so/x.txt", "nul\0byte", "/dev/zero", "x" * 5000):
+        with pytest.raises((UserError, FileError, OSError)) as raised:
+            write(tmp_path, tmp_path / name if name[0] not in "~/" else name)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
+    source = tmp_path / "mine.txt"
+    source.write_text("Some words. " * 1000)
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 1000)
+
+    def write_too(_):
+        with source.open("a") as file:
+            file.write("more" if source.stat().st_size < 20_000 else "")
+
+    with pytest.raises(UserError, match="changed while it was read"):
+        corpus.write_corpus(
+            str(source), tmp_path / "corpus.txt", downloads=tmp_path, roots=[tmp_path], progress=write_too
+        )
+    assert not (tmp_path / "corpus.txt").exists()
+
+
+def test_partial_token_files_are_refused(tokens):
+    path = tokens / "train.bin"
+    whole = path.read_bytes()
+    for damaged in (whole[:-2], whole[: len(whole) // 2], b"", whole[:100] + b"\1" + whole[101:], whole + b"\0\0"):
+        path.write_bytes(damaged)
+        with pytest.raises(FileError, match="run the tokenize stage again"):
+            data.open_tokens(tokens, "train")
+    path.write_bytes(whole)
+    for meta in ("", "{}", "[]", '{"splits": {"train": 3}}', '{"splits": null}'):
+        (tokens / "meta.json").write_text(meta)
+        with pytest.raises(FileError, match="run the tokenize stage again"):
+            data.open_tokens(tokens, "train")
