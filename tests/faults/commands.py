@@ -128,11 +128,12 @@ PHASES = {
     "flushing": ("train", "stages.tracking:Run.end:1"),
     "sampling": ("evaluate", "gpt2.generation:context_start:9"),
 }
-MOST_SECONDS_TO_END = 2.0
+PATIENCE_S = 30.0
+"""For a test, on a machine that does other things too; `make soak` holds the stages to less."""
 
 
 def signal_in_phase(
-    project: Project, phase: str, through_dvc: bool, expected: dict[str, Any], result: Result
+    project: Project, phase: str, through_dvc: bool, expected: dict[str, Any], result: Result, within_s: float
 ) -> str | None:
     """SIGTERM in a phase, then the same command again; what is wrong, if anything is."""
     stage, fault = PHASES[phase]
@@ -152,7 +153,7 @@ def signal_in_phase(
     dvc_s = 1.0 if through_dvc else 0.0  # DVC takes its time to end
     took_s = ended_s - float(sent.read_text()) - dvc_s
     result.notes.append(f"{phase}{' through DVC' if through_dvc else ''}: ended in {took_s:.1f} s")
-    if took_s > MOST_SECONDS_TO_END:
+    if took_s > within_s:
         return f"took {took_s:.1f} s to end"
     if through_dvc and stage in project.run("dvc", "status", stage) == "":
         return "DVC thinks that the stage is done"
@@ -163,7 +164,7 @@ def signal_in_phase(
     return None
 
 
-def signals(folder: Path, trained: Trained, cases: Iterable[tuple[str, bool]]) -> Result:
+def signals(folder: Path, trained: Trained, cases: Iterable[tuple[str, bool]], within_s: float = PATIENCE_S) -> Result:
     """SIGTERM in phases, each plain or through DVC; two at the same time, in two projects."""
     result = Result("SIGTERM by phase, plain and through DVC")
     todo = list(cases)
@@ -171,7 +172,7 @@ def signals(folder: Path, trained: Trained, cases: Iterable[tuple[str, bool]]) -
     def lane(number: int) -> None:
         project = trained.copy(folder / f"signals-{number}")
         for phase, through_dvc in todo[number::2]:
-            problem = signal_in_phase(project, phase, through_dvc, trained.expected, result)
+            problem = signal_in_phase(project, phase, through_dvc, trained.expected, result, within_s)
             result.add(problem and f"{phase}{' through DVC' if through_dvc else ''}: {problem}")
 
     with ThreadPoolExecutor(2) as threads:
@@ -228,12 +229,13 @@ def steps_logged_twice(project: Project) -> list[str]:
     return doubled
 
 
-def orphans(folder: Path, trained: Trained, cases: int, seed: int = 0) -> Result:
+def orphans(folder: Path, trained: Trained, cases: int, seed: int = 0, within_s: float = PATIENCE_S) -> Result:
     """DVC alone is killed: the stage has to end by itself, and a second run at once must not write beside it."""
     draw = random.Random(seed)
     project = trained.copy(folder / "orphans")
     project.change(train={"max_steps": 4000, "eval_interval": 4000})
     result = Result("orphans and double runs after DVC is killed")
+    slowest_s = 0.0
     for number in range(cases):
         dvc = Command(project, THROUGH_DVC)
         if not (stage := wait_for_stage(dvc.process)):
@@ -242,21 +244,24 @@ def orphans(folder: Path, trained: Trained, cases: int, seed: int = 0) -> Result
         time.sleep(draw.uniform(0, 5))
         dvc.process.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM]))
         dvc.process.wait()
+        killed_s = time.monotonic()
         second = Command(project, PLAIN)
         time.sleep(0.2)
         both = [p for p in (stage, psutil.Process(second.process.pid)) if p.is_running()]
         writers = {name for name in map(holder_of_lock, project.folder.glob("checkpoints/*/lock")) if name}
         problem = f"two writers: {writers}" if len(writers) > 1 else None
         try:
-            stage.wait(5)
+            stage.wait(within_s)
+            slowest_s = max(slowest_s, time.monotonic() - killed_s)
         except psutil.TimeoutExpired:
-            problem = "the stage was still there after 5 s"
+            problem = f"the stage was still there after {within_s} s"
             stage.kill()
         second.process.send_signal(signal.SIGTERM)
         code = second.wait()
         if code not in (75, 143):
             problem = second.problem(code, 143)
         result.add(problem and f"try {number} ({len(both)} at once): {problem}")
+    result.notes.append(f"the slowest stage ended in {slowest_s:.1f} s")
     return result
 
 

@@ -33,9 +33,9 @@ def main() -> int:
             lambda: non_finite(folder / "non-finite", 150, arguments.seed),
             lambda: corpora(folder / "corpora", 300, arguments.seed),
             lambda: params_files(folder / "params", 500, arguments.seed),
-            lambda: signals(folder, trained, both),
+            lambda: signals(folder, trained, both, within_s=2.0),
             lambda: tracking_faults(folder, trained),
-            lambda: orphans(folder, trained, arguments.orphans, arguments.seed),
+            lambda: orphans(folder, trained, arguments.orphans, arguments.seed, within_s=5.0),
             lambda: kills(folder, trained, arguments.kills, arguments.seed),
         ]
         lines, failures = [], 0

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from gpt2 import trainer
 from gpt2.compute import Compute
 from gpt2.data import Sampler, open_tokens
-from gpt2.errors import DivergedError
+from gpt2.errors import DivergedError, FileError, OutOfMemoryError
 from gpt2.evaluation import validation_loss
 from gpt2.model import GPT
 from gpt2.optim import Optimizer, lr_at
@@ -263,3 +264,158 @@ def test_an_error_while_reading_batches_is_raised(tokens, train_config, monkeypa
     monkeypatch.setattr(Sampler, "batch", fail)
     with pytest.raises(OSError, match="the disk is gone"):
         Run(tokens, train_config()).go(Recorder())
+
+
+def out_of_memory_above(run, sequences):
+    """Lets the run's memory be enough for so many sequences at a time."""
+    original, sizes = run.compute.loss, []
+
+    def loss(inputs, targets, **options):
+        sizes.append(len(inputs))
+        if len(inputs) > sequences and torch.is_grad_enabled():
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return original(inputs, targets, **options)
+
+    run.compute.loss = loss
+    return sizes
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(tokens, train_config):
+    whole, short = Run(tokens, train_config(batch_size=8)), Run(tokens, train_config(batch_size=8))
+    expected, hooks = Recorder(), Recorder()
+    whole.go(expected)
+    sizes = out_of_memory_above(short, 2)
+    assert short.go(hooks)
+    assert sizes[:3] == [8, 4, 2]
+    assert short.state.micro_batch_size == 2
+    assert len(hooks.warnings) == 2
+    assert "8 sequences at a time: going on with 4 at a time and 2 times the accumulation" in hooks.warnings[0]
+    for key in ("train_loss", "grad_norm", "tokens"):
+        assert [row[key] for row in hooks.rows] == pytest.approx([row[key] for row in expected.rows], rel=1e-4)
+
+
+def test_a_run_that_was_short_of_memory_resumes_exactly(tokens, train_config):
+    config = train_config(batch_size=8)
+    whole, parts, resumed = (Run(tokens, config) for _ in range(3))
+    for run in (whole, parts):
+        out_of_memory_above(run, 4)
+    whole.go(Recorder())
+    parts.go(Recorder(stop_after=3))
+    content = copy.deepcopy(checkpoint_content(parts.model, parts.optimizer, parts.state))
+    resumed.state = restore(content, resumed.model, resumed.optimizer)
+    sizes = out_of_memory_above(resumed, 4)
+    assert resumed.go(Recorder())
+    assert max(sizes) == 4
+    assert torch.equal(resumed.weights(), whole.weights())
+
+
+def test_memory_for_not_even_one_sequence_is_an_error_with_advice(tokens, train_config):
+    run = Run(tokens, train_config())
+    out_of_memory_above(run, 0)
+    with pytest.raises(
+        OutOfMemoryError, match=r"one sequence of 16 tokens at a time.*gradient_checkpointing: true"
+    ) as raised:
+        run.go(Recorder())
+    assert raised.value.exit_code == 74
+
+
+def test_other_errors_are_not_taken_for_a_want_of_memory(tokens, train_config):
+    run = Run(tokens, train_config())
+
+    def fail(*_, **__):
+        raise RuntimeError("shapes do not match")
+
+    run.compute.loss = fail
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run.go(Recorder())
+
+
+class StopsAt(Recorder):
+    """Says stop at the question of a number."""
+
+    def __init__(self, question):
+        super().__init__()
+        self.left = question
+
+    def should_stop(self):
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_stop_at_any_moment_loses_nothing(tokens, train_config, precision):
+    config = train_config(max_steps=5, eval_interval=2)
+    whole = Run(tokens, config, precision)
+    whole.go(Recorder())
+    stopped_in_evaluation = 0
+    for question in range(200):
+        first, second = Run(tokens, config, precision), Run(tokens, config, precision)
+        hooks = StopsAt(question)
+        if first.go(hooks):
+            break
+        assert hooks.saved == [first.state.step]
+        stopped_in_evaluation += first.state.unfinished_row is not None
+        content = copy.deepcopy(checkpoint_content(first.model, first.optimizer, first.state))
+        second.state = restore(content, second.model, second.optimizer)
+        assert second.go(Recorder())
+        assert torch.equal(second.weights(), whole.weights())
+        for key in ("step", "train_loss", "val_loss", "grad_norm", "learning_rate"):
+            assert [row[key] for row in second.state.history] == [row[key] for row in whole.state.history]
+        assert second.state.best_weights.keys() == whole.state.best_weights.keys()
+        assert all(torch.equal(w, whole.state.best_weights[n]) for n, w in second.state.best_weights.items())
+    assert question > 20  # between micro-batches, steps, and batches of an evaluation
+    assert stopped_in_evaluation > 3
+
+
+def test_checkpoints_are_due_by_time_and_never_take_more_than_a_fiftieth(tokens, train_config, monkeypatch):
+    now_s = [0.0]
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now_s[0])
+
+    class Clock(Recorder):
+        def progress(self, state, loss, tokens_per_s):
+            super().progress(state, loss, tokens_per_s)
+            now_s[0] += 25.0
+
+        def save(self, state):
+            super().save(state)
+            now_s[0] += 3.0  # so 150 s have to pass until the next
+
+    hooks = Clock()
+    Run(tokens, train_config(max_steps=16, eval_interval=100)).go(hooks)
+    assert hooks.saved == [3, 9, 15, 16]
+
+
+def test_a_save_that_fails_is_tried_again_and_the_third_failure_ends_the_run(tokens, train_config):
+    class Full(Recorder):
+        def __init__(self, failures):
+            super().__init__()
+            self.failures = failures
+
+        def save(self, state):
+            if state.step in self.failures:
+                raise FileError(f"cannot write {state.step}")
+            super().save(state)
+
+    hooks = Full({1, 2, 4})
+    assert Run(tokens, train_config(max_steps=6)).go(hooks, checkpoint_interval=1)
+    assert hooks.saved == [3, 5, 6]
+    assert len(hooks.warnings) == 3
+    for failures, told in (({2, 3, 4}, "cannot write 4"), ({6}, "cannot write 6")):
+        with pytest.raises(FileError, match=told):
+            Run(tokens, train_config(max_steps=6)).go(Full(failures), checkpoint_interval=1)
+
+
+def test_the_loss_scale_rises_again(tokens, train_config, monkeypatch):
+    monkeypatch.setattr(trainer, "RAISE_LOSS_SCALE_AFTER", 3)
+    run = Run(tokens, train_config(max_steps=7), torch.float16)
+    run.state.loss_scale = 2.0**8
+    run.go(Recorder())
+    assert (run.state.loss_scale, run.state.scaled_steps) == (2.0**10, 1)
+
+
+def test_a_checkpoint_of_another_format_is_refused(tokens, train_config):
+    run = Run(tokens, train_config())
+    content = checkpoint_content(run.model, run.optimizer, run.state)
+    for version in (1, 3, None, "2"):
+        with pytest.raises(FileError, match="delete its folder to start anew"):
+            restore({**content, "format_version": version}, run.model, run.optimizer)
