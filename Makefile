@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow check format lock ui space preset bench tuning screenshots
+.PHONY: help setup repro test test-slow check format lock ui space preset bench tuning screenshots soak sync
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,10 +30,15 @@ test: setup ## run the tests
 test-slow: setup ## run the tests that take minutes
 	python -m pytest -m slow
 
-check: setup ## format, lint and types, without changing anything
+soak: setup ## hurt runs in every way for half an hour, and print a table (docs/reliability.md)
+	python -m tests.faults.soak
+
+check: setup ## format, lint, types and known vulnerabilities, without changing anything
 	ruff format --check .
 	ruff check .
 	mypy
+	python -m tools.lint
+	python -m tools.audit
 
 format: setup ## format, and mend what the linter can
 	ruff format .
@@ -41,6 +46,9 @@ format: setup ## format, and mend what the linter can
 
 ui: setup ## MLflow's page on http://127.0.0.1:5000
 	mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port 5000
+
+sync: setup ## bring to MLflow what it could not be told during the runs
+	python -m stages.sync
 
 space: setup ## serve dist/space on http://127.0.0.1:7860
 	@test -f dist/space/app.py || { echo "There is no dist/space yet: make repro"; exit 2; }

@@ -136,6 +136,8 @@ class CheckpointStore:
             content: dict[str, Any] = torch.load(path / CHECKPOINT_FILE, map_location="cpu", weights_only=True)
         except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise FileError(f"cannot read the checkpoint {path}: {_one_line(error)}") from None
+        if not isinstance(content, dict):
+            raise FileError(f"cannot read the checkpoint {path}: it holds no dict")
         return content
 
     def load_newest(self, warn: Callable[[str], object] = warnings.warn) -> dict[str, Any] | None:

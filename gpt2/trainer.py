@@ -43,8 +43,8 @@ class TrainState:
     best_val_loss: infinite before the first evaluation; best_weights: those that had it, on the CPU. history: the rows
     logged so far. unfinished_row: that of the last step, if a stop came before its evaluation was done. elapsed_s: time
     spent training, over all sessions of the run; data_s and log_s: how much of it went into waiting for batches, and
-    into telling `Hooks` of steps and rows. loss_scale: what losses are multiplied by, so that small gradients are not
-    lost in float16; scaled_steps: since when it is what it is.
+    into telling `Hooks` of steps and rows; save_s: spent besides on checkpoints. loss_scale: what losses are multiplied
+    by, so that small gradients are not lost in float16; scaled_steps: since when it is what it is.
     """
 
     precision: str
@@ -56,6 +56,7 @@ class TrainState:
     elapsed_s: float = 0.0
     data_s: float = 0.0
     log_s: float = 0.0
+    save_s: float = 0.0
     loss_scale: float = 1.0
     scaled_steps: int = 0
     unfinished_row: Row | None = None
@@ -317,6 +318,7 @@ class _Saver:
             self.hooks.warn(f"{error}. Going on without it")
         self._since_s = time.monotonic()
         self._cost_s = self._since_s - start_s
+        state.save_s += self._cost_s
 
     def _require_finite(self, state: TrainState) -> None:
         tensors: list[Tensor] = [*self.model.parameters(), *self.optimizer.tensors()]

@@ -22,7 +22,7 @@ DVC_FOLDER = Path(".dvc")
 SIGNALS_TO_GIVE_UP = 3
 SECRETS = (
     (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@"),  # user and password in an address
-    (re.compile(r"(\w+://[^\s?#]+\?)[^\s)'\"]+"), r"\1***"),  # its query
+    (re.compile(r"(\w+://[^\s?#]+\?)\S+?(?=[:;,.)'\"]*(\s|$))"), r"\1***"),  # its query
     (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_***"),  # a token of Hugging Face
 )
 

@@ -263,6 +263,7 @@ def write_results(
         "peak_memory_bytes": last["peak_memory_bytes"],
         "data_share": round(state.data_s / state.elapsed_s, 5),
         "log_share": round(state.log_s / state.elapsed_s, 5),
+        "save_share": round(state.save_s / state.elapsed_s, 5),
         "precision": state.precision,
         "compiled": state.compiled,
     }

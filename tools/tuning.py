@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.params import load_params
-from stages.tracking import EXPERIMENT, flatten
+from stages.sync import EXPERIMENT
+from stages.tracking import flatten
 
 REPORT = Path("reports/tuning.md")
 PREFIX = "tune-"
