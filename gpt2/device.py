@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -88,7 +89,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype, cache: Path) -> float:
         known = {}
     if not isinstance(known.get(key), float):
         known[key] = matmul_flops(device, dtype, PROBE_SIZE[device.type])
-        write_json(cache, known)
+        with suppress(OSError):  # it is measured again the next time
+            write_json(cache, known)
     return float(known[key])
 
 

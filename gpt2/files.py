@@ -5,11 +5,13 @@ renamed, and the folder is brought to the disk. A folder is *published*: its fil
 then a manifest with their SHA-256 sums, then the staging folder is renamed. Whoever reads it checks the sums.
 """
 
+import errno
 import hashlib
 import io
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -125,9 +127,9 @@ def write_with(path: Path, save: Callable[[str], object]) -> None:
 
 
 class Lines:
-    """A file of JSON lines that grows. A line is there for other processes at once; `sync` brings all to the disk.
+    """A file of JSON lines that grows. A line is there for other processes at once, but not safe from a loss of power.
 
-    After a crash the last line may be cut off; `read_lines` leaves such a line out.
+    The last line may be cut off; `read_lines` leaves such a line out.
     """
 
     def __init__(self, path: Path, lines: list[dict[str, Any]]) -> None:
@@ -141,10 +143,6 @@ class Lines:
         data = _line(content)
         if self._file.write(data) != len(data):
             raise OSError(f"the disk is full: {self._file.name}")
-
-    def sync(self) -> None:
-        """Brings all lines to the disk."""
-        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """No more lines."""
@@ -165,13 +163,16 @@ def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
 
 
 def sync(path: Path) -> None:
-    """Brings a file, or the names in a folder, to the disk (Windows cannot open a folder)."""
+    """Brings a file, or the names in a folder, to the disk (Windows, and some mounts, cannot do it for a folder)."""
     is_folder = path.is_dir()
     if is_folder and os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -249,11 +250,11 @@ def discard(folder: Path) -> None:
 
 
 @contextmanager
-def hold(lock: Path, *, wait: bool = False, what: str | None = None) -> Iterator[None]:
+def hold(lock: Path, *, wait_s: float = 0, what: str | None = None) -> Iterator[None]:
     """Holds a lock file for the block; the system lets go of it when the process ends in whatever way.
 
-    If another process has it: waits, or else raises BusyError, which names the holder, and `what` it holds (the lock's
-    folder if None). Without fcntl (Windows), or on a file system without locks, nothing is locked.
+    If another process has it for longer than `wait_s`: raises BusyError, which names the holder, and `what` it holds
+    (the lock's folder if None). Without fcntl (Windows), or on a file system without locks, nothing is locked.
     """
     try:
         import fcntl
@@ -262,17 +263,22 @@ def hold(lock: Path, *, wait: bool = False, what: str | None = None) -> Iterator
         return
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise BusyError(
-                f"{what or lock.parent} is in use by {holder}; wait until it ends, or stop it, and try again"
-            ) from None
-        except OSError:  # a file system that has no locks, as some mounts of a network or a Drive
-            yield
-            return
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    continue
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise BusyError(
+                    f"{what or lock.parent} is in use by {holder}; wait until it ends, or stop it, and try again"
+                ) from None
+            except OSError:  # a file system that has no locks, as some mounts of a network or a Drive
+                break
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

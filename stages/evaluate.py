@@ -22,7 +22,7 @@ PROMPTS_FROM_TOKENS = 100_000
 def main(stop: Stop) -> None:
     """Checks the params, then evaluates."""
     params = load_params(paths.PARAMS)
-    with tracking.open_run(params, "evaluate", tracking.read_names()) as run:
+    with tracking.open_run(params, "evaluate", tracking.read_names(), stop) as run:
         metrics = evaluate(params, stop)
         run.metrics(0, {f"evaluate/{key}": value for key, value in metrics.items()})
         run.files(sorted(paths.EVALUATE_REPORT.iterdir()), "reports/evaluate")

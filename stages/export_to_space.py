@@ -32,7 +32,7 @@ def main(stop: Stop) -> None:
     """Checks the params, then exports."""
     params = load_params(paths.PARAMS)
     names = tracking.read_names()
-    with tracking.open_run(params, "export-to-space", names) as run:
+    with tracking.open_run(params, "export-to-space", names, stop) as run:
         export(params, names.mlflow_run_id, stop)
         run.files([paths.SPACE / name for name in ("README.md", "gpt_config.pt", "manifest.json")], "space")
         run.files([paths.HUGGING_FACE / "config.json"], "hf")

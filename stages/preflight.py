@@ -5,6 +5,7 @@ From the params alone, in milliseconds, before torch is imported.
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from gpt2.errors import FileError, UserError
@@ -32,7 +33,7 @@ def micro_batch_that_fits(params: Params) -> int:
     """
     config, size = params.model, params.train.batch_size
     memory = memory_bytes()
-    at_least = 4 * config.num_parameters()
+    at_least = 4 * config.num_parameters()  # also what the best weights take, which are kept in memory
     if at_least > memory:
         raise UserError(f"the weights alone take {_gb(at_least)}, and this machine has {_gb(memory)} of memory: {LESS}")
     if params.runtime.device in ("cuda", "mps") or (params.runtime.device == "auto" and may_have_gpu()):
@@ -41,7 +42,7 @@ def micro_batch_that_fits(params: Params) -> int:
     checkpointing = params.runtime.gradient_checkpointing
     limit = largest_batch(
         config,
-        round(memory * ESTIMATE_ERROR),
+        round(memory * ESTIMATE_ERROR) - at_least,
         checkpointing=checkpointing,
         on_cpu=True,
         narrow=narrow,
@@ -93,7 +94,7 @@ def memory_bytes() -> int:
 
 def may_have_gpu() -> bool:
     """Whether torch could find one here; a guess that does without torch."""
-    return os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg") or os.uname().sysname == "Darwin"
+    return os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg") or sys.platform == "darwin"
 
 
 def _gb(count: int) -> str:

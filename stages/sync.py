@@ -50,7 +50,8 @@ class Store:
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.database()}"
-        with hold(paths.real_root() / ".mlflow.lock", wait=True):  # two processes that create a database destroy it
+        # two processes that create a database at once destroy it
+        with hold(paths.real_root() / ".mlflow.lock", wait_s=CREATION_PATIENCE_S):
             if not os.environ.get("MLFLOW_TRACKING_URI") and not paths.database().exists():
                 _create_database()
             mlflow.set_tracking_uri(uri)
@@ -163,7 +164,7 @@ class Mirror:
 
     def close(self) -> None:
         """Everything is delivered: the record goes, unless a new session of the stage writes it again."""
-        with hold(paths.outbox() / "lock", wait=True):
+        with hold(paths.outbox() / "lock", wait_s=PATIENCE_S):
             try:
                 with hold(self.folder / "writer"):
                     if self.status is None:  # it was killed
@@ -185,21 +186,28 @@ def records(run_id: str = "*") -> list[Path]:
 
 def sync() -> int:
     """Delivers all records that no other process delivers; gives how many could not be."""
+    todo = records()
+    if not todo:
+        say("MLflow has everything")
+        return 0
+    try:
+        store = Store()
+    except Exception as error:  # whatever MLflow comes up with
+        warn(f"MLflow does not answer ({describe(error)}); {len(todo)} records wait in {paths.outbox()}")
+        return len(todo)
     failures = 0
-    store = None
-    for folder in records():
+    for folder in todo:
         try:
-            with hold(folder / "lock"), hold(folder / "writer"):
+            with hold(folder / "writer", what=folder.name):  # it is not being written
                 pass
-            store = store or Store()
-            with hold(folder / "lock"):
+            with hold(folder / "lock", what=folder.name):
                 mirror = Mirror(folder, store)
                 mirror.deliver()
             mirror.close()
             say(f"{folder.name}: delivered")
-        except BusyError:
-            say(f"{folder.name}: being written, and delivered, by another process")
-        except Exception as error:  # whatever MLflow comes up with
+        except BusyError as error:
+            say(str(error))
+        except Exception as error:
             failures += 1
             warn(f"{folder.name}: {describe(error)}")
     return failures
@@ -215,7 +223,7 @@ def follow(folder: Path) -> int:
     store: Store | None = None
     mirror: Mirror | None = None
     monitor: Any = None
-    with hold(folder / "lock", wait=True):
+    with hold(folder / "lock", wait_s=CREATION_PATIENCE_S):
         while not is_last:
             is_last = stage_ended.is_set()
             try:
@@ -227,7 +235,7 @@ def follow(folder: Path) -> int:
                         monitor = _monitor(mirror.run_id)
                 mirror.deliver()
                 failed, pause_s = False, SHORTEST_PAUSE_S
-            except Exception as error:  # as in sync
+            except Exception as error:  # whatever MLflow comes up with
                 if not failed:
                     _tell(failed=describe(error))
                 failed, pause_s = True, min(2 * pause_s, LONGEST_PAUSE_S)
@@ -297,11 +305,7 @@ def main() -> int:
     if arguments.follow:
         _is_following = True
         return follow(paths.outbox() / arguments.follow)
-    waiting = len(records())
-    failures = sync()
-    if not waiting:
-        say("MLflow has everything")
-    return UNDELIVERED_EXIT_CODE if failures else 0
+    return UNDELIVERED_EXIT_CODE if sync() else 0
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from gpt2.errors import BusyError, FileError, Interrupted
 from gpt2.files import Lines, hold, write_json
 from stages import paths
 from stages.params import Params
-from stages.process import redacted, warn
+from stages.process import Stop, redacted, warn
 
 CODE = Path(__file__).absolute().parents[1]
 MAX_PARAM_CHARACTERS = 6000
@@ -50,7 +50,8 @@ class RunNames:
 class Run:
     """A record that grows. What goes wrong with it, or with MLflow, is one warning."""
 
-    def __init__(self, names: RunNames) -> None:
+    def __init__(self, names: RunNames, stop: Stop) -> None:
+        self._stop = stop
         self.run_id, self.mlflow_run_id = names.run_id, names.mlflow_run_id
         self._found_id: str | None = None
         self._events: Lines | None = None
@@ -67,7 +68,7 @@ class Run:
         """Starts the record, and the process that follows it."""
         try:
             outbox = paths.outbox()
-            with hold(outbox / "lock", wait=True):
+            with hold(outbox / "lock", wait_s=PATIENCE_S):
                 self._folder = outbox / f"{self.run_id}.{stage}"
                 self._held.enter_context(hold(self._folder / "writer"))
                 write_json(self._folder / "record.json", record)
@@ -144,10 +145,9 @@ class Run:
         assert self._mirror.stdin is not None
         with suppress(OSError):
             self._mirror.stdin.close()  # so it knows that nothing more comes
-        if status == "KILLED":
-            return
         done = self._wait(lambda: self._mirror is None or self._mirror.poll() is not None)
-        self._listen()
+        if self._stop:  # it ends by itself
+            return
         if not done:
             self._mirror.kill()
             self._mirror.wait()
@@ -164,7 +164,7 @@ class Run:
                 self._creation_s += now_s - before_s
             else:
                 self._waited_s += now_s - before_s
-            hopeless = self._mirror is None or self._mirror.poll() is not None
+            hopeless = self._stop or self._mirror is None or self._mirror.poll() is not None
             if condition() or hopeless or self._waited_s > PATIENCE_S or self._creation_s > CREATION_PATIENCE_S:
                 return condition()
             time.sleep(0.02)
@@ -208,12 +208,13 @@ def open_run(
     params: Params,
     stage: str,
     names: RunNames,
+    stop: Stop,
     *,
     events: list[dict[str, Any]] | None = None,
     system_metrics: bool = False,
 ) -> Iterator[Run]:
     """The record of a stage. events: of earlier sessions of it, which MLflow may have or not."""
-    run = Run(names)
+    run = Run(names, stop)
     record = {
         **asdict(names),
         "stage": stage,

@@ -124,7 +124,7 @@ def train(params: Params, meta: Mapping[str, Any], folder: Path, micro_batch_siz
         )
 
     earlier = [tracking.metrics_event(int(row["step"] or 0), metrics_of(row)) for row in state.history]
-    with tracking.open_run(params, "train", names, events=earlier, system_metrics=True) as run:
+    with tracking.open_run(params, "train", names, stop, events=earlier, system_metrics=True) as run:
         computed_by = {"device": device_name(device), "precision": state.precision, "compiled": state.compiled}
         run.tags({**_tags(meta), **{f"runtime.{name}": str(value) for name, value in computed_by.items()}})
         if state.step < config.max_steps:

@@ -67,6 +67,7 @@ class Session:
         params = SimpleNamespace(train=self.config)
         hooks = StageHooks(params, self.store, NoRun(), self.model, self.optimizer, stop or NeverStops(), self.state)
         hooks.warn = self.warnings.append
+        hooks._say = lambda _: None
 
         def validate(batch_size: int, progress: Any) -> float:
             return validation_loss(

@@ -1,8 +1,13 @@
 """Faults of the real command line, a few of each kind; `make soak` has them all, and many more kills."""
 
+import re
+import resource
+import signal
+import subprocess
+
 import pytest
 
-from tests.faults.commands import PHASES, Trained, kills, orphans, signals
+from tests.faults.commands import PHASES, PLAIN, Trained, finish, forget, kills, orphans, results, signals
 from tests.faults.tracking import tracking_faults
 
 
@@ -21,6 +26,49 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, trained):
 
 def test_a_stage_whose_dvc_is_gone_ends_and_nobody_writes_beside_it(tmp_path, trained):
     orphans(tmp_path, trained, 2).check(at_least=2)
+
+
+def full_disk():
+    """No file can be as large as a checkpoint."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, trained):
+    project = trained.copy(tmp_path / "project")
+    forget(project)
+    command = subprocess.run(
+        PLAIN, cwd=project.folder, env=project.environment, capture_output=True, text=True, preexec_fn=full_disk
+    )
+    assert command.returncode == 74
+    assert command.stderr.count("WARNING: cannot write the checkpoint") == 2
+    (line,) = [line for line in command.stderr.splitlines() if line.startswith("error:")]
+    assert "File too large" in line
+    assert "make room, and run again to go on" in line
+    assert "Traceback" not in command.stderr
+    assert finish(project, PLAIN) is None
+    assert results(project) == trained.expected
+
+
+def test_checkpoints_that_cannot_be_written_are_told_before_the_run(tmp_path, trained):
+    project = trained.copy(tmp_path / "project")
+    project.change(runtime={"checkpoint_folder": "/proc/nowhere"})
+    output = project.run(*PLAIN, code=74)
+    assert output.count("\n") == 1
+    assert output.startswith(
+        "error: [Errno 2] No such file or directory: '/proc/nowhere'; check that the folder can be"
+    )
+
+
+def test_a_divergence_names_its_step_and_the_last_good_checkpoint(tmp_path, trained):
+    project = trained.copy(tmp_path / "project")
+    project.change(train={"learning_rate": 1.0e20, "optimizer": "adamw"}, runtime={"checkpoint_interval": 1})
+    told = [project.run(*PLAIN, code=3).splitlines()[-1] for _ in range(3)]
+    assert re.match(
+        r"error: training diverged at step \d+: loss .*The last good checkpoint is .*step-00000\d$", told[0]
+    )
+    assert told[1] == told[0]
+    assert "So it went 2 times, and would again" in told[2]
 
 
 def test_tracking_that_fails_changes_nothing(tmp_path, trained):

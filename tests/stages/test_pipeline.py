@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from ruamel.yaml import YAML
@@ -146,6 +147,51 @@ def test_queued_experiments_report_to_the_one_database(project):
     new = [run for run in project.runs() if run.info.run_id not in before]
     assert sorted(run.data.params["train.seed"] for run in new) == ["3", "4"]
     assert {run.info.status for run in new} == {"FINISHED"}
+
+
+EXPERIMENTS = {
+    "in the workspace": [["dvc", "exp", "run", "-S", "train.seed=31"]],
+    "in a copy": [["dvc", "exp", "run", "--temp", "-S", "train.seed=32"]],
+    "queued": [["dvc", "exp", "run", "--queue", "-S", "train.seed=33"], ["dvc", "exp", "run", "--run-all"]],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", EXPERIMENTS)
+def test_a_killed_experiment_goes_on_wherever_it_ran(tmp_path, way):
+    project = Project(tmp_path)
+    project.change(train={"max_steps": 900, "eval_interval": 900}, runtime={"log_interval": 1})
+    project.run("git", "commit", "-qam", "longer")
+    *before, command = EXPERIMENTS[way]
+    for each in before:
+        project.run(*each)
+    experiment = subprocess.Popen(
+        command,
+        cwd=project.folder,
+        env=project.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 90
+    while not (found := list((project.folder / "checkpoints").glob("*/step-0000[0-9]5"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        of_ours = str(process.info["cwd"]).startswith(str(project.folder))
+        if of_ours and "stages.train" in " ".join(process.info["cmdline"] or ()):
+            process.kill()
+    experiment.wait(timeout=60)
+    run = found[0].parent
+    assert 0 < len((run / "history.jsonl").read_text().splitlines()) < 900
+
+    for each in EXPERIMENTS[way]:
+        output = project.run(*each)
+    if way != "queued":  # the output of queued ones is in their logs
+        assert re.search(r"going on from step \d+ of 900", output)
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 901))
+    assert sorted(path.name for path in run.glob("step-*")) == ["step-000900"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -12,9 +12,10 @@ from gpt2.errors import Interrupted
 from stages import sync, tracking
 from stages.params import load_params
 from stages.tracking import RunNames
-from tests.conftest import ROOT
+from tests.conftest import ROOT, NeverStops
 
 NAMES = RunNames("a" * 32, None)
+STOP = NeverStops()
 
 
 @pytest.fixture
@@ -45,13 +46,13 @@ def with_seed(params, seed):
 
 def test_stages_share_one_run_and_other_params_get_a_child(project, params, tmp_path):
     (tmp_path / "report.md").write_text("hello")
-    with tracking.open_run(params, "train", NAMES) as run:
+    with tracking.open_run(params, "train", NAMES, STOP) as run:
         for step in (10, 20):
             run.metrics(step, {"train/loss": 3.5 - step / 10, "val/loss": None if step == 10 else 2.0})
         run.tags({"model.sha256": "abc"})
     names = run.names()
     assert names.run_id == NAMES.run_id
-    with tracking.open_run(params, "evaluate", names) as later:
+    with tracking.open_run(params, "evaluate", names, STOP) as later:
         later.metrics(0, {"evaluate/loss": 2.5})
         later.files([tmp_path / "report.md"], "reports")
     assert later.names() == names
@@ -70,25 +71,25 @@ def test_stages_share_one_run_and_other_params_get_a_child(project, params, tmp_
 
     # a run that goes on has no step twice, and the same evaluation again is no news
     earlier = [tracking.metrics_event(step, {"train/loss": 9.0}) for step in (10, 20)]
-    with tracking.open_run(params, "train", names, events=earlier) as resumed:
+    with tracking.open_run(params, "train", names, STOP, events=earlier) as resumed:
         resumed.metrics(30, {"train/loss": 9.0})
-    with tracking.open_run(params, "evaluate", names) as again:
+    with tracking.open_run(params, "evaluate", names, STOP) as again:
         again.metrics(0, {"evaluate/loss": 2.5})
     history = client(project).get_metric_history(names.mlflow_run_id, "train/loss")
     assert sorted((m.step, m.value) for m in history) == [(10, 2.5), (20, 1.5), (30, 9.0)]
     assert len(client(project).get_metric_history(names.mlflow_run_id, "evaluate/loss")) == 1
 
-    with tracking.open_run(with_seed(params, 99), "evaluate", names) as child:
+    with tracking.open_run(with_seed(params, 99), "evaluate", names, STOP) as child:
         child.metrics(0, {"evaluate/loss": 2.4})
     child_id = child.names().mlflow_run_id
     assert child_id != names.mlflow_run_id
     assert client(project).get_run(child_id).data.tags[sync.PARENT_TAG] == names.mlflow_run_id
     assert client(project).get_run(names.mlflow_run_id).data.params["evaluate.seed"] == "1"
-    with tracking.open_run(with_seed(params, 99), "export-to-space", names) as next_stage:
+    with tracking.open_run(with_seed(params, 99), "export-to-space", names, STOP) as next_stage:
         pass
     assert next_stage.names().mlflow_run_id == child_id
 
-    with tracking.open_run(params, "evaluate", RunNames("b" * 32, "0" * 32)) as other:
+    with tracking.open_run(params, "evaluate", RunNames("b" * 32, "0" * 32), STOP) as other:
         pass
     assert client(project).get_run(other.names().mlflow_run_id).data.tags["continues"] == "0" * 32
 
@@ -96,9 +97,14 @@ def test_stages_share_one_run_and_other_params_get_a_child(project, params, tmp_
     assert client(project).get_run(failed.names().mlflow_run_id).info.status == "FAILED"
 
 
-def leave_with(error, params, names):
+class Stopped(NeverStops):
+    def __bool__(self):
+        return True
+
+
+def leave_with(error, params, names, stop=STOP):
     """A run whose stage ends with an error."""
-    with suppress(type(error)), tracking.open_run(params, "train", names) as run:
+    with suppress(type(error)), tracking.open_run(params, "train", names, stop) as run:
         run.metrics(1, {"train/loss": 1.0})
         raise error
     return run
@@ -107,7 +113,7 @@ def leave_with(error, params, names):
 def test_an_interrupted_stage_does_not_wait_and_is_told_nevertheless(project, params):
     client(project).search_experiments()  # makes the database, which takes seconds
     started_s = time.monotonic()
-    run = leave_with(Interrupted("stop", 15), params, NAMES)
+    run = leave_with(Interrupted("stop", 15), params, NAMES, Stopped())
     assert time.monotonic() - started_s < 1
     run._mirror.wait(timeout=20)
     sync.sync()
@@ -119,7 +125,7 @@ def test_what_could_not_be_delivered_is_delivered_later(project, params, monkeyp
     (tmp_path / "report.md").write_text("hello")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     started_s = time.monotonic()
-    with tracking.open_run(params, "train", NAMES) as run:
+    with tracking.open_run(params, "train", NAMES, STOP) as run:
         run.metrics(1, {"train/loss": 1.0})
         run.files([tmp_path / "report.md"], "reports")
     assert time.monotonic() - started_s < tracking.PATIENCE_S + 1
@@ -151,7 +157,7 @@ def test_sync_says_what_it_cannot_deliver(project, params, monkeypatch, capsys):
 
 def test_a_record_that_cannot_be_written_costs_a_warning(project, params, capsys):
     (project / "mlflow-outbox").write_text("no folder")
-    with tracking.open_run(params, "train", NAMES) as run:
+    with tracking.open_run(params, "train", NAMES, STOP) as run:
         run.metrics(1, {"train/loss": 1.0})
         run.files([project / "mlflow-outbox"], "reports")
     error = capsys.readouterr().err
@@ -162,7 +168,7 @@ def test_a_record_that_cannot_be_written_costs_a_warning(project, params, capsys
 def test_nothing_secret_is_recorded(project, params, monkeypatch):
     secret = replace(params, corpus=replace(params.corpus, source="https://me:s3cret@example.org/a.txt?key=s3cret"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
-    with tracking.open_run(secret, "train", NAMES) as run:
+    with tracking.open_run(secret, "train", NAMES, STOP) as run:
         run.tags({"corpus.from": secret.corpus.source})
     files = [path for path in (project / "mlflow-outbox").rglob("*") if path.is_file()]
     assert files

@@ -3,9 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gpt2 import trainer
 from gpt2.compute import CompileError, Compute
 from gpt2.data import Sampler, open_tokens
-from gpt2.errors import UserError
+from gpt2.errors import DivergedError, UserError
 from gpt2.exchange import write_hugging_face
 from gpt2.trainer import TrainState
 from stages import train
@@ -52,6 +53,30 @@ def test_long_runs_are_compiled(params, peak_flops, compiled):
     for setting, expected in (("always", True), ("never", False)):
         chosen = replace(params, runtime=replace(params.runtime, compile=setting))
         assert train.is_compiled(chosen, "cpu", peak_flops) == expected
+
+
+def test_a_run_that_diverged_twice_at_one_step_is_not_tried_again(tmp_path):
+    def diverge(good_steps):
+        with pytest.raises(DivergedError) as raised, train.at_most_twice_the_same_divergence(tmp_path):
+            raise DivergedError(f"diverged after {good_steps}", good_steps)
+        return str(raised.value)
+
+    for good_steps in (7, 9, 9):
+        assert diverge(good_steps) == f"diverged after {good_steps}"
+    told = diverge(11)  # not even tried
+    assert told.startswith("diverged after 9. So it went 2 times, and would again: change a parameter, or delete")
+    (tmp_path / train.DIVERGED_FILE).write_text("{")
+    assert diverge(9) == "diverged after 9"
+
+
+def test_going_on_under_other_conditions_is_one_warning(capsys):
+    now = trainer.environment(torch.device("cpu"))
+    train.warn_of_other_bits(now, now)
+    assert capsys.readouterr().err == ""
+    train.warn_of_other_bits({**now, "threads": 77, "torch": "1.0"}, now)
+    error = capsys.readouterr().err
+    assert error.startswith(f"WARNING: this run was begun with torch 1.0 instead of {torch.__version__}, threads 77")
+    assert error.count("\n") == 1
 
 
 def test_without_a_compiler_training_goes_on_and_says_so(tokens, tiny_model, monkeypatch, capsys):
