@@ -12,14 +12,15 @@ import shutil
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from gpt2.errors import BusyError
 from gpt2.files import hold, read_lines
 from stages import paths
 from stages.process import redacted, say, warn
-from stages.tracking import CREATION_PATIENCE_S, PATIENCE_S
+from stages.tracking import PATIENCE_S, PREPARATION_PATIENCE_S
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -51,9 +52,10 @@ class Store:
             logging.getLogger(name).setLevel(logging.ERROR)
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.database()}"
         # two processes that create a database at once destroy it
-        with hold(paths.real_root() / ".mlflow.lock", wait_s=CREATION_PATIENCE_S):
+        with hold(paths.real_root() / ".mlflow.lock", wait_s=PREPARATION_PATIENCE_S):
             if not os.environ.get("MLFLOW_TRACKING_URI") and not paths.database().exists():
                 _create_database()
+            _prepared()
             mlflow.set_tracking_uri(uri)
             self.client = mlflow.MlflowClient()
             experiment = self.client.get_experiment_by_name(EXPERIMENT)
@@ -70,17 +72,12 @@ def _artifacts() -> str | None:
 
 def _create_database() -> None:
     """Beside its place; so whoever kills us leaves no half of it there."""
-    global _is_creating
     import mlflow
 
     temporary = paths.database().with_name(f"{paths.database().name}.new")
     temporary.unlink(missing_ok=True)
-    _is_creating = True
-    _tell(creating=True)
     mlflow.MlflowClient(f"sqlite:///{temporary}").create_experiment(EXPERIMENT, artifact_location=_artifacts())
     temporary.replace(paths.database())
-    _is_creating = False
-    _tell(creating=False)
 
 
 class Mirror:
@@ -215,7 +212,6 @@ def sync() -> int:
 
 def follow(folder: Path) -> int:
     """Delivers a record, and older ones of its run, until the stage that writes it has closed our standard input."""
-    os.nice(10)  # training comes first
     stage_ended = threading.Event()
     threading.Thread(target=_watch, args=[stage_ended], daemon=True).start()
     pause_s = SHORTEST_PAUSE_S
@@ -223,7 +219,7 @@ def follow(folder: Path) -> int:
     store: Store | None = None
     mirror: Mirror | None = None
     monitor: Any = None
-    with hold(folder / "lock", wait_s=CREATION_PATIENCE_S):
+    with hold(folder / "lock", wait_s=PREPARATION_PATIENCE_S):
         while not is_last:
             is_last = stage_ended.is_set()
             try:
@@ -253,7 +249,10 @@ def _watch(stage_ended: threading.Event) -> None:
     """Notices the end of the stage, whatever way it ended. From then on nobody waits for us long."""
     sys.stdin.buffer.read()
     stage_ended.set()
-    time.sleep(CREATION_PATIENCE_S if _is_creating else PATIENCE_S)
+    deadline = time.monotonic() + PREPARATION_PATIENCE_S
+    while _is_preparing and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(PATIENCE_S)
     os._exit(UNDELIVERED_EXIT_CODE)
 
 
@@ -279,14 +278,24 @@ def _monitor(run_id: str) -> Any:
     return monitor
 
 
-_is_following = False
-_is_creating = False
+def _prepared() -> None:
+    """From now on it is up to the store how long things take. And training comes first."""
+    global _is_preparing
+    if _to_stage is not None and _is_preparing:
+        os.nice(10)
+        _tell(preparing=False)
+    _is_preparing = False
+
+
+_to_stage: TextIO | None = None
+_is_preparing = True
 
 
 def _tell(**message: Any) -> None:
-    """A line for the stage that we follow."""
-    if _is_following:
-        print(json.dumps(message), flush=True)
+    """A line for the stage that we follow, if we do."""
+    if _to_stage is not None:
+        with suppress(OSError):  # it has ended
+            print(json.dumps(message), file=_to_stage, flush=True)
 
 
 def describe(error: Exception) -> str:
@@ -296,14 +305,14 @@ def describe(error: Exception) -> str:
 
 def main() -> int:
     """Gives the exit code: 0, or 74 if not everything could be delivered."""
-    global _is_following
+    global _to_stage
     parser = argparse.ArgumentParser(
         prog="python -m stages.sync", description="Bring to MLflow what it does not have yet."
     )
     parser.add_argument("--follow", metavar="RECORD", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.follow:
-        _is_following = True
+        _to_stage, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not for the stage
         return follow(paths.outbox() / arguments.follow)
     return UNDELIVERED_EXIT_CODE if sync() else 0
 

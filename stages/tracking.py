@@ -11,6 +11,7 @@ with it.
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -34,8 +35,8 @@ MAX_PARAM_CHARACTERS = 6000
 """MLflow refuses longer ones."""
 PATIENCE_S = 4.0
 """How long a stage waits in all for MLflow, most of it at its end."""
-CREATION_PATIENCE_S = 60.0
-"""The same while a database of our own is being made, which takes seconds once."""
+PREPARATION_PATIENCE_S = 60.0
+"""The same while MLflow is imported, or a database made, which takes seconds of this machine's own time."""
 LATER = "`python -m stages.sync` brings it there later; the results are in reports/ as well"
 
 
@@ -59,10 +60,10 @@ class Run:
         self._mirror: subprocess.Popen[bytes] | None = None
         self._unread = b""
         self._failure: str | None = None
-        self._is_creating = False
+        self._is_preparing = True
         self._warned = False
         self._held = ExitStack()
-        self._waited_s = self._creation_s = 0.0
+        self._waited_s = self._preparation_s = 0.0
 
     def begin(self, stage: str, record: dict[str, Any], events: list[dict[str, Any]]) -> None:
         """Starts the record, and the process that follows it."""
@@ -107,7 +108,7 @@ class Run:
                 self._give_up(error)
 
     def metrics(self, step: int, values: dict[str, float | None]) -> None:
-        """Values at a step; those that are None are left out."""
+        """Values at a step; those that are None or not finite are left out."""
         self._append(metrics_event(step, values))
 
     def tags(self, values: dict[str, str]) -> None:
@@ -160,12 +161,12 @@ class Run:
         while True:
             self._listen()
             before_s, now_s = now_s, time.monotonic()
-            if self._is_creating:
-                self._creation_s += now_s - before_s
+            if self._is_preparing:
+                self._preparation_s += now_s - before_s
             else:
                 self._waited_s += now_s - before_s
             hopeless = self._stop or self._mirror is None or self._mirror.poll() is not None
-            if condition() or hopeless or self._waited_s > PATIENCE_S or self._creation_s > CREATION_PATIENCE_S:
+            if condition() or hopeless or self._waited_s > PATIENCE_S or self._preparation_s > PREPARATION_PATIENCE_S:
                 return condition()
             time.sleep(0.02)
 
@@ -175,9 +176,10 @@ class Run:
             return
         self._unread += self._mirror.stdout.read() or b""
         *lines, self._unread = self._unread.split(b"\n")
-        for message in map(json.loads, lines):
+        for line in lines:
+            message = json.loads(line)
             self._found_id = message.get("run", self._found_id)
-            self._is_creating = message.get("creating", self._is_creating)
+            self._is_preparing = message.get("preparing", self._is_preparing)
             self._failure = message.get("failed", self._failure)
         if self._failure is not None:
             self._warn(f"MLflow does not answer ({self._failure}); going on without it, {LATER}")
@@ -185,7 +187,8 @@ class Run:
 
 def metrics_event(step: int, values: dict[str, float | None]) -> dict[str, Any]:
     """A line of events.jsonl."""
-    return {"step": step, "metrics": {key: value for key, value in values.items() if value is not None}}
+    finite = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
+    return {"step": step, "metrics": finite}
 
 
 def read_names() -> RunNames:
