@@ -55,7 +55,7 @@ class Stop:
         self.signal_number: int | None = None
         self._counts: dict[int, int] = {}
         self._has_nothing_to_lose = False
-        self._parent = os.getppid() if "DVC_STAGE" in os.environ else None
+        self._dvc = os.getppid() if "DVC_STAGE" in os.environ else None
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._set)
@@ -69,7 +69,7 @@ class Stop:
             os._exit(128 + number)
 
     def __bool__(self) -> bool:
-        if self._parent is not None and os.getppid() != self._parent:  # where there is no PR_SET_PDEATHSIG
+        if self._dvc is not None and _is_gone(self._dvc):
             self.signal_number = signal.SIGTERM
         return self.signal_number is not None
 
@@ -97,6 +97,12 @@ class Stop:
             progress(count)
 
         return report
+
+
+def _is_gone(parent: int) -> bool:
+    """Whether this process has another parent now; or had already when it started, which is then in another session."""
+    now = os.getppid()
+    return now != parent or (hasattr(os, "getsid") and os.getsid(now) != os.getsid(0))
 
 
 def _interruption(number: int) -> str:
@@ -151,9 +157,6 @@ def run_stage(main: Callable[[Stop], None]) -> None:
 
 
 def die_with_dvc() -> None:
-    """Asks Linux for a SIGTERM when DVC, our parent, is killed; else we would go on, unseen."""
+    """Asks Linux for a SIGTERM when DVC, our parent, is killed; `Stop` notices by itself, but only when it is asked."""
     if sys.platform == "linux" and "DVC_STAGE" in os.environ:
-        parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:  # it was killed in between
-            os.kill(os.getpid(), signal.SIGTERM)

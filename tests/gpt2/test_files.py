@@ -2,11 +2,24 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
-from gpt2.errors import BusyError
-from gpt2.files import atomic_write, hold, sha256_of, write_json, write_text, write_with
+from gpt2.errors import BusyError, FileError
+from gpt2.files import (
+    Lines,
+    atomic_write,
+    check_published,
+    discard,
+    hold,
+    publish,
+    read_lines,
+    sha256_of,
+    write_json,
+    write_text,
+    write_with,
+)
 from tests.conftest import ROOT
 
 
@@ -71,4 +84,71 @@ def test_a_lock_names_its_holder_and_goes_with_it(tmp_path):
         holder.kill()
         holder.wait()
     with hold(tmp_path / "lock"):
+        pass
+
+
+def test_what_a_killed_process_had_begun_is_removed(tmp_path):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    (tmp_path / f".{gone.stdout.strip()}.tmp.file").write_text("half")
+    (tmp_path / f".{os.getppid()}.tmp.file").write_text("somebody else writes this")
+    write_text(tmp_path / "file", "whole")
+    assert sorted(os.listdir(tmp_path)) == [f".{os.getppid()}.tmp.file", "file"]
+
+
+def test_a_published_folder_is_whole_and_its_sums_are_checked(tmp_path):
+    folder = tmp_path / "new/folder"
+    publish(folder, {"a": lambda file: file.write(b"abc"), "b": lambda file: file.write(b"")}, {"step": 3})
+    manifest = check_published(folder)
+    assert manifest["step"] == 3
+    assert manifest["sha256"]["a"] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sorted(os.listdir(folder)) == ["a", "b", "manifest.json"]
+    with pytest.raises(FileExistsError):
+        publish(folder, {"a": lambda file: file.write(b"other")}, {})
+    assert check_published(folder) == manifest
+    (folder / "a").write_bytes(b"abd")
+    with pytest.raises(FileError, match="a is damaged: its SHA-256 is not the manifest's"):
+        check_published(folder)
+    (folder / "a").unlink()
+    with pytest.raises(FileError, match="cannot read"):
+        check_published(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(FileError, match="incomplete"):
+        check_published(folder)
+    discard(folder)
+    discard(folder)
+    assert not folder.exists()
+
+
+def test_a_manifest_that_means_the_same_and_is_not_as_written_is_damaged(tmp_path):
+    publish(tmp_path / "folder", {}, {"step": 3})
+    path = tmp_path / "folder/manifest.json"
+    path.write_text(path.read_text().replace("\n", ""))
+    with pytest.raises(FileError, match="not as it was written"):
+        check_published(tmp_path / "folder")
+
+
+def test_lines_are_there_at_once_and_a_cut_one_is_left_out(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    lines = Lines(path, [{"step": 1}])
+    lines.append({"step": 2, "text": "é\u2028\r\n"})
+    found, offset = read_lines(path)
+    assert found == [{"step": 1}, {"step": 2, "text": "é\u2028\r\n"}]
+    with path.open("a") as file:
+        file.write('{"step": 3')
+    assert read_lines(path, offset) == ([], offset)
+    lines.append({})
+    lines.close()
+    Lines(path, [{"step": 9}]).close()  # anew
+    assert read_lines(path)[0] == [{"step": 9}]
+
+
+def test_a_lock_is_waited_for(tmp_path):
+    with hold(tmp_path / "lock"):
+        with pytest.raises(BusyError, match=r"^my run is in use by process"), hold(tmp_path / "lock", what="my run"):
+            pass
+        started_s = time.monotonic()
+        with pytest.raises(BusyError), hold(tmp_path / "lock", wait_s=0.3):
+            pass
+        assert time.monotonic() - started_s >= 0.3
+    with hold(tmp_path / "lock", wait_s=5):
         pass

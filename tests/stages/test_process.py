@@ -141,5 +141,20 @@ def test_a_stage_does_not_outlive_its_parent(tmp_path):
     pytest.fail("the child is still alive")
 
 
+def test_a_stage_whose_dvc_was_gone_before_it_began_ends(tmp_path):
+    (tmp_path / "stage.py").write_text(
+        "from stages.process import *\ndef main(stop):\n    stop.check()\n    open('ran', 'w')\nrun_stage(main)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "train"}
+    command = f"{sys.executable} stage.py 2> told & exit"
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, start_new_session=True, check=True)
+    deadline = time.monotonic() + 20
+    while not (told := (tmp_path / "told").read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert told == "error: interrupted by SIGTERM; run the same command again\n"
+    assert not (tmp_path / "ran").exists()
+
+
 def test_interruption_knows_its_exit_code():
     assert errors.Interrupted("x", signal.SIGTERM).exit_code == 143
