@@ -34,7 +34,7 @@ class Compute:
         self.fast.gradient_checkpointing = gradient_checkpointing
         self.compiled = False
         self._compiled_shape: torch.Size | None = None
-        self._hidden: Callable[[Tensor], Tensor] = self.fast.hidden
+        self._blocks: Callable[[Tensor], Tensor] = self.fast.blocks
         self._add: Callable[[Tensor, Tensor], Tensor] = _add_
         self._pairs = [
             (theirs, ours)
@@ -64,7 +64,8 @@ class Compute:
         """
         start_s = time.perf_counter()
         self.compiled, self._compiled_shape = True, inputs.shape
-        self._hidden = torch.compile(self.fast.hidden, dynamic=False)
+        # not the embedding: compiled, its threads add up gradients of a token in the order in which they happen to come
+        self._blocks = torch.compile(self.fast.blocks, dynamic=False)
         self._add = torch.compile(_add_, dynamic=True)
         try:
             for _ in range(2):  # the second time, gradients are added
@@ -72,7 +73,7 @@ class Compute:
             with torch.no_grad():
                 self.loss(inputs, targets)
         except Exception as error:  # whatever the compilers of this machine come up with
-            self.compiled, self._compiled_shape, self._hidden, self._add = False, None, self.fast.hidden, _add_
+            self.compiled, self._compiled_shape, self._blocks, self._add = False, None, self.fast.blocks, _add_
             torch._dynamo.reset()
             raise CompileError(_first_line(error)) from None
         finally:
@@ -91,7 +92,8 @@ class Compute:
         """The mean cross-entropy in nats per token of a batch, both (B, T). Its gradients arrive at the model's."""
         # other shapes, such as the last windows of a text, are not worth compiling for
         compiled = self.compiled and inputs.shape == self._compiled_shape
-        hidden = self._hidden(inputs) if compiled else self.fast.hidden(inputs)  # (B, T, C)
+        embedded = self.fast.embed(inputs)
+        hidden = self._blocks(embedded) if compiled else self.fast.blocks(embedded)  # (B, T, C)
         weight = self.fast.lm_head.weight
         return linear_cross_entropy(
             hidden.to(weight.dtype).view(-1, hidden.size(-1)),

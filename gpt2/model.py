@@ -189,13 +189,19 @@ class GPT(nn.Module):
         With a cache, idx holds the tokens that follow those already in it, and is added to it.
         Raises ValueError if the tokens do not fit the context.
         """
+        return self.blocks(self.embed(idx, cache[0].length if cache is not None else 0), cache)
+
+    def embed(self, idx: Tensor, past: int = 0) -> Tensor:
+        """The embeddings of token ids idx, (B, T), that follow `past` others: (B, T, C), in fp32."""
         _, T = idx.size()
-        past = cache[0].length if cache is not None else 0
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens do not fit the context of {self.config.block_size}")
         positions = torch.arange(past, past + T, device=idx.device)
         # the residual stream is fp32 in whatever format the matrix products are
-        x = self.transformer["wte"](idx).float() + self.transformer["wpe"](positions)  # (B, T, C)
+        return cast(Tensor, self.transformer["wte"](idx).float() + self.transformer["wpe"](positions))
+
+    def blocks(self, x: Tensor, cache: list[LayerCache] | None = None) -> Tensor:
+        """All layers and the last LayerNorm, on embeddings x, (B, T, C)."""
         for layer, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)

@@ -135,3 +135,19 @@ def test_attention_of_short_sequences_is_that_of_pytorch(dtype):
     theirs = torch.autograd.grad((exact * weights).sum(), (q, k, v))
     for a, b in zip(ours, theirs, strict=True):
         assert ((a.double() - b.double()).norm() / b.double().norm()) < (1e-6 if dtype == torch.float32 else 0.02)
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_compiled_gradients_are_the_same_bits_each_time(precision):
+    torch.manual_seed(0)
+    compute = Compute(GPT(TINY), precision)
+    # many of each token, so that threads would meet in its gradient
+    inputs, targets = torch.randint(0, 5, (2, 64, 32))
+    compute.compile(inputs, targets)
+    gradients = []
+    for _ in range(20):
+        compute.loss(inputs, targets).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in compute.model.parameters()]))
+        compute.model.zero_grad()
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
