@@ -30,7 +30,7 @@ test: setup ## run the tests
 test-slow: setup ## run the tests that take minutes
 	python -m pytest -m slow
 
-soak: setup ## hurt runs in every way for half an hour, and print a table (docs/reliability.md)
+soak: setup ## hurt runs in every way for twenty minutes, and print a table (docs/reliability.md)
 	python -m tests.faults.soak
 
 check: setup ## format, lint, types and known vulnerabilities, without changing anything
