@@ -33,8 +33,8 @@ POLL_S = 1.0
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 METRICS_AT_ONCE = 1000
 """As many as MLflow takes."""
-# This process may take its time, but each attempt should end.
-IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+# Each attempt should end; and MLflow should not repeat by itself what may have arrived.
+IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
 class Store:
@@ -147,7 +147,11 @@ class Mirror:
         ]
         for start in range(0, len(new), METRICS_AT_ONCE):
             part = new[start : start + METRICS_AT_ONCE]
-            self.client.log_batch(self.run_id, metrics=part)
+            try:
+                self.client.log_batch(self.run_id, metrics=part)
+            except Exception:
+                self._logged.clear()  # it may have arrived nevertheless: MLflow is asked the next time
+                raise
             for metric in part:
                 self._logged[metric.key][metric.step] = metric.value
 

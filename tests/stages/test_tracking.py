@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from gpt2.errors import Interrupted
+from gpt2.files import Lines, write_json
 from stages import sync, tracking
 from stages.params import load_params
 from stages.tracking import RunNames
@@ -144,6 +145,27 @@ def test_what_could_not_be_delivered_is_delivered_later(project, params, monkeyp
     (found,) = client(project).search_runs([client(project).get_experiment_by_name("gpt2").experiment_id])
     assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/loss": 1.0})
     assert (project / "mlartifacts" / found.info.run_id / "artifacts/reports/report.md").read_text() == "hello"
+
+
+def test_an_answer_that_is_lost_makes_no_step_twice(project, params, monkeypatch):
+    folder = project / "mlflow-outbox" / f"{NAMES.run_id}.train"
+    record = {"run_id": NAMES.run_id, "mlflow_run_id": None, "stage": "train", "began_ms": 1, "name": None}
+    write_json(folder / "record.json", {**record, "params": {}, "tags": {}, "system_metrics": False})
+    Lines(folder / "events.jsonl", [{"step": 1, "metrics": {"train/loss": 2.0}, "time_ms": 1}]).close()
+    store = sync.Store()
+    mirror = sync.Mirror(folder, store)
+    log_batch = store.client.log_batch
+
+    def log_and_fail(*arguments, **options):
+        log_batch(*arguments, **options)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(store.client, "log_batch", log_and_fail)
+    with pytest.raises(TimeoutError):
+        mirror.deliver()
+    monkeypatch.setattr(store.client, "log_batch", log_batch)
+    mirror.deliver()
+    assert [metric.step for metric in client(project).get_metric_history(mirror.run_id, "train/loss")] == [1]
 
 
 def test_sync_says_what_it_cannot_deliver(project, params, monkeypatch, capsys):
