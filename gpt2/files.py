@@ -31,12 +31,17 @@ class _File(io.RawIOBase):
     def __init__(self, path: Path, flags: int) -> None:
         self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0) | flags, 0o644)
         self.name = str(path)
+        self.failure: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        return os.write(self.descriptor, data)
+        try:
+            return os.write(self.descriptor, data)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def tell(self) -> int:
         return os.lseek(self.descriptor, 0, os.SEEK_CUR)
@@ -101,6 +106,10 @@ def _new_file(path: Path) -> Iterator[IO[bytes]]:
     try:
         yield file
         file.flush()
+    except Exception:
+        if raw.failure is not None:  # torch has words of its own for it
+            raise raw.failure from None
+        raise
     finally:
         raw.close()  # without another attempt to write what could not be written
 

@@ -318,7 +318,8 @@ class _Saver:
             self.hooks.warn(f"{error}. Going on without it")
         self._since_s = time.monotonic()
         self._cost_s = self._since_s - start_s
-        state.save_s += self._cost_s
+        if not last:  # whose cost its own content cannot have
+            state.save_s += self._cost_s
 
     def _require_finite(self, state: TrainState) -> None:
         tensors: list[Tensor] = [*self.model.parameters(), *self.optimizer.tensors()]
