@@ -146,13 +146,15 @@ def test_a_stage_whose_dvc_was_gone_before_it_began_ends(tmp_path):
         "from stages.process import *\ndef main(stop):\n    stop.check()\n    open('ran', 'w')\nrun_stage(main)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "train"}
-    command = f"{sys.executable} stage.py 2> told & exit"
-    subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, start_new_session=True, check=True)
+    told = tmp_path / "told"
+    told.touch()
+    begun_alone = f"(while kill -0 $$ 2> /dev/null; do sleep 0.01; done; exec {sys.executable} stage.py 2> told) & exit"
+    subprocess.run(["sh", "-c", begun_alone], cwd=tmp_path, env=environment, start_new_session=True, check=True)
     deadline = time.monotonic() + 20
-    while not (told := (tmp_path / "told").read_text()):
+    while not told.read_text().endswith("\n"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert told == "error: interrupted by SIGTERM; run the same command again\n"
+    assert told.read_text() == "error: interrupted by SIGTERM; run the same command again\n"
     assert not (tmp_path / "ran").exists()
 
 
