@@ -8,10 +8,11 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2.config import PRESETS, GPTConfig
+from gpt2.config import FORMATS, PRESETS, GPTConfig
 from gpt2.errors import GPT2Error, UserError
 from gpt2.memory import MACHINES, largest_batch
 
@@ -62,7 +63,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="look back on at most N tokens (default: as many as in training)",
     )
-    generate.add_argument("--no-cache", action="store_true", help="compute the whole context anew for each token")
+    generate.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="over 1 makes what is there less likely (default: none)"
+    )
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    generate.add_argument(
+        "--format",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="of the weights: auto measures which is fastest here (default: %(default)s)",
+    )
+    generate.add_argument(
+        "--stats", action="store_true", help="say on standard error how fast it was, and in which format"
+    )
     generate.set_defaults(run=_generate)
 
     info = commands.add_parser("info", help="parameters, FLOPs and memory of a configuration")
@@ -80,30 +95,50 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}; expected at least 1")
     if arguments.context is not None and arguments.context < 1:
         raise UserError(f"--context is {arguments.context}; expected at least 1")
-    if not 0 <= arguments.seed < 2**63:
-        raise UserError(f"--seed is {arguments.seed}; expected 0 to {2**63 - 1}")
 
     from gpt2 import tokenizer
     from gpt2.checkpoint import trained_length
-    from gpt2.device import choose_device
-    from gpt2.generation import BLANK_PROMPT, Sampling, generate
+    from gpt2.device import choose_device, prepare
+    from gpt2.engine import Engine
+    from gpt2.formats import choose_format, in_format
+    from gpt2.generation import BLANK_PROMPT, Request, Sampling
 
-    sampling = Sampling(temperature=arguments.temperature, top_k=arguments.top_k or None, top_p=arguments.top_p)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    model = _load(arguments.model).to(choose_device("auto")).eval()
-    tokens = generate(
-        model,
+    request = Request(
         tokenizer.encode(prompt or BLANK_PROMPT),
-        max_new_tokens=arguments.max_new_tokens,
-        sampling=sampling,
+        arguments.max_new_tokens,
+        Sampling(
+            temperature=arguments.temperature,
+            top_k=arguments.top_k or None,
+            top_p=arguments.top_p,
+            repetition_penalty=arguments.repetition_penalty,
+        ),
         seed=arguments.seed,
-        context=arguments.context or trained_length(Path(arguments.model)),
-        use_cache=not arguments.no_cache,
+        stop=tuple(arguments.stop),
     )
+    device = choose_device("auto")
+    prepare(device)
+    model = _load(arguments.model).to(device).eval()
+    name = choose_format(model) if arguments.format == "auto" else arguments.format
+    context = arguments.context or trained_length(Path(arguments.model))
+    engine = Engine(in_format(model, name), context=context)
     print(prompt, end="", flush=True)
-    for text in tokenizer.decode_stream(tokens):
-        print(text, end="", flush=True)
+    start_s = time.perf_counter()
+    arrivals_s = []
+    for token in engine.submit(request):
+        arrivals_s.append(time.perf_counter())
+        print(token.text, end="", flush=True)
     print()
+    if arguments.stats:
+        print(_speed(name, start_s, arrivals_s), file=sys.stderr)
+
+
+def _speed(name: str, start_s: float, arrivals_s: list[float]) -> str:
+    first_s = arrivals_s[0] - start_s
+    told = f"{name}: first token after {first_s * 1000:.0f} ms"
+    if len(arrivals_s) > 1:
+        told += f", then {(len(arrivals_s) - 1) / (arrivals_s[-1] - arrivals_s[0]):.1f} tokens/s"
+    return f"{told}; {len(arrivals_s)} tokens in {arrivals_s[-1] - start_s:.2f} s"
 
 
 def _load(source: str) -> "GPT":

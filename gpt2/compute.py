@@ -4,7 +4,6 @@ The model that is trained, its gradients and the optimizer's state are fp32. Its
 format where the hardware is faster at it, on a copy of the weights that is cast once for each optimizer step.
 """
 
-import copy
 import time
 from collections.abc import Callable
 
@@ -30,7 +29,7 @@ class Compute:
         (https://arxiv.org/abs/1604.06174).
         """
         self.model = model
-        self.fast = model if precision == torch.float32 else _narrowed(model, precision)
+        self.fast = model if precision == torch.float32 else model.narrowed(precision)
         self.fast.gradient_checkpointing = gradient_checkpointing
         self.compiled = False
         self._compiled_shape: torch.Size | None = None
@@ -102,16 +101,6 @@ class Compute:
             label_smoothing=label_smoothing,
             compiled=compiled,
         )
-
-
-def _narrowed(model: GPT, precision: torch.dtype) -> GPT:
-    """A copy in another format, but for LayerNorm, whose parameters are the model's own."""
-    shared = {id(p): p for name, p in model.named_parameters() if ".ln_" in name}
-    narrow = copy.deepcopy(model, dict(shared))
-    for parameter in narrow.parameters():
-        if id(parameter) not in shared:
-            parameter.data = parameter.data.to(precision)
-    return narrow
 
 
 def _add_(total: Tensor, part: Tensor) -> Tensor:

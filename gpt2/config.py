@@ -16,6 +16,9 @@ from gpt2.errors import UserError
 GPT2_VOCAB_SIZE = 50257
 """Number of tokens of GPT-2's encoding: 256 bytes, 50,000 merges and `<|endoftext|>`."""
 
+FORMATS = ("fp32", "bf16", "int8")
+"""The number formats that a model can write in."""
+
 PositiveInt = Annotated[int, Gt(0)]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 

@@ -5,8 +5,10 @@ The weights carry OpenAI's names (`transformer.h.0.attn.c_attn.weight`), so that
 as `nn.Linear` has them; OpenAI's and Hugging Face's lie transposed (see `swap_conv1d_layout`).
 """
 
+import copy
 import math
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,32 +18,29 @@ from torch.utils.checkpoint import checkpoint
 from gpt2.config import PRESETS, GPTConfig
 from gpt2.errors import UserError
 
-__all__ = ["GPT", "GPTConfig", "LayerCache", "swap_conv1d_layout"]
+__all__ = ["GPT", "GPTConfig", "LayerMemory", "Linear", "swap_conv1d_layout"]
 
 INIT_STD = 0.02
 SHORT_SEQUENCE = 256
 CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-class LayerCache:
-    """Keys and values of the tokens that one layer has seen, in buffers allocated once.
+class LayerMemory(Protocol):
+    """The keys and values that one layer keeps of tokens seen earlier, while text is written (see gpt2/engine.py)."""
 
-    keys, values: (B, n_head, capacity, head_size), of which the first `length` positions are filled.
-    """
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Attention of new tokens to themselves and to what came before.
 
-    def __init__(self, config: GPTConfig, batch_size: int, like: Tensor) -> None:
-        """Buffers for the whole context, of the device and type of `like`."""
-        shape = (batch_size, config.n_head, config.block_size, config.head_size)
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        self.length = 0
+        (3, B, n_head, T, head_size), queries, keys and values, to (B, n_head, T, head_size).
+        """
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds k and v, (B, n_head, T, head_size); gives all so far, (B, n_head, length, head_size)."""
-        end = self.length + k.size(2)
-        self.keys[:, :, self.length : end] = k
-        self.values[:, :, self.length : end] = v
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+
+class Linear(nn.Linear):
+    """A linear layer that takes its input in whatever format, and computes in that of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -74,27 +73,14 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, memory: LayerMemory | None = None) -> Tensor:
         """(B, T, C) to (B, T, C)."""
         B, T, C = x.size()
-        q, k, v = self.c_attn(x.to(self.c_attn.weight.dtype)).split(C, dim=2)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, head_size)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        past = 0
-        if cache is not None:
-            past = cache.length
-            k, v = cache.append(k, v)  # (B, n_head, past + T, head_size)
-        if past == 0:
-            y = causal_attention(q, k, v)
-        elif T == 1:  # the newest token sees all
-            y = F.scaled_dot_product_attention(q, k, v)
-        else:
-            visible = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        y = causal_attention(*qkv.unbind(0)) if memory is None else memory.attend(qkv)  # (B, n_head, T, head_size)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return cast(Tensor, self.c_proj(y))
 
@@ -104,12 +90,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        return cast(Tensor, self.c_proj(gelu_tanh(self.c_fc(x.to(self.c_fc.weight.dtype)))))
+        return cast(Tensor, self.c_proj(gelu_tanh(self.c_fc(x))))
 
 
 class Block(nn.Module):
@@ -122,9 +108,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, memory: LayerMemory | None = None) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), cache)
+        x = x + self.attn(self.ln_1(x), memory)
         return cast(Tensor, x + self.mlp(self.ln_2(x)))
 
 
@@ -144,7 +130,7 @@ class GPT(nn.Module):
                 "ln_f": nn.LayerNorm(config.n_embd),
             }
         )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer["wte"].weight = self.lm_head.weight  # tied
         self.gradient_checkpointing = False
         self.init_weights()
@@ -177,41 +163,49 @@ class GPT(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.lm_head.weight.device
+        return cast(Tensor, self.transformer["wpe"].weight).device
 
-    def new_cache(self, batch_size: int = 1) -> list[LayerCache]:
-        """Empty key-value caches for `hidden`, one for each layer."""
-        return [LayerCache(self.config, batch_size, self.lm_head.weight) for _ in range(self.config.n_layer)]
+    def narrowed(self, precision: torch.dtype) -> "GPT":
+        """A copy in another format, but for LayerNorm, whose parameters are the model's own."""
+        shared = {id(p): p for name, p in self.named_parameters() if ".ln_" in name}
+        narrow = copy.deepcopy(self, dict(shared))
+        for parameter in narrow.parameters():
+            if id(parameter) not in shared:
+                parameter.data = parameter.data.to(precision)
+        return narrow
 
-    def hidden(self, idx: Tensor, cache: list[LayerCache] | None = None) -> Tensor:
+    def hidden(
+        self, idx: Tensor, memory: Sequence[LayerMemory] | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """The last layer's output before the head, (B, T, C), for token ids idx, (B, T).
 
-        With a cache, idx holds the tokens that follow those already in it, and is added to it.
+        memory: of each layer, for tokens that follow others; positions, (B, T), says where those of idx are then.
         Raises ValueError if the tokens do not fit the context.
         """
-        return self.blocks(self.embed(idx, cache[0].length if cache is not None else 0), cache)
+        return self.blocks(self.embed(idx, positions), memory)
 
-    def embed(self, idx: Tensor, past: int = 0) -> Tensor:
-        """The embeddings of token ids idx, (B, T), that follow `past` others: (B, T, C), in fp32."""
+    def embed(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The embeddings of token ids idx, (B, T), at positions, (B, T), or from the beginning: (B, T, C), in fp32."""
         _, T = idx.size()
-        if past + T > self.config.block_size:
-            raise ValueError(f"{past + T} tokens do not fit the context of {self.config.block_size}")
-        positions = torch.arange(past, past + T, device=idx.device)
+        if positions is None:
+            if T > self.config.block_size:  # noqa: SIM300 - T is no constant
+                raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
+            positions = torch.arange(T, device=idx.device)
         # the residual stream is fp32 in whatever format the matrix products are
         return cast(Tensor, self.transformer["wte"](idx).float() + self.transformer["wpe"](positions))
 
-    def blocks(self, x: Tensor, cache: list[LayerCache] | None = None) -> Tensor:
+    def blocks(self, x: Tensor, memory: Sequence[LayerMemory] | None = None) -> Tensor:
         """All layers and the last LayerNorm, on embeddings x, (B, T, C)."""
         for layer, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = block(x, cache[layer] if cache is not None else None)
+                x = block(x, memory[layer] if memory is not None else None)
         return cast(Tensor, self.transformer["ln_f"](x))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits, (B, T, V), and with targets, (B, T), the mean cross-entropy in nats per token."""
-        logits = self.lm_head(self.hidden(idx).to(self.lm_head.weight.dtype))
+        logits = self.lm_head(self.hidden(idx))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))

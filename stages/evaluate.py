@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gpt2.model import GPT
 
 PROMPTS_FROM_TOKENS = 100_000
+SAMPLES_AT_ONCE = 8
 
 
 def main(stop: Stop) -> None:
@@ -81,24 +82,27 @@ def draw_samples(config: EvaluateConfig, model: "GPT", prompts: list[str], conte
     from tqdm import tqdm
 
     from gpt2 import tokenizer
-    from gpt2.generation import BLANK_PROMPT, Sampling, generate
+    from gpt2.engine import Engine
+    from gpt2.formats import in_format
+    from gpt2.generation import BLANK_PROMPT, Request, Sampling
 
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    samples = []
-    for number, prompt in enumerate(tqdm(prompts, desc="writing samples", unit="sample", disable=None, leave=False)):
-        tokens = []
-        for token in generate(
-            model,
-            tokenizer.encode(prompt or BLANK_PROMPT),
-            max_new_tokens=config.max_new_tokens,
-            sampling=sampling,
-            seed=config.seed + number,
-            context=context,
-        ):
+    # fp32, whatever is fastest here: the samples are to be the same on the next machine
+    engine = Engine(in_format(model, "fp32"), context=context, slots=min(len(prompts), SAMPLES_AT_ONCE))
+    replies = [
+        engine.submit(
+            Request(
+                tokenizer.encode(prompt or BLANK_PROMPT), config.max_new_tokens, sampling, seed=config.seed + number
+            )
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    total = len(prompts) * config.max_new_tokens
+    with tqdm(total=total, desc="writing samples", unit="token", disable=None, leave=False) as bar:
+        while engine.step():
             stop.check()
-            tokens.append(token)
-        samples.append(tokenizer.decode(tokens))
-    return samples
+            bar.update(engine.tokens_written - bar.n)
+    return ["".join(token.text for token in reply) for reply in replies]
 
 
 def describe_samples(config: EvaluateConfig, prompts: list[str], samples: list[str], verbatim: str, loss: float) -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from gpt2.config import FORMATS
+from gpt2.data import Tokens, open_tokens
 from gpt2.errors import FileError
 from gpt2.files import sha256_of, write_json, write_text
 from stages import paths, tracking
@@ -22,8 +24,23 @@ from stages.process import Stop, run_stage, say
 if TYPE_CHECKING:
     from gpt2.model import GPT
 
-SERVING_MODULES = ("__init__", "config", "errors", "files", "generation", "model", "tokenizer")
-"""The part of gpt2/ that a Space needs: what its app.py imports, and what that imports."""
+SERVING_MODULES = (
+    "__init__",
+    "config",
+    "device",
+    "engine",
+    "errors",
+    "files",
+    "formats",
+    "generation",
+    "model",
+    "tokenizer",
+)
+"""The part of gpt2/ that a Space needs: what its page imports, and what that imports."""
+PAGE_MODULES = ("guard", "model_files", "page", "view")
+MEASURED_TOKENS = 65_536
+MEASURED_BATCH = 8
+HARDWARE = {"cpu": "cpu-basic", "zerogpu": "zero-a10g"}
 LOGITS_TOLERANCE = 1e-4
 CHECK_TOKENS = 64
 
@@ -44,23 +61,30 @@ def export(params: Params, run_id: str | None, stop: Stop) -> None:
         from gpt2.checkpoint import load_model, trained_length
         from gpt2.exchange import write_hugging_face, write_space_model
 
+    val_tokens = open_tokens(paths.TOKENS, "val")[:MEASURED_TOKENS]
     model = load_model(paths.MODELS)
     context = trained_length(paths.MODELS) or model.config.block_size
-    facts = model_facts(params, model, context, run_id)
+    losses = measured_losses(model, val_tokens, context, stop)
+    facts = model_facts(params, model, context, run_id) | {"formats": losses, "measured_tokens": len(val_tokens)}
     for folder in (paths.SPACE, paths.HUGGING_FACE):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
 
     write_space_model(model, paths.SPACE)
     shutil.copyfile(paths.SPACE_SOURCE / "app.py", paths.SPACE / "app.py")
-    for module in SERVING_MODULES:
-        (paths.SPACE / "gpt2").mkdir(exist_ok=True)
-        shutil.copyfile(f"gpt2/{module}.py", paths.SPACE / "gpt2" / f"{module}.py")
-    write_text(paths.SPACE / "requirements.txt", pinned((paths.SPACE_SOURCE / "requirements.txt").read_text()))
+    for package, modules in ("gpt2", SERVING_MODULES), ("space", PAGE_MODULES):
+        (paths.SPACE / package).mkdir()
+        for module in modules:
+            shutil.copyfile(f"{package}/{module}.py", paths.SPACE / package / f"{module}.py")
+    shutil.copyfile(paths.TRAIN_REPORT / "loss.png", paths.SPACE / "loss.png")
+    requirements = (paths.SPACE_SOURCE / "requirements.txt").read_text(encoding="utf-8")
+    write_text(paths.SPACE / "requirements.txt", requirements_for(params.export.target, requirements))
     card = (paths.SPACE_SOURCE / "README.md").read_text(encoding="utf-8")
     write_text(paths.SPACE / "README.md", fill_card(card, facts))
     write_json(paths.SPACE / "manifest.json", {"model": facts, "sha256": sums(paths.SPACE)})
     write_hugging_face(model, paths.HUGGING_FACE)
+    card = (paths.SPACE_SOURCE / "MODEL_CARD.md").read_text(encoding="utf-8")
+    write_text(paths.HUGGING_FACE / "README.md", fill_card(card, facts))
 
     stop.check()
     space_difference = check_space(model)
@@ -68,6 +92,28 @@ def export(params: Params, run_id: str | None, stop: Stop) -> None:
     hf_difference = check_hugging_face(model)
     say(f"{paths.SPACE}: the same logits to {space_difference:.1g}; serve it with `make space`")
     say(f"{paths.HUGGING_FACE}: the same logits to {hf_difference:.1g}; load it with transformers")
+
+
+def measured_losses(model: "GPT", tokens: Tokens, context: int, stop: Stop) -> dict[str, float]:
+    """The loss of each number format on the beginning of the held-out text, in nats per token."""
+    from tqdm import tqdm
+
+    from gpt2.evaluation import score
+    from gpt2.formats import in_format
+
+    losses = {}
+    total = len(FORMATS) * (len(tokens) - 1)
+    with tqdm(total=total, desc="measuring number formats", unit="token", disable=None, leave=False) as bar:
+        for name in FORMATS:
+            scores = score(
+                in_format(model, name),
+                tokens,
+                sequence_length=context,
+                batch_size=MEASURED_BATCH,
+                progress=stop.watched(bar.update),
+            )
+            losses[name] = round(scores.loss, 5)
+    return losses
 
 
 def model_facts(params: Params, model: "GPT", context: int, run_id: str | None) -> dict[str, Any]:
@@ -93,6 +139,7 @@ def model_facts(params: Params, model: "GPT", context: int, run_id: str | None) 
         "perplexity": round(evaluation["perplexity"], 2),
         "bits_per_byte": round(evaluation["bits_per_byte"], 4),
         "mlflow_run_id": run_id,
+        "target": params.export.target,
         "git_commit": tracking.git_tags().get("git.commit"),
     }
 
@@ -106,13 +153,17 @@ def public_source(source: str) -> str:
 
 
 def fill_card(template: str, facts: dict[str, Any]) -> str:
-    """The README.md of the Space: each `{{name}}` becomes that fact."""
+    """A README.md: each `{{name}}` becomes that fact."""
+    losses = facts["formats"]
     values = {
         **facts,
         "title": json.dumps(facts["title"]),  # a YAML string
         "heading": facts["title"],
         "gradio": importlib.metadata.version("gradio"),
+        "hardware": HARDWARE[facts["target"]],
         "fallback": f"\n\nThe corpus is a fallback: {facts['fallback_reason']}." if facts["fallback_reason"] else "",
+        "losses": ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()),
+        "int8_change": f"{100 * (losses['int8'] / losses['fp32'] - 1):+.2f} %",
     }
     for name, value in values.items():
         shown = f"{value:,}" if isinstance(value, int) else str(value)
@@ -120,8 +171,20 @@ def fill_card(template: str, facts: dict[str, Any]) -> str:
     return template
 
 
+def requirements_for(target: str, requirements: str) -> str:
+    """The requirements of a Space, from those for a CPU.
+
+    Each package in the version that is installed here. On ZeroGPU torch is one of those that are offered there, and the
+    package `spaces` lends the GPU.
+    """
+    if target == "zerogpu":
+        kept = [line for line in requirements.splitlines() if not line.startswith(("#", "-")) and line != "torch"]
+        return pinned("\n".join(kept)) + "spaces\ntorch>=2.8,<2.12\n"
+    return pinned(requirements)
+
+
 def pinned(requirements: str) -> str:
-    """The Space's requirements: each package in the version that is installed here, other lines as they are."""
+    """Each package in the version that is installed here, other lines as they are."""
     lines = []
     for line in requirements.splitlines():
         is_package = line and not line.startswith(("#", "-"))
@@ -144,7 +207,8 @@ def check_space(model: "GPT") -> float:
     tokens = torch.arange(min(CHECK_TOKENS, model.config.block_size))[None]
     result = paths.SPACE / ".logits.pt"
     program = (
-        "import sys, torch, app; model = app.load_model(app.HERE);"
+        "import sys, torch; from pathlib import Path; from space.model_files import load_facts, load_model;"
+        "load_facts(Path()); model = load_model(Path());"
         f"torch.save(model(torch.arange({tokens.size(1)})[None])[0].detach(), sys.argv[1])"
     )
     try:

@@ -30,10 +30,14 @@ CHECKS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The Space's page. title: its heading; examples: prompts to click on, None takes those of the evaluation."""
+    """The Space's page. title: its heading; examples: prompts to click on, None takes those of the evaluation.
+
+    target: what the Space runs on, a CPU or Hugging Face's ZeroGPU.
+    """
 
     title: Annotated[str, MinLen(1)]
     examples: Annotated[list[str], MinLen(1)] | None
+    target: Literal["cpu", "zerogpu"]
 
 
 @dataclass(frozen=True)

@@ -3,67 +3,31 @@ import math
 import pytest
 import torch
 
-from gpt2.config import GPTConfig
+from gpt2 import tokenizer
 from gpt2.errors import UserError
-from gpt2.generation import Sampling, context_start, generate, probabilities, prompts_from
-from gpt2.model import GPT
+from gpt2.generation import (
+    Request,
+    Sampling,
+    TextStream,
+    candidates,
+    context_start,
+    draw,
+    penalised,
+    prompts_from,
+)
 from gpt2.tokenizer import END_OF_TEXT
 
 
-@pytest.fixture
-def lively_model() -> GPT:
-    """A random model whose choices depend on what it has seen."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=24, vocab_size=50257, n_layer=2, n_head=2, n_embd=32)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    return model
+def logits(*values):
+    return torch.tensor(values).log()
 
 
-@pytest.mark.parametrize(
-    "sampling", [Sampling(temperature=0), Sampling(), Sampling(temperature=0.7, top_k=40, top_p=0.9)]
-)
-@pytest.mark.parametrize("context", [None, 10])
-def test_the_cache_changes_no_token(lively_model, sampling, context):
-    # 60 tokens go far past the context of 24
-    def run(use_cache):
-        return list(
-            generate(
-                lively_model,
-                [1, 2, 3],
-                max_new_tokens=60,
-                sampling=sampling,
-                seed=4,
-                context=context,
-                use_cache=use_cache,
-            )
-        )
-
-    with_cache = run(True)
-    assert with_cache == run(False)
-    assert len(with_cache) == 60
-    assert len(set(with_cache)) > 3
-
-
-def test_the_seed_decides_the_text(lively_model):
-    def run(seed):
-        return list(generate(lively_model, [1], max_new_tokens=12, sampling=Sampling(), seed=seed))
-
-    assert run(1) == run(1)
-    assert run(1) != run(2)
-
-
-def test_greedy_takes_the_likeliest(lively_model):
-    (token,) = generate(lively_model, [5, 6], max_new_tokens=1, sampling=Sampling(temperature=0), seed=0)
-    assert token == int(lively_model(torch.tensor([[5, 6]]))[0][0, -1].argmax())
-
-
-def test_a_prompt_longer_than_the_context_is_looked_at_from_its_end(lively_model):
-    prompt = list(range(100))
-    tokens = list(generate(lively_model, prompt, max_new_tokens=5, sampling=Sampling(temperature=0), seed=0))
-    start = context_start(100, 24)
-    assert tokens[0] == int(lively_model(torch.tensor([prompt[start:]]))[0][0, -1].argmax())
+def distribution(of, sampling):
+    """The probabilities of all ids."""
+    probs, ids = candidates(of, sampling)
+    full = torch.zeros(of.numel())
+    full[torch.arange(of.numel())[: probs.numel()] if ids is None else ids] = probs
+    return full
 
 
 def test_prompts_are_beginnings_of_lines_from_all_over_a_text():
@@ -83,53 +47,148 @@ def test_the_view_never_exceeds_the_context_and_moves_rarely(context):
     assert len(set(starts)) <= 1 + math.ceil(200 / max(1, context // 2))
 
 
-def test_generation_ends_at_the_end_of_text(tiny_model):
-    with torch.no_grad():  # whatever it sees, the end is the likeliest
-        tiny_model.transformer["ln_f"].weight.zero_()
-        tiny_model.transformer["ln_f"].bias.copy_(100 * tiny_model.lm_head.weight[END_OF_TEXT])
-    tokens = generate(tiny_model, [1], max_new_tokens=9, sampling=Sampling(temperature=0), seed=0)
-    assert list(tokens) == []
-
-
-@pytest.mark.parametrize("prompt", [[], [-1], [50257]])
-def test_a_prompt_outside_the_vocabulary_is_refused(tiny_model, prompt):
-    with pytest.raises(UserError, match="prompt"):
-        list(generate(tiny_model, prompt, max_new_tokens=1, sampling=Sampling(), seed=0))
-
-
-def logits(*values):
-    return torch.tensor(values).log()
+def test_greedy_has_one_candidate():
+    assert torch.equal(distribution(logits(0.1, 0.6, 0.3), Sampling(temperature=0)), torch.tensor([0.0, 1, 0]))
 
 
 def test_top_k_keeps_the_k_likeliest():
-    probs = probabilities(logits(0.1, 0.4, 0.2, 0.3), Sampling(top_k=2))
+    probs = distribution(logits(0.1, 0.4, 0.2, 0.3), Sampling(top_k=2))
     assert torch.allclose(probs, torch.tensor([0, 4 / 7, 0, 3 / 7]))
 
 
+@pytest.mark.parametrize("top_k", [None, 4, 9])
 @pytest.mark.parametrize(
     ("top_p", "kept"), [(0.3, [1]), (0.4, [1]), (0.45, [1, 3]), (0.71, [1, 2, 3]), (1.0, [0, 1, 2, 3])]
 )
-def test_top_p_keeps_the_fewest_that_have_it_together(top_p, kept):
-    probs = probabilities(logits(0.1, 0.4, 0.2, 0.3), Sampling(top_p=top_p))
+def test_top_p_keeps_the_fewest_that_have_it_together(top_p, kept, top_k):
+    probs = distribution(logits(0.1, 0.4, 0.2, 0.3), Sampling(top_p=top_p, top_k=top_k))
     assert probs.nonzero().flatten().tolist() == kept
     assert probs.sum().item() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.999])
+def test_top_p_looks_at_as_many_as_it_needs(spread, top_p):
+    many = spread * torch.randn(50257, generator=torch.Generator().manual_seed(3))
+    probs = many.softmax(0)
+    ordered, order = probs.sort(descending=True)
+    kept = order[: int((ordered.double().cumsum(0) - ordered < top_p).sum())]
+    found = distribution(many, Sampling(top_p=top_p))
+    # numbers that are equal may stand in another order
+    assert abs(int((found > 0).sum()) - len(kept)) <= 1 + len(kept) // 1000
+    assert (found[kept[: max(1, len(kept) * 9 // 10)]] > 0).all()
+    assert found.sum().item() == pytest.approx(1, abs=1e-4)
+
+
 def test_temperature_sharpens():
-    probs = probabilities(logits(0.2, 0.8), Sampling(temperature=0.5))
+    probs = distribution(logits(0.2, 0.8), Sampling(temperature=0.5))
     assert torch.allclose(probs, torch.tensor([0.04, 0.64]) / 0.68)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0), Sampling(top_k=50300), Sampling(top_p=0.99)])
-def test_ids_of_a_padded_vocabulary_have_no_probability(sampling):
-    padded = torch.zeros(50304)
-    padded[50257:] = 100.0
-    assert probabilities(padded, sampling)[50257:].sum() == 0
+def test_the_repetition_penalty_makes_what_was_seen_less_likely():
+    raw = torch.tensor([2.0, -2.0, 1.0, 0.5])
+    assert penalised(raw, [0, 1, 1, 99], 2.0).tolist() == [1.0, -4.0, 1.0, 0.5]
+    assert raw.tolist() == [2.0, -2.0, 1.0, 0.5]
+    assert penalised(raw, [0], 1.0) is raw
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}]
+    "sampling",
+    [Sampling(), Sampling(temperature=0), Sampling(top_k=50300), Sampling(top_p=0.99), Sampling(top_k=9, top_p=0.5)],
+)
+def test_ids_of_a_padded_vocabulary_are_no_candidates(sampling):
+    padded = torch.zeros(50304)
+    padded[50257:] = 100.0
+    probs, ids = candidates(padded, sampling)
+    assert probs.numel() <= 50257
+    assert ids is None or int(ids.max()) < 50257
+    random = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        assert draw(padded, sampling, random) < 50257
+
+
+def test_draws_are_distributed_as_the_model_says():
+    of, random = logits(0.1, 0.4, 0.2, 0.3), torch.Generator().manual_seed(1)
+    for sampling in (Sampling(), Sampling(top_k=3), Sampling(top_p=0.8)):
+        counts = torch.zeros(4)
+        for _ in range(5000):
+            counts[draw(of, sampling, random)] += 1
+        assert torch.allclose(counts / 5000, distribution(of, sampling), atol=0.02)
+
+
+def test_what_has_no_probability_is_never_drawn():
+    of, random = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf]), torch.Generator().manual_seed(1)
+    assert {draw(of, Sampling(), random) for _ in range(100)} == {1, 3}
+
+
+def pieces(text, stop=()):
+    stream = TextStream(stop)
+    found = []
+    for token in tokenizer.encode(text):
+        found.append(stream.push(token))
+        if stream.stopped:
+            return found
+    return [*found, stream.rest()]
+
+
+def test_characters_of_several_tokens_come_whole():
+    found = pieces("naïve 漢字 🙂!")
+    assert "".join(found) == "naïve 漢字 🙂!"
+    assert not any("\ufffd" in piece for piece in found)
+    half = TextStream()
+    assert half.push(tokenizer.encode("🙂")[0]) == ""
+    assert half.rest() == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one two three", ("two",), "one "),
+        ("one two three", ("wo th",), "one t"),
+        ("one two three", ("three!", "w t"), "one two three"),
+        ("one two three", ("three", "two"), "one "),
+        ("aaab", ("aab",), "a"),
+        ("the end\n\nand more", ("\n\n",), "the end"),
+        ("🙂🙃", ("🙃",), "🙂"),
+    ],
+)
+def test_a_text_ends_before_a_stop_string_and_never_shows_its_beginning(text, stop, expected):
+    found = pieces(text, stop)
+    assert "".join(found) == expected
+    for end in range(len(found)):
+        assert expected.startswith("".join(found[:end]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"top_k": 0},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": math.inf},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match=f"{next(iter(wrong))} is"):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"prompt": []}, "a prompt needs"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"seed": -1}, "the seed is -1"),
+        ({"stop": ("a", "")}, "a stop string is empty"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(wrong, told):
+    with pytest.raises(UserError, match=told):
+        Request(**{"prompt": [1], "max_new_tokens": 5, **wrong})
+
+
+def test_the_end_of_the_text_is_a_stop_token():
+    assert END_OF_TEXT in Request([1], 1).stop_tokens

@@ -75,16 +75,6 @@ def test_the_old_projects_lines_load_a_checkpoint(tiny_model, tmp_path):
     assert torch.equal(model.eval()(idx)[0], tiny_model(idx)[0])
 
 
-@pytest.mark.parametrize("pieces", [[20], [1] * 20, [7, 1, 1, 11], [5, 15]])
-def test_a_cache_gives_the_hidden_states_of_one_pass(tiny_model, pieces):
-    idx = torch.randint(50257, (2, 20))
-    cache, outputs, start = tiny_model.new_cache(batch_size=2), [], 0
-    for length in pieces:
-        outputs.append(tiny_model.hidden(idx[:, start : start + length], cache))
-        start += length
-    assert torch.allclose(torch.cat(outputs, dim=1), tiny_model.hidden(idx), atol=1e-5)
-
-
 def test_more_tokens_than_the_context_are_refused(tiny_model):
     with pytest.raises(ValueError, match="33 tokens do not fit the context of 32"):
         tiny_model(torch.zeros(1, 33, dtype=torch.long))

@@ -1,0 +1,93 @@
+"""What is let in: a middleware in front of Gradio that knows the few addresses the page needs.
+
+Gradio takes uploads, serves files and reads bodies of any size, whatever the page is made of.
+"""
+
+import json
+import re
+from typing import Any
+
+MAX_BODY_BYTES = 64_000
+GET = re.compile(
+    r"/|/(config|info|openapi\.json|theme\.css|favicon\.ico|robots\.txt|manifest\.json|app_id|login_check|user|token"
+    r"|startup-events|queue/status|queue/data)/?|/(static|assets|svelte)/.+|/heartbeat/[\w-]{1,64}"
+    r"|/call/(v2/)?\w{1,64}/[\w-]{1,64}"
+)
+POST = re.compile(r"/(queue/join|cancel|reset)/?|/(call|run)/(v2/)?\w{1,64}/?")
+PREFIX = "/gradio_api"
+
+Scope = dict[str, Any]
+
+
+class Guard:
+    """An ASGI application that answers 404, 413 or 422 itself, and hands on what is left."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Serves one request."""
+        if scope["type"] == "http":
+            await self._serve(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        # a web socket, which nobody here expects, is closed
+
+    async def _serve(self, scope: Scope, receive: Any, send: Any) -> None:
+        path: str = scope["path"]
+        path = path[len(PREFIX) :] if path.startswith(PREFIX + "/") else path
+        allowed = POST if scope["method"] == "POST" else GET if scope["method"] in ("GET", "HEAD") else None
+        if allowed is None or not allowed.fullmatch(path):
+            await refuse(send, 404, "there is nothing here")
+        elif scope["method"] == "POST":
+            await self._take(path, scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _take(self, path: str, scope: Scope, receive: Any, send: Any) -> None:
+        body = await self._body(scope, receive)
+        if body is None:
+            await refuse(send, 413, f"more than {MAX_BODY_BYTES:,} bytes")
+            return
+        if not is_call(body, needs_data="/cancel" not in path and "/reset" not in path):
+            await refuse(send, 422, 'expected a JSON object with a list "data"')
+            return
+
+        async def again() -> Any:
+            nonlocal body
+            if body is not None:
+                message, body = {"type": "http.request", "body": body, "more_body": False}, None
+                return message
+            return await receive()
+
+        await self.app(scope, again, send)
+
+    @staticmethod
+    async def _body(scope: Scope, receive: Any) -> bytes | None:
+        """The whole body; None if it is too large, which is found out before it is read where it says its length."""
+        for name, value in scope["headers"]:
+            if name == b"content-length" and not (value.isdigit() and int(value) <= MAX_BODY_BYTES):
+                return None
+        body = b""
+        while len(body) <= MAX_BODY_BYTES:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body", False):
+                return body if len(body) <= MAX_BODY_BYTES else None
+        return None
+
+
+def is_call(body: bytes, *, needs_data: bool) -> bool:
+    """Whether this is what Gradio's own clients send: a JSON object, for a call with a list of values."""
+    try:
+        sent = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(sent, dict) and (not needs_data or isinstance(sent.get("data"), list))
+
+
+async def refuse(send: Any, status: int, reason: str) -> None:
+    """Answers with a status and one line."""
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps({"detail": reason}).encode()})

@@ -1,0 +1,133 @@
+"""The model's files in a Space's folder, which may be anything: missing, damaged, or made to do harm.
+
+Nothing in them is ever run, and nothing is unpacked that is larger than its configuration says.
+"""
+
+import json
+import math
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2.config import GPTConfig
+from gpt2.errors import FileError, UserError
+from gpt2.files import sha256_of
+from gpt2.model import GPT
+
+WEIGHTS, CONFIG, MANIFEST = "gpt_model.pt", "gpt_config.pt", "manifest.json"
+AGAIN = "Export or upload it again"
+MAX_SMALL_FILE_BYTES = 4_000_000
+MAX_OVERHEAD_BYTES = 4_000_000  # names and directories of an archive of tensors
+MAX_LAYERS = 1000
+TEXT, NUMBER = (str,), (int, float)
+FACTS: Mapping[str, tuple[type, ...]] = {
+    "title": TEXT,
+    "examples": (list,),
+    "parameters": NUMBER,
+    "n_layer": NUMBER,
+    "n_head": NUMBER,
+    "n_embd": NUMBER,
+    "context": (int,),
+    "corpus": TEXT,
+    "corpus_characters": NUMBER,
+    "fallback_reason": (str, type(None)),
+    "steps": NUMBER,
+    "tokens": NUMBER,
+    "validation_loss": NUMBER,
+    "perplexity": NUMBER,
+    "bits_per_byte": NUMBER,
+    "mlflow_run_id": (str, type(None)),
+    "git_commit": (str, type(None)),
+    "formats": (dict,),
+    "target": TEXT,
+}
+"""What manifest.json has to say about the model, and of what type."""
+
+
+def load_facts(folder: Path) -> dict[str, Any]:
+    """What manifest.json says about the model. Raises FileError if a file is missing or is not what was exported."""
+    try:
+        if (folder / MANIFEST).stat().st_size > MAX_SMALL_FILE_BYTES:
+            raise FileError(f"{MANIFEST} is far too large. {AGAIN}")
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        facts: dict[str, Any] = manifest["model"]
+        for name in (WEIGHTS, CONFIG):
+            if sha256_of(folder / name) != manifest["sha256"][name]:
+                raise FileError(f"{name} is damaged: it is not the file that was exported. {AGAIN}")
+        for name, types in FACTS.items():
+            value = facts[name]
+            if not isinstance(value, types) or isinstance(value, bool) or (type(value) is float and math.isnan(value)):
+                raise FileError(f"{MANIFEST} says {name} is {str(value)[:40]!r}. {AGAIN}")
+        if not facts["examples"] or not all(isinstance(example, str) for example in facts["examples"]):
+            raise FileError(f"{MANIFEST} has no examples. {AGAIN}")
+    except FileNotFoundError as error:
+        raise FileError(f"{Path(error.filename).name} is missing. {AGAIN}") from None
+    except KeyError as error:
+        raise FileError(f"{MANIFEST} does not say {error}. {AGAIN}") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise FileError(f"{MANIFEST} cannot be read ({str(error)[:200]}). {AGAIN}") from None
+    return facts
+
+
+def load_model(folder: Path) -> GPT:
+    """The model of this folder, on the CPU. Raises FileError if its files cannot be loaded or do not fit."""
+    try:
+        sizes = _tensors(folder / CONFIG, MAX_SMALL_FILE_BYTES)
+        config = GPTConfig.from_dict(sizes)
+        if config.n_layer > MAX_LAYERS:
+            raise FileError(f"{CONFIG} asks for {config.n_layer} layers")
+        expected_bytes = 4 * config.num_parameters()
+        if (folder / WEIGHTS).stat().st_size < expected_bytes:
+            raise FileError(f"{WEIGHTS} is too small for the sizes in {CONFIG}")
+        weights = _tensors(folder / WEIGHTS, expected_bytes + MAX_OVERHEAD_BYTES)
+        if not isinstance(weights, dict):
+            raise FileError(f"{WEIGHTS} holds no weights")
+        with torch.device("meta"):
+            model = GPT(config)
+        for name, expected in model.state_dict().items():
+            _check(name, weights.get(name), expected)
+        model.load_state_dict(weights, assign=True)
+    except (FileError, UserError) as error:
+        raise FileError(f"The model cannot be loaded: {error}. {AGAIN}") from None
+    except FileNotFoundError as error:
+        raise FileError(f"{Path(error.filename).name} is missing. {AGAIN}") from None
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        EOFError,
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+    ) as error:
+        raise FileError(f"The model cannot be loaded: {' '.join(str(error).split())[:300]}. {AGAIN}") from None
+    model.transformer["wte"].weight = model.lm_head.weight  # tied
+    return model.requires_grad_(False).eval()
+
+
+def _tensors(path: Path, limit_bytes: int) -> Any:
+    """What torch.save wrote. Raises FileError if there is more in it than that."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > limit_bytes:
+            raise FileError(f"{path.name} unpacks to more than it can hold")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check(name: str, weight: Any, expected: Tensor) -> None:
+    if not isinstance(weight, Tensor) or weight.layout != torch.strided or weight.is_quantized:
+        raise FileError(f"{WEIGHTS} has no tensor {name}")
+    if weight.shape != expected.shape or weight.dtype != torch.float32:
+        raise FileError(f"{name} is {weight.dtype} of {tuple(weight.shape)} and not of {tuple(expected.shape)}")
+    if not torch.isfinite(weight).all():
+        raise FileError(f"{name} has numbers that are not finite")
