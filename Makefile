@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow check format lock ui space preset bench tuning screenshots soak sync
+.PHONY: help setup repro test test-slow check format lock ui space preset bench tuning screenshots soak soak-space sync
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ test-slow: setup ## run the tests that take minutes
 
 soak: setup ## hurt runs in every way for twenty minutes, and print a table (docs/reliability.md)
 	python -m tests.faults.soak
+
+soak-space: setup ## visitors of every kind at a Space of GPT-2 124M, for a quarter of an hour
+	python -m tests.space.soak
 
 check: setup ## format, lint, types and known vulnerabilities, without changing anything
 	ruff format --check .

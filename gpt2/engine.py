@@ -291,6 +291,15 @@ class Engine:
                     continue
             self.step()
 
+    def wait(self, seconds: float) -> None:
+        """Lets this time pass; without a thread it goes into work."""
+        if self._thread is not None:
+            time.sleep(seconds)
+            return
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s and self.step():
+            pass
+
     @property
     def num_running(self) -> int:
         """How many requests are being answered."""

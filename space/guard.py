@@ -5,16 +5,26 @@ Gradio takes uploads, serves files and reads bodies of any size, whatever the pa
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 MAX_BODY_BYTES = 64_000
 GET = re.compile(
     r"/|/(config|info|openapi\.json|theme\.css|favicon\.ico|robots\.txt|manifest\.json|app_id|login_check|user|token"
     r"|startup-events|queue/status|queue/data)/?|/(static|assets|svelte)/.+|/heartbeat/[\w-]{1,64}"
-    r"|/call/(v2/)?\w{1,64}/[\w-]{1,64}"
+    r"|/call/\w{1,64}/[\w-]{1,64}"
 )
-POST = re.compile(r"/(queue/join|cancel|reset)/?|/(call|run)/(v2/)?\w{1,64}/?")
+POST = re.compile(r"/(?:queue/join|cancel|reset)|/(?:call|run)/(\w{1,64})")
 PREFIX = "/gradio_api"
+SCALARS = (str, int, float, bool, type(None))
+FIELDS = {
+    "fn_index": (int, type(None)),
+    "trigger_id": (int, type(None)),
+    "session_hash": (str, type(None)),
+    "event_id": (str, type(None)),
+    "event_data": (dict, type(None)),
+}
+"""What Gradio's clients send beside the values, and of what type."""
 
 Scope = dict[str, Any]
 
@@ -22,8 +32,9 @@ Scope = dict[str, Any]
 class Guard:
     """An ASGI application that answers 404, 413 or 422 itself, and hands on what is left."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    def __init__(self, app: Any, num_inputs: Mapping[int | str | None, int]) -> None:
+        """num_inputs: of each function that may be called, by its number and by its name in the API."""
+        self.app, self.num_inputs = app, num_inputs
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Serves one request."""
@@ -49,8 +60,8 @@ class Guard:
         if body is None:
             await refuse(send, 413, f"more than {MAX_BODY_BYTES:,} bytes")
             return
-        if not is_call(body, needs_data="/cancel" not in path and "/reset" not in path):
-            await refuse(send, 422, 'expected a JSON object with a list "data"')
+        if reason := self.wrong_in(path, body):
+            await refuse(send, 422, reason)
             return
 
         async def again() -> Any:
@@ -76,14 +87,31 @@ class Guard:
                 return body if len(body) <= MAX_BODY_BYTES else None
         return None
 
-
-def is_call(body: bytes, *, needs_data: bool) -> bool:
-    """Whether this is what Gradio's own clients send: a JSON object, for a call with a list of values."""
-    try:
-        sent = json.loads(body)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(sent, dict) and (not needs_data or isinstance(sent.get("data"), list))
+    def wrong_in(self, path: str, body: bytes) -> str:
+        """What a call is refused for; empty if it is one that Gradio's own clients could send."""
+        try:
+            sent = json.loads(body)
+        except (ValueError, RecursionError):
+            return "expected JSON"
+        if not isinstance(sent, dict):
+            return "expected a JSON object"
+        for key, types in FIELDS.items():
+            if type(sent.get(key)) not in types:
+                return f"{key} is not of its type"
+        if path in ("/cancel", "/reset"):
+            return ""
+        match = POST.fullmatch(path)
+        named = match[1] if match else None
+        function = sent["fn_index"] if sent.get("fn_index") is not None else named
+        num_inputs = self.num_inputs.get(function)
+        if num_inputs is None:
+            return "there is no such function"
+        data = sent.get("data")
+        if not isinstance(data, list) or len(data) != num_inputs:
+            return f"expected a list of {num_inputs} values as data"
+        if not all(isinstance(value, SCALARS) for value in data):
+            return "expected texts and numbers as data"
+        return ""
 
 
 async def refuse(send: Any, status: int, reason: str) -> None:

@@ -62,8 +62,12 @@ def load_facts(folder: Path) -> dict[str, Any]:
                 raise FileError(f"{name} is damaged: it is not the file that was exported. {AGAIN}")
         for name, types in FACTS.items():
             value = facts[name]
-            if not isinstance(value, types) or isinstance(value, bool) or (type(value) is float and math.isnan(value)):
+            if not isinstance(value, types) or isinstance(value, bool) or not _is_finite(value):
                 raise FileError(f"{MANIFEST} says {name} is {str(value)[:40]!r}. {AGAIN}")
+        if facts["context"] < 1 or not all(
+            type(loss) is float and _is_finite(loss) for loss in facts["formats"].values()
+        ):
+            raise FileError(f"{MANIFEST} has no context or no losses. {AGAIN}")
         if not facts["examples"] or not all(isinstance(example, str) for example in facts["examples"]):
             raise FileError(f"{MANIFEST} has no examples. {AGAIN}")
     except FileNotFoundError as error:
@@ -73,6 +77,10 @@ def load_facts(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise FileError(f"{MANIFEST} cannot be read ({str(error)[:200]}). {AGAIN}") from None
     return facts
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def load_model(folder: Path) -> GPT:

@@ -36,6 +36,7 @@ MAX_TEMPERATURE = 2.0
 MAX_SAMPLES = 4
 MAX_STOP_CHARACTERS = 100
 MAX_SEED = 2**31 - 1
+MAX_DRAWN_SEED = 1_000_000  # short enough to be read out
 SLOTS = 8
 MAX_WAITING = 32
 MAX_WAITING_AT_THE_DOOR = 16  # for a place in the line
@@ -83,7 +84,7 @@ def checked(values: dict[str, Any]) -> dict[str, Any]:
         "repetition_penalty": checked_number("repetition penalty", values["repetition_penalty"], 0.5, 2),
         "samples": checked_number("samples", values["samples"], 1, MAX_SAMPLES, whole=True),
         "stop": stop or "",
-        "seed": random.randint(0, MAX_SEED - MAX_SAMPLES)  # noqa: S311 - a seed is no secret
+        "seed": random.randrange(MAX_DRAWN_SEED)  # noqa: S311 - a seed is no secret
         if seed is None
         else checked_number("seed", seed, 0, MAX_SEED, whole=True),
     }
@@ -160,7 +161,7 @@ class Desk:
                 self.stop(session)  # a visitor writes one thing at a time
                 with self._lock:
                     self._replies[session] = replies
-            yield from watched(replies)
+            yield from watched(self.engine, replies)
         finally:
             for reply in replies:
                 reply.cancel()
@@ -176,16 +177,14 @@ class Desk:
             reply.cancel()
 
 
-def watched(replies: Sequence[Reply]) -> Iterator[Progress]:
+def watched(engine: Engine, replies: Sequence[Reply]) -> Iterator[Progress]:
     """How far replies are, every UPDATE_S, until all have ended."""
     samples: list[list[Token]] = [[] for _ in replies]
     begun_s: float | None = None
     while True:
         ended = all(reply.finish_reason for reply in replies)  # before their last tokens are taken
-        next_s = time.monotonic() + UPDATE_S
         for sample, reply in zip(samples, replies, strict=True):
-            going_on = reply.finish_reason is None and not ended
-            sample += reply.take(timeout_s=max(0.0, next_s - time.monotonic()) if going_on else 0)
+            sample += reply.take(timeout_s=0)
         if begun_s is None and any(samples):
             begun_s = min(reply.begun_s or math.inf for reply in replies)
         place = max(reply.place for reply in replies)
@@ -193,7 +192,7 @@ def watched(replies: Sequence[Reply]) -> Iterator[Progress]:
         yield Progress(samples, place, time.monotonic() - begun_s if begun_s is not None else 0.0, reasons)
         if ended:
             return
-        time.sleep(max(0.0, next_s - time.monotonic()))
+        engine.wait(UPDATE_S if any(samples) else UPDATE_S / 4)
 
 
 def on_zero_gpu(model: GPT, context: int) -> Answer:
@@ -205,7 +204,7 @@ def on_zero_gpu(model: GPT, context: int) -> Answer:
     @spaces.GPU(duration=60)  # type: ignore[untyped-decorator, unused-ignore]
     def answer(requests: Sequence[Request], session: str | None = None) -> Iterator[Progress]:
         engine = Engine(writer, context=context, slots=len(requests))
-        yield from watched([engine.submit(request) for request in requests])
+        yield from watched(engine, [engine.submit(request) for request in requests])
 
     return cast(Answer, answer)
 
@@ -235,7 +234,7 @@ def build(folder: Path = HERE) -> "gr.Blocks":
             engine.start()
             desk = Desk(engine)
             answer, stop = desk.answer, desk.stop
-    except (GPT2Error, TypeError) as error:
+    except GPT2Error as error:
         with gr.Blocks(title="GPT-2") as page:
             gr.Markdown("# The model could not be loaded")
             gr.Textbox(str(error), label="Why", interactive=False, elem_id="broken")
@@ -246,6 +245,7 @@ def build(folder: Path = HERE) -> "gr.Blocks":
 
 def _page(facts: dict[str, Any], description: str, answer: Answer, stop: Callable[[str | None], None]) -> "gr.Blocks":
     import gradio as gr
+    from gradio.events import api
 
     def told(error: GPT2Error) -> "gr.Error":
         return gr.Error(str(error), print_exception=False)
@@ -302,17 +302,17 @@ def _page(facts: dict[str, Any], description: str, answer: Answer, stop: Callabl
         stop(request.session_hash)
 
     def fill(request: gr.Request) -> list[Any]:
-        """The settings in the page's address, or those to begin with."""
+        """The settings in the page's address, or those to begin with, and a line about it."""
         given = dict(request.query_params)
-        values = {**DEFAULTS, "prompt": facts["examples"][0]}
-        try:
-            if given:
+        values, told = {**DEFAULTS, "prompt": facts["examples"][0]}, "Ready."
+        if given.keys() & DEFAULTS.keys():
+            try:
                 numbers = {name: float(given[name]) for name in given.keys() & DEFAULTS.keys() - {"prompt", "stop"}}
                 texts = {name: given[name] for name in given.keys() & {"prompt", "stop"}}
                 values = checked({**DEFAULTS, **numbers, **texts})
-        except (UserError, ValueError, OverflowError):
-            gr.Warning("The link cannot be read; these are the settings to begin with.")
-        return list(values.values())
+            except (UserError, ValueError, OverflowError) as error:
+                told = f"The link cannot be read ({error}); these are the settings to begin with."
+        return [*values.values(), told]
 
     with gr.Blocks(title=facts["title"]) as page:
         gr.HTML(
@@ -411,8 +411,8 @@ def _page(facts: dict[str, Any], description: str, answer: Answer, stop: Callabl
             boxes,
             js=f"n => [...Array({MAX_SAMPLES}).keys()].map(i => ({{__type__: 'update', visible: i < n}}))",
         )
-        page.load(fill, None, inputs, queue=False, **private).then(None, None, None, js=BEGIN_IF_LINKED)
-        gr.api(generate, api_name="generate", **line)
+        page.load(fill, None, [*inputs, status], queue=False, **private).then(None, None, None, js=BEGIN_IF_LINKED)
+        api(generate, api_name="generate", **line)
     return cast("gr.Blocks", page)
 
 
@@ -429,19 +429,21 @@ for part in job:  # as it is written
 print(job.result()["texts"][0])"""
 
 
-def main() -> None:
-    """Serves the page; on 127.0.0.1 unless GRADIO_SERVER_NAME says otherwise, as a Space does."""
+def main(folder: Path = HERE) -> None:
+    """Serves the page for a folder; on 127.0.0.1 unless GRADIO_SERVER_NAME says otherwise, as a Space does."""
     import gradio as gr
 
     # the thread that writes needs the interpreter for microseconds, hundreds of times for a token
     sys.setswitchinterval(0.0005)
-    page = build()
+    page = build(folder)
+    num_inputs: dict[int | str | None, int] = {number: len(function.inputs) for number, function in page.fns.items()}
+    num_inputs |= {str(function.api_name): len(function.inputs) for function in page.fns.values()}
     page.queue(max_size=MAX_WAITING_AT_THE_DOOR).launch(
         theme=gr.themes.Soft(),
         css=view.CSS,
         head=view.KEYS,
         max_threads=SLOTS + MAX_WAITING + MAX_WAITING_AT_THE_DOOR,
-        app_kwargs={"middleware": [(Guard, (), {})]},
+        app_kwargs={"middleware": [(Guard, (num_inputs,), {})]},
         ssr_mode=False,
         mcp_server=False,
         enable_monitoring=False,

@@ -27,7 +27,8 @@ CSS = """
 #status {min-height: 1.6em}
 #facts, #facts a {overflow-wrap: anywhere}
 #facts table {width: 100%}
-#facts td {padding: .15em .5em .15em 0; vertical-align: top; border: 0}
+#facts table, #facts tr, #facts td {border: 0 !important}
+#facts td {padding: .15em .5em .15em 0 !important; vertical-align: top}
 #facts td:first-child {color: var(--body-text-color-subdued); white-space: nowrap}
 #facts img {width: 100%; border-radius: 6px; background: white}
 .tokens {font-family: ui-monospace, monospace; line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere}

@@ -16,7 +16,7 @@ import torch
 from gpt2.checkpoint import CHECKPOINT_FILE, CheckpointStore, load_model
 from gpt2.errors import GPT2Error
 from gpt2.files import publish
-from space import app
+from space.model_files import load_model as load_space_model
 from tests.conftest import TINY
 
 
@@ -121,4 +121,4 @@ def test_a_space_of_anybody_runs_nothing(hostile, tmp_path, name):
     torch.save({}, tmp_path / "gpt_model.pt")
     (tmp_path / name).write_bytes(hostile)
     with pytest.raises(GPT2Error):
-        app.load_model(tmp_path)
+        load_space_model(tmp_path)

@@ -1,0 +1,86 @@
+"""The page, served as the Space serves it."""
+
+import json
+import time
+
+import httpx
+import pytest
+
+from tests.space import visitors
+from tests.space.visitors import GOOD
+
+
+@pytest.fixture
+def client(server):
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield client
+
+
+def test_the_api_is_documented_and_answers(server):
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    client = Client(server.url, verbose=False)
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert list(endpoints) == ["/generate"]
+    names = [parameter["parameter_name"] for parameter in endpoints["/generate"]["parameters"]]
+    assert names[:2] == ["prompt", "max_new_tokens"]
+    answer = client.predict("Nobody", max_new_tokens=8, seed=5, samples=2, api_name="/generate")
+    assert [len(each) for each in answer["logprobs"]] == [8, 8]
+    assert answer["finish_reasons"] == ["length", "length"]
+    assert (
+        client.predict("Nobody", max_new_tokens=8, seed=5, samples=2, api_name="/generate")["texts"] == answer["texts"]
+    )
+    with pytest.raises(AppError, match="max new tokens is"):
+        client.predict("Nobody", max_new_tokens=8.5, api_name="/generate")
+
+
+def test_an_answer_streams(client):
+    parts = list(visitors.answers(client, ["Nobody", 500, *GOOD[2:]]))
+    assert len(parts) > 2
+    assert parts[-1]["finish_reasons"] == ["length"]
+
+
+def test_uploads_files_and_large_bodies_are_refused(client):
+    assert client.post("/gradio_api/upload", files={"files": b"x"}).status_code == 404
+    assert client.get("/gradio_api/file=/etc/passwd").status_code == 404
+    assert client.get("/gradio_api/file=gpt_model.pt").status_code == 404
+    for path in ("/gradio_api/queue/join", visitors.CALL):
+        assert client.post(path, content=b" " * 64_001).status_code == 413
+        assert client.post(path, content=iter([b" " * 1000] * 100)).status_code == 413
+
+
+def test_odd_calls_are_answered_or_refused(server):
+    found = visitors.fuzz(server.url, 200)
+    assert found["answered"] > 0
+    assert found["told"] > 0
+    assert found["unfinished"] == 0
+    assert [status for status in found if status.startswith("5") and status != "503"] == []
+
+
+def test_a_flood_is_refused_but_for_those_who_fit_in_line(server, client):
+    found = visitors.flood(server.url, 100)
+    assert set(found) <= {200, visitors.QUEUE_FULL}
+    assert client.get("/config").status_code == 200
+    deadline_s = time.monotonic() + 60
+    while client.post(visitors.CALL, json={"data": GOOD}).status_code == visitors.QUEUE_FULL:  # until it has passed
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+    assert list(visitors.answers(client, GOOD))[-1]["finish_reasons"] == ["length"]
+
+
+def test_many_visitors_are_answered_alike(server):
+    found = visitors.visit(server.url, 4, 3)
+    assert found["errors"] == 0
+    assert found["replies"] >= 4
+
+
+def test_a_page_without_a_model_is_served_and_says_why(tmp_path):
+    from tests.space.conftest import Server, write_space
+
+    write_space(tmp_path)
+    (tmp_path / "gpt_model.pt").write_bytes(b"other")
+    server = Server(tmp_path)
+    config = httpx.get(server.url + "/config").json()
+    assert "gpt_model.pt is damaged" in json.dumps(config)
+    assert "Traceback" not in server.stop()

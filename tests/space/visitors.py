@@ -1,0 +1,168 @@
+"""Visitors of a page: many at once, careless, or meaning harm."""
+
+import json
+import random
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+CALL = "/gradio_api/call/generate"
+GOOD: list[Any] = ["Old Tobias", 60, 0.8, 50, 1.0, 1.0, 1, "", 1]
+"""The arguments of the API's generate."""
+QUEUE_FULL = 503
+ODD: list[Any] = [
+    None, True, -1, 0, 1, 2.5, 20.7, 1e308, -1e308, 10**30, "", "x", "7", "NaN", "\x00", "\u202e", "🙂" * 50,
+    "a" * 9999, "a" * 20_000, "<script>", "{{7*7}}", "'; DROP TABLE", "../../etc/passwd", [], [1], [[]], {},
+    {"path": "/etc/passwd"}, {"__type__": "update"}, {"meta": {"_type": "gradio.FileData"}, "path": "/etc/passwd"},
+]  # fmt: skip
+
+
+def answers(client: httpx.Client, data: list[Any]) -> Iterator[dict[str, Any]]:
+    """What the API says for these arguments, as it comes. Raises RuntimeError for an error that it tells."""
+    sent = client.post(CALL, json={"data": data})
+    sent.raise_for_status()
+    event = ""
+    with client.stream("GET", f"{CALL}/{sent.json()['event_id']}") as stream:
+        for line in stream.iter_lines():
+            if line.startswith("event: "):
+                event = line[7:]
+            elif line.startswith("data: ") and event == "error":
+                raise RuntimeError(line)
+            elif line.startswith("data: ") and event in ("generating", "complete") and line != "data: null":
+                yield json.loads(line[6:])[0]
+
+
+def fuzz(url: str, calls: int, seed: int = 0) -> Counter[str]:
+    """Calls with odd values, odd bodies and odd addresses: how many were answered how."""
+    draw, found = random.Random(seed), Counter[str]()
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for _ in range(calls):
+            kind = draw.randrange(6)
+            if kind < 3:  # well-formed calls with odd values
+                data = list(GOOD)
+                data[1] = 3
+                for place in draw.sample(range(len(GOOD)), draw.randint(1, 3)):
+                    data[place] = draw.choice(ODD)
+                if kind == 2:
+                    data = draw.choice([data[: draw.randrange(9)], data + ODD[:3], ODD])
+                try:
+                    last = list(answers(client, data))[-1]
+                    found["answered" if last["finish_reasons"][0] else "unfinished"] += 1
+                except (RuntimeError, httpx.HTTPStatusError) as error:
+                    found[str(error.response.status_code) if isinstance(error, httpx.HTTPStatusError) else "told"] += 1
+                continue
+            if kind == 3:
+                body = draw.randbytes(draw.randrange(200))
+            elif kind == 4:
+                body = json.dumps(
+                    {
+                        "data": draw.choice(ODD),
+                        "fn_index": draw.choice(ODD),
+                        "session_hash": draw.choice(ODD),
+                        "event_data": draw.choice(ODD),
+                        "trigger_id": draw.choice(ODD),
+                    }
+                ).encode()
+            else:
+                body = b"x" * draw.choice([64_001, 300_000])
+            path = draw.choice(
+                [
+                    CALL,
+                    "/gradio_api/queue/join",
+                    "/gradio_api/run/generate",
+                    "/gradio_api/run/write",
+                    "/gradio_api/call/v2/generate",
+                    "/gradio_api/call/none",
+                    "/gradio_api/cancel",
+                    "/gradio_api/reset",
+                    "/gradio_api/upload",
+                    "/gradio_api/queue/data",
+                ]
+            )
+            sent = client.post(path, content=body, headers={"content-type": "application/json"})
+            found[str(sent.status_code)] += 1
+    return found
+
+
+def flood(url: str, posts: int) -> Counter[int]:
+    """Long calls, sent as fast as possible, whose answers nobody reads: how many were taken."""
+    found, lock = Counter[int](), threading.Lock()
+
+    def send(count: int) -> None:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            for _ in range(count):
+                status = client.post(CALL, json={"data": ["flood", 500, *GOOD[2:]]}).status_code
+                with lock:
+                    found[status] += 1
+
+    senders = [threading.Thread(target=send, args=(posts // 10,)) for _ in range(10)]
+    for sender in senders:
+        sender.start()
+    for sender in senders:
+        sender.join()
+    return found
+
+
+def visit(url: str, visitors: int, seconds: float) -> dict[str, float]:
+    """Visitors who each ask for 60 tokens, again and again: errors, first tokens (s) and rates (tokens/s)."""
+    end_s = time.monotonic() + seconds
+    firsts: list[list[float]] = [[] for _ in range(visitors)]
+    rates: list[float] = [0.0] * visitors
+    errors: list[str] = []
+
+    def ask(number: int) -> None:
+        tokens, busy_s = 0, 0.0
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while time.monotonic() < end_s:
+                start_s, first_s, count = time.monotonic(), None, 0
+                try:
+                    for part in answers(client, [f"Old Tobias {number} {tokens}", *GOOD[1:]]):
+                        count = len(part["logprobs"][0])
+                        if count and first_s is None:
+                            first_s = time.monotonic() - start_s
+                except (RuntimeError, httpx.HTTPError) as error:
+                    errors.append(repr(error))
+                    continue
+                firsts[number].append(first_s or time.monotonic() - start_s)
+                tokens, busy_s = tokens + count, busy_s + time.monotonic() - start_s
+        rates[number] = tokens / busy_s
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(visitors)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    waits = sorted(wait for each in firsts for wait in each)
+    return {
+        "replies": len(waits),
+        "errors": len(errors),
+        "first token, median s": statistics.median(waits),
+        "first token, 95th percentile s": waits[int(0.95 * len(waits))],
+        "slowest visitor, tokens/s": min(rates),
+        "fastest visitor, tokens/s": max(rates),
+    }
+
+
+def seconds_to_free_slots(url: str, slots: int) -> float:
+    """All slots are taken by visitors who then vanish: seconds until a new one gets the first token."""
+    clients = [httpx.Client(base_url=url, timeout=60) for _ in range(slots)]
+    streams = []
+    for client in clients:
+        event = client.post(CALL, json={"data": ["gone", 500, *GOOD[2:]]}).json()["event_id"]
+        streams.append(client.stream("GET", f"{CALL}/{event}"))
+        lines = streams[-1].__enter__().iter_lines()
+        next(line for line in lines if line.startswith("data: ") and '"logprobs": [[-' in line)
+    start_s = time.monotonic()
+    for client, stream in zip(clients, streams, strict=True):
+        stream.__exit__(None, None, None)
+        client.close()
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for part in answers(client, GOOD):
+            if part["logprobs"][0]:
+                return time.monotonic() - start_s
+    raise AssertionError("no token came")
