@@ -150,11 +150,20 @@ class _Running:
 class Engine:
     """Answers requests with one model.
 
-    Without `start`, whoever waits for a reply does the work, token by token; with it, a thread does.
+    Whoever waits for a reply does the work, token by token; or, if it is `served`, the thread that calls `serve`. In a
+    process with several threads, that should be the one that did all of torch's work before: GNU's OpenMP counts the
+    workers of each thread, and once they are more than the cores, they sleep between products rather than wait for the
+    next, which makes a token take twice as long.
     """
 
     def __init__(
-        self, model: GPT, *, context: int | None = None, slots: int = 1, max_waiting: int | None = None
+        self,
+        model: GPT,
+        *,
+        context: int | None = None,
+        slots: int = 1,
+        max_waiting: int | None = None,
+        served: bool = False,
     ) -> None:
         """model: in the format to answer in (gpt2/formats.py). context: how many tokens it may look back on.
 
@@ -169,7 +178,7 @@ class Engine:
         self._waiting: deque[Reply] = deque()
         self._running: list[_Running] = []
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._served = served
         self._closed = False
 
     def submit(self, request: Request) -> Reply:
@@ -286,14 +295,14 @@ class Engine:
                     raise reply.error
                 if reply.finish_reason is not None or time.monotonic() >= deadline_s:
                     return []
-                if self._thread is not None:
+                if self._served:
                     self._changed.wait(min(IDLE_S, max(0.0, deadline_s - time.monotonic())))
                     continue
             self.step()
 
     def wait(self, seconds: float) -> None:
-        """Lets this time pass; without a thread it goes into work."""
-        if self._thread is not None:
+        """Lets this time pass; if nobody serves, it goes into work."""
+        if self._served:
             time.sleep(seconds)
             return
         end_s = time.monotonic() + seconds
@@ -306,26 +315,24 @@ class Engine:
         with self._changed:
             return len(self._running)
 
-    def start(self) -> None:
-        """Lets a thread do the work from now on, until `close`."""
-        self._thread = threading.Thread(target=self._serve, name="gpt2-engine", daemon=True)
-        self._thread.start()
+    def warm_up(self) -> None:
+        """Takes all the memory that the slots will need, so that their first tokens do not wait for it."""
+        self._decoder.cache.buffer.zero_()
+
+    def serve(self) -> None:
+        """Does the work until `close`."""
+        while not self._closed:
+            if not self.step():
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or self._waiting, timeout=IDLE_S)
 
     def close(self) -> None:
-        """Ends what is going on, and the thread."""
+        """Ends what is going on, and `serve`."""
         with self._changed:
             self._closed = True
             for reply in [*self._waiting, *(each.reply for each in self._running)]:
                 self._end(reply, "cancelled")
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _serve(self) -> None:
-        while not self._closed:
-            if not self.step():
-                with self._changed:
-                    self._changed.wait_for(lambda: self._closed or self._waiting, timeout=IDLE_S)
 
 
 def _chosen(each: _Running, logits: Tensor) -> GPT2Error | tuple[int, float, tuple[tuple[int, float], ...]]:

@@ -5,7 +5,6 @@ Stands alone with the files beside it: gpt_model.pt, gpt_config.pt, manifest.jso
 
 import math
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -218,10 +217,14 @@ def writing_format(model: GPT, facts: dict[str, Any]) -> str:
     return choose_format(model, tuple(among))
 
 
-def build(folder: Path = HERE) -> "gr.Blocks":
-    """The page for the model in a folder; if it cannot be loaded, a page that says why."""
+def build(folder: Path = HERE) -> "tuple[gr.Blocks, Engine | None]":
+    """The page for the model in a folder, and the engine behind it, which wants to be served.
+
+    If the model cannot be loaded, a page that says why. There is no engine then, nor on ZeroGPU.
+    """
     import gradio as gr
 
+    engine = None
     try:
         facts, model = load_facts(folder), load_model(folder)
         stop: Callable[[str | None], None] = lambda session: None  # noqa: E731
@@ -230,17 +233,21 @@ def build(folder: Path = HERE) -> "gr.Blocks":
         else:
             prepare(model.device)
             precision = writing_format(model, facts)
-            engine = Engine(in_format(model, precision), context=facts["context"], slots=SLOTS, max_waiting=MAX_WAITING)
-            engine.start()
+            engine = Engine(
+                in_format(model, precision),
+                context=facts["context"],
+                slots=SLOTS,
+                max_waiting=MAX_WAITING,
+                served=True,
+            )
             desk = Desk(engine)
             answer, stop = desk.answer, desk.stop
     except GPT2Error as error:
         with gr.Blocks(title="GPT-2") as page:
             gr.Markdown("# The model could not be loaded")
             gr.Textbox(str(error), label="Why", interactive=False, elem_id="broken")
-        return cast("gr.Blocks", page)
-    del model
-    return _page(facts, view.describe(facts, precision, folder), answer, stop)
+        return page, None
+    return _page(facts, view.describe(facts, precision, folder), answer, stop), engine
 
 
 def _page(facts: dict[str, Any], description: str, answer: Answer, stop: Callable[[str | None], None]) -> "gr.Blocks":
@@ -433,9 +440,7 @@ def main(folder: Path = HERE) -> None:
     """Serves the page for a folder; on 127.0.0.1 unless GRADIO_SERVER_NAME says otherwise, as a Space does."""
     import gradio as gr
 
-    # the thread that writes needs the interpreter for microseconds, hundreds of times for a token
-    sys.setswitchinterval(0.0005)
-    page = build(folder)
+    page, engine = build(folder)
     num_inputs: dict[int | str | None, int] = {number: len(function.inputs) for number, function in page.fns.items()}
     num_inputs |= {str(function.api_name): len(function.inputs) for function in page.fns.values()}
     page.queue(max_size=MAX_WAITING_AT_THE_DOOR).launch(
@@ -448,4 +453,13 @@ def main(folder: Path = HERE) -> None:
         mcp_server=False,
         enable_monitoring=False,
         footer_links=["api"],
+        prevent_thread_lock=True,
     )
+    try:
+        if engine is None:
+            page.block_thread()
+        else:  # here, in the thread that loaded the model: see Engine
+            engine.warm_up()
+            engine.serve()
+    except KeyboardInterrupt:
+        page.close()

@@ -219,10 +219,12 @@ def test_what_goes_wrong_in_the_model_reaches_those_who_wait_and_no_others(livel
 
 @pytest.fixture
 def served(lively_model):
-    engine = Engine(lively_model, slots=3)
-    engine.start()
+    engine = Engine(lively_model, slots=3, served=True)
+    thread = threading.Thread(target=engine.serve)
+    thread.start()
     yield engine
     engine.close()
+    thread.join()
 
 
 def test_a_thread_answers_many_visitors(served, lively_model):
@@ -252,12 +254,10 @@ def test_a_visitor_waits_no_longer_than_asked(served):
     assert waiting.finish_reason is not None
 
 
-def test_closing_ends_what_is_going_on(lively_model):
-    engine = Engine(lively_model)
-    engine.start()
-    reply = engine.submit(Request([1], 100_000, stop_tokens=frozenset()))
+def test_closing_ends_what_is_going_on(served):
+    reply = served.submit(Request([1], 100_000, stop_tokens=frozenset()))
     assert reply.take()
-    engine.close()
+    served.close()
     list(reply)
     assert reply.finish_reason == "cancelled"
 

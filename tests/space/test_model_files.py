@@ -98,7 +98,7 @@ def test_what_is_wrong_is_said_in_a_line_and_soon(folder, name):
     with pytest.raises(FileError, match=told) as error:
         load_model(folder)
     assert "\n" not in str(error.value)
-    text = json.dumps(page.build(folder).get_config_file(), default=str)
+    text = json.dumps(page.build(folder)[0].get_config_file(), default=str)
     assert "The model could not be loaded" in text
     assert "Write" not in text
     assert time.monotonic() - start_s < 5

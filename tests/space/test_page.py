@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+import threading
 from itertools import pairwise
 from types import ModuleType
 
@@ -18,10 +19,12 @@ from tests.space.conftest import FACTS, write_manifest
 
 @pytest.fixture
 def desk(folder):
-    engine = Engine(in_format(load_model(folder), "fp32"), context=16, slots=2, max_waiting=2)
-    engine.start()
+    engine = Engine(in_format(load_model(folder), "fp32"), context=16, slots=2, max_waiting=2, served=True)
+    thread = threading.Thread(target=engine.serve)
+    thread.start()
     yield page.Desk(engine)
     engine.close()
+    thread.join()
 
 
 GOOD = {**page.DEFAULTS, "prompt": "The miller", "max_new_tokens": 20, "seed": 3}
@@ -167,12 +170,12 @@ def test_on_zero_gpu_the_answer_is_decorated_and_needs_no_thread(folder, monkeyp
 
 
 def test_the_page_says_what_the_model_is(folder):
-    text = json.dumps(page.build(folder).get_config_file(), default=str)
+    text = json.dumps(page.build(folder)[0].get_config_file(), default=str)
     for fact in ("A tiny model", f"{FACTS['parameters']:,}", "12,345", "5.5 nats", "abc123", "0123456789ab"):
         assert fact in text
 
 
 def test_a_title_is_no_markup(folder):
     write_manifest(folder, {**FACTS, "title": "<script>alert(1)</script>"})
-    parts = page.build(folder).get_config_file()["components"]
+    parts = page.build(folder)[0].get_config_file()["components"]
     assert all("<script>alert" not in str(part["props"].get("value")) for part in parts)
