@@ -61,8 +61,9 @@ preset: ## params.yaml becomes presets/NAME.yaml: make preset NAME=seed
 	@test -f "presets/$(NAME).yaml" || { echo "There is no preset '$(NAME)'; there are:" $(notdir $(basename $(wildcard presets/*.yaml))); exit 2; }
 	cp "presets/$(NAME).yaml" params.yaml
 
-bench: setup ## measure speed and learning beside other implementations (three quarters of an hour)
+bench: setup ## measure speed and learning beside other implementations (about an hour)
 	python -m benchmarks.train
+	python -m benchmarks.generate
 	python -m benchmarks.learning
 
 tuning: setup ## reports/tuning.md from MLflow's records of the experiments tune-...

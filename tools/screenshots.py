@@ -62,15 +62,19 @@ def free_port() -> int:
 
 
 def picture_space(browser: Browser) -> None:
-    """docs/space.png: the page after a text was generated."""
+    """docs/space.png: the page after texts were written; docs/probabilities.png: how likely their tokens were."""
     port = free_port()
     environment = {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONDONTWRITEBYTECODE": "1"}
     with served([sys.executable, "app.py"], port, Path("dist/space"), **environment) as url:
         page = browser.new_page(viewport={"width": 1100, "height": 860})
-        page.goto(url)
-        page.click("#generate")
-        page.wait_for_function("document.querySelector('#status').innerText.startsWith('Done')", timeout=60_000)
+        page.goto(f"{url}/?seed=4&max_new_tokens=120&samples=2&prompt=KING+RICHARD+II%3A")
+        done = "document.querySelector('#status')?.innerText.startsWith('Done')"
+        page.wait_for_function(done, timeout=60_000)
         page.screenshot(path=DOCS / "space.png")
+        page.get_by_role("tab", name="How sure it was").click()
+        page.hover(".tokens span:nth-child(15)")
+        page.wait_for_timeout(500)
+        page.screenshot(path=DOCS / "probabilities.png", clip={"x": 60, "y": 380, "width": 620, "height": 460})
 
 
 def picture_mlflow(browser: Browser) -> None:

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -32,11 +33,12 @@ def test_help_needs_no_torch():
 
 def test_generate_continues_the_prompt(model_folder, capsys):
     arguments = ["generate", "--model", model_folder, "--max-new-tokens", "12", "--prompt", "Hello world"]
+    arguments += ["--format", "fp32"]
     assert main(arguments) == 0
     first = capsys.readouterr().out
     assert first.startswith("Hello world")
     assert len(first) > len("Hello world\n")
-    assert main([*arguments, "--no-cache"]) == 0
+    assert main(arguments) == 0
     assert capsys.readouterr().out == first
     assert main([*arguments, "--seed", "2"]) == 0
     assert capsys.readouterr().out != first
@@ -49,11 +51,29 @@ def test_generate_takes_a_hugging_face_folder_and_standard_input(
 
     write_hugging_face(tiny_model, tmp_path / "hf")
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello"))
-    arguments = ["generate", "--max-new-tokens", "9", "--temperature", "0", "--prompt"]
+    arguments = ["generate", "--format", "fp32", "--max-new-tokens", "9", "--temperature", "0", "--prompt"]
     assert main([*arguments, "-", "--model", str(tmp_path / "hf")]) == 0
     theirs = capsys.readouterr().out
     assert main([*arguments, "Hello", "--model", model_folder]) == 0
     assert capsys.readouterr().out == theirs
+
+
+@pytest.mark.parametrize("name", ["auto", "fp32", "bf16", "int8"])
+def test_stats_say_the_format_and_how_fast_it_was(model_folder, capsys, name):
+    arguments = ["generate", "--model", model_folder, "--max-new-tokens", "30", "--format", name, "--stats"]
+    assert main(arguments) == 0
+    pattern = r"(fp32|bf16|int8): first token after \d+ ms, then [\d.]+ tokens/s; \d+ tokens in [\d.]+ s\n"
+    told = re.fullmatch(pattern, capsys.readouterr().err)
+    assert told
+    assert name in ("auto", told[1])
+
+
+def test_a_text_ends_before_a_stop_string(model_folder, capsys):
+    arguments = ["generate", "--model", model_folder, "--format", "fp32", "--max-new-tokens", "40", "--prompt", "Hello"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert main([*arguments, "--stop", text[25:28]]) == 0
+    assert capsys.readouterr().out == text[: text.index(text[25:28], len("Hello"))] + "\n"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +83,9 @@ def test_generate_takes_a_hugging_face_folder_and_standard_input(
         (["--temperature", "nan"], "temperature is nan"),
         (["--top-p", "7"], "top_p is 7.0"),
         (["--top-k", "-2"], "top_k is -2"),
-        (["--seed", "-1"], "--seed is -1"),
+        (["--seed", "-1"], "the seed is -1"),
+        (["--repetition-penalty", "0"], "repetition_penalty is 0"),
+        (["--stop", ""], "a stop string is empty"),
         (["--context", "0"], "--context is 0"),
     ],
 )

@@ -1,15 +1,17 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from ruamel.yaml import YAML
 
 from gpt2.checkpoint import save_weights
+from gpt2.data import write_tokens
 from gpt2.errors import FileError
 from gpt2.files import write_json
 from stages import export_to_space, paths
 from stages.params import load_params
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, our_text
 
 CORPUS = {
     "name": "mine",
@@ -31,6 +33,9 @@ def trained(tmp_path, monkeypatch, tiny_model):
     write_json(paths.RUN, {"mlflow_run_id": "abc", "sequence_length": 16})
     write_json(paths.CORPUS_FACTS, CORPUS)
     write_json(paths.TRAIN_REPORT / "metrics.json", {"steps": 10, "tokens": 640})
+    (paths.TRAIN_REPORT / "loss.png").write_bytes(b"a picture")
+    paths.CORPUS.write_text(our_text(200))
+    write_tokens(paths.CORPUS, paths.TOKENS, 0.1)
     write_json(paths.EVALUATE_REPORT / "metrics.json", {"loss": 5.43219, "perplexity": 228.7, "bits_per_byte": 2.5})
     write_json(paths.EVALUATE_REPORT / "samples.json", [{"prompt": "The miller", "sample": " waits"}])
     return load_params(ROOT / "params.yaml")
@@ -50,7 +55,16 @@ def test_both_folders_are_written_and_checked(trained, capsys, never_stops):
     card = (paths.SPACE / "README.md").read_text()
     assert "5.4322 nats per token" in card
     assert "/home/me" not in card
+    losses = manifest["model"]["formats"]
+    assert set(losses) == {"fp32", "bf16", "int8"}
+    assert losses["int8"] == pytest.approx(losses["fp32"], rel=5e-3)
+    assert losses["int8"] != losses["fp32"]
+    assert f"fp32 {losses['fp32']:.4f}, bf16 {losses['bf16']:.4f}, int8 {losses['int8']:.4f}" in card
+    model_card = (paths.HUGGING_FACE / "README.md").read_text()
+    assert "{{" not in card + model_card
+    assert YAML(typ="safe").load(model_card.split("---")[1])["pipeline_tag"] == "text-generation"
     front = YAML(typ="safe").load(card.split("---")[1])
+    assert front["suggested_hardware"] == "cpu-basic"
     assert front["sdk_version"].count(".") == 2
     assert front["python_version"] == "3.12"
 
@@ -61,7 +75,7 @@ def test_a_page_that_cannot_load_its_model_fails_the_stage(trained, monkeypatch,
         torch.save({"transformer.wte.weight": torch.zeros(3)}, folder / "gpt_model.pt")
 
     monkeypatch.setattr("gpt2.exchange.write_space_model", write_other)
-    with pytest.raises(FileError, match=r"dist/space cannot be loaded: gpt2\.errors\.FileError: the model cannot be"):
+    with pytest.raises(FileError, match=r"dist/space cannot be loaded: gpt2\.errors\.FileError: The model cannot be"):
         export_to_space.export(trained, None, never_stops)
 
 
@@ -89,6 +103,18 @@ def test_requirements_are_pinned_to_what_is_installed():
     assert text.splitlines()[4] == f"torch=={torch.__version__.partition('+')[0]}"
 
 
+def test_a_space_for_zero_gpu_asks_for_what_there_is(trained, monkeypatch, never_stops):
+    target = replace(trained, export=replace(trained.export, target="zerogpu"))
+    export_to_space.export(target, None, never_stops)
+    lines = (paths.SPACE / "requirements.txt").read_text().splitlines()
+    assert "spaces" in lines
+    assert "torch>=2.8,<2.12" in lines
+    assert not [line for line in lines if line.startswith(("--extra-index-url", "torch=="))]
+    front = YAML(typ="safe").load((paths.SPACE / "README.md").read_text().split("---")[1])
+    assert front["suggested_hardware"] == "zero-a10g"
+    assert json.loads((paths.SPACE / "manifest.json").read_text())["model"]["target"] == "zerogpu"
+
+
 @pytest.mark.parametrize(
     ("source", "shown"),
     [
@@ -103,6 +129,12 @@ def test_a_source_is_shown_without_what_is_private(source, shown):
 
 
 def test_a_fallback_stands_on_the_card():
-    facts = {"title": 'A "title"', "fallback_reason": "cannot download x", "parameters": 1_234_567}
+    facts = {
+        "title": 'A "title"',
+        "fallback_reason": "cannot download x",
+        "parameters": 1_234_567,
+        "formats": {"fp32": 2.0, "int8": 2.001},
+        "target": "cpu",
+    }
     card = export_to_space.fill_card("t: {{title}}\n{{heading}} {{parameters}}.{{fallback}}", facts)
     assert card == 't: "A \\"title\\""\nA "title" 1,234,567.\n\nThe corpus is a fallback: cannot download x.'

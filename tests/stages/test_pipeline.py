@@ -1,6 +1,7 @@
 """The real thing: `dvc repro` and experiments with tiny params in a repository of their own."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -42,7 +43,17 @@ def test_repro_makes_what_the_stages_promise(project):
     for picture in ("train/loss.png", "train/schedule.png", "evaluate/passage.png"):
         assert (folder / "reports" / picture).stat().st_size > 5000
     names = {path.relative_to(folder / "dist/space").as_posix() for path in (folder / "dist/space").rglob("*.*")}
-    assert names >= {"app.py", "requirements.txt", "README.md", "gpt_model.pt", "gpt_config.pt", "manifest.json"}
+    assert names >= {
+        "loss.png",
+        "space/page.py",
+        "gpt2/engine.py",
+        "app.py",
+        "requirements.txt",
+        "README.md",
+        "gpt_model.pt",
+        "gpt_config.pt",
+        "manifest.json",
+    }
     assert not [name for name in names if "__pycache__" in name]
     card = (folder / "dist/space/README.md").read_text()
     assert "{{" not in card
@@ -98,12 +109,15 @@ def test_a_complete_run_is_taken_from_its_checkpoint(project):
 def test_the_exported_space_serves_itself_alone(project, tmp_path):
     copy = shutil.copytree(project.folder / "dist/space", tmp_path / "elsewhere")
     program = (
-        "import app; facts = app.load_facts(app.HERE); model = app.load_model(app.HERE)\n"
-        "print([status for _, status in app.stream(model, facts['context'], 'A', 9, 1, 0, 1, 3)][-1])\n"
-        "import sys; print(sorted(name for name in sys.modules if name in ('stages', 'mlflow', 'dvc')))"
+        "import app, sys, threading; from space import page; built, engine = page.build()\n"
+        "threading.Thread(target=engine.serve, daemon=True).start()\n"
+        "requests = page.requests_for(page.checked({**page.DEFAULTS, 'prompt': 'A', 'max_new_tokens': 9, 'seed': 3}))\n"
+        "print([step.told() for step in page.Desk(engine).answer(requests)][-1])\n"
+        "print(sorted(name for name in sys.modules if name in ('stages', 'mlflow', 'dvc', 'safetensors.torch')))"
     )
-    result = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True)
-    assert re.match(r"Done: 9 tokens, \d+ tokens/s, seed 3\n\[\]\n", result.stdout), result.stderr
+    environment = {**os.environ, "PYTHONPATH": "", "GRADIO_ANALYTICS_ENABLED": "False"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True, env=environment)
+    assert re.match(r"Done: 9 tokens, \d+ tokens/s\n\[\]\n", result.stdout), result.stderr
 
 
 def test_a_changed_evaluate_param_reruns_nothing_before_evaluate(project):
