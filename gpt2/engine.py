@@ -316,8 +316,10 @@ class Engine:
             return len(self._running)
 
     def warm_up(self) -> None:
-        """Takes all the memory that the slots will need, so that their first tokens do not wait for it."""
+        """Takes all the memory that the slots and the longest prompt will need, so that nobody waits for it later."""
         self._decoder.cache.buffer.zero_()
+        with torch.inference_mode():
+            self._decoder.read(0, [0] * self.context)
 
     def serve(self) -> None:
         """Does the work until `close`."""

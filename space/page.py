@@ -38,10 +38,12 @@ MAX_SEED = 2**31 - 1
 MAX_DRAWN_SEED = 1_000_000  # short enough to be read out
 SLOTS = 8
 MAX_WAITING = 32
+MAX_SESSIONS = 128  # Gradio keeps 90 kB for each, and the page nothing that a visitor would miss
 MAX_WAITING_AT_THE_DOOR = 16  # for a place in the line
 DEADLINE_S = 120.0
 ALTERNATIVES = 5
 UPDATE_S = 0.1
+QUIET_S = 0.5
 INT8_TOLERANCE = 0.005
 DEFAULTS: dict[str, Any] = {
     "prompt": "",
@@ -177,9 +179,10 @@ class Desk:
 
 
 def watched(engine: Engine, replies: Sequence[Reply]) -> Iterator[Progress]:
-    """How far replies are, every UPDATE_S, until all have ended."""
+    """How far replies are, every UPDATE_S while they change and every QUIET_S otherwise, until all have ended."""
     samples: list[list[Token]] = [[] for _ in replies]
     begun_s: float | None = None
+    shown, shown_s = (-2, 0), 0.0
     while True:
         ended = all(reply.finish_reason for reply in replies)  # before their last tokens are taken
         for sample, reply in zip(samples, replies, strict=True):
@@ -188,7 +191,11 @@ def watched(engine: Engine, replies: Sequence[Reply]) -> Iterator[Progress]:
             begun_s = min(reply.begun_s or math.inf for reply in replies)
         place = max(reply.place for reply in replies)
         reasons = [reply.finish_reason if ended else None for reply in replies]
-        yield Progress(samples, place, time.monotonic() - begun_s if begun_s is not None else 0.0, reasons)
+        now_s = time.monotonic()
+        progress = Progress(samples, place, now_s - begun_s if begun_s is not None else 0.0, reasons)
+        if ended or (place, progress.num_tokens) != shown or now_s > shown_s + QUIET_S:
+            shown, shown_s = (place, progress.num_tokens), now_s
+            yield progress
         if ended:
             return
         engine.wait(UPDATE_S if any(samples) else UPDATE_S / 4)
@@ -284,7 +291,7 @@ def _page(facts: dict[str, Any], description: str, answer: Answer, stop: Callabl
         stop: str = DEFAULTS["stop"],
         seed: float | None = DEFAULTS["seed"],
     ) -> Iterator[dict[str, Any]]:
-        """Continues a text; what is there so far comes several times a second.
+        """Continues a text; what is there comes every half second, the log-probabilities of its tokens at the end.
 
         prompt: at most 10,000 characters. max_new_tokens: 1 to 500. temperature: 0 (the likeliest token) to 2.
         top_k: only the k likeliest, up to 500; 0 is off. top_p: only the likeliest up to this share; 1 is off.
@@ -293,10 +300,16 @@ def _page(facts: dict[str, Any], description: str, answer: Answer, stop: Callabl
         values = (prompt, max_new_tokens, temperature, top_k, top_p, repetition_penalty, samples, stop, seed)
         try:
             settings = checked(dict(zip(DEFAULTS, values, strict=True)))
+            next_s, has_text = 0.0, False
             for progress in answer(requests_for(settings), None):
+                is_first, has_text = progress.num_tokens > 0 and not has_text, progress.num_tokens > 0
+                if None in progress.reasons and not is_first and time.monotonic() < next_s:
+                    continue  # Gradio keeps what was yielded until somebody reads it
+                next_s = time.monotonic() + QUIET_S
+                logprobs = [[round(token.logprob, 4) for token in tokens] for tokens in progress.samples]
                 yield {
                     "texts": ["".join(token.text for token in tokens) for tokens in progress.samples],
-                    "logprobs": [[round(token.logprob, 4) for token in tokens] for tokens in progress.samples],
+                    "logprobs": None if None in progress.reasons else logprobs,
                     "finish_reasons": progress.reasons,
                     "seed": settings["seed"],
                     "status": progress.told(),
@@ -439,11 +452,15 @@ print(job.result()["texts"][0])"""
 def main(folder: Path = HERE) -> None:
     """Serves the page for a folder; on 127.0.0.1 unless GRADIO_SERVER_NAME says otherwise, as a Space does."""
     import gradio as gr
+    from gradio.utils import LRUCache
 
     page, engine = build(folder)
     num_inputs: dict[int | str | None, int] = {number: len(function.inputs) for number, function in page.fns.items()}
     num_inputs |= {str(function.api_name): len(function.inputs) for function in page.fns.values()}
-    page.queue(max_size=MAX_WAITING_AT_THE_DOOR).launch(
+    page.queue(max_size=MAX_WAITING_AT_THE_DOOR)
+    # what nobody reads is kept for this many visitors, rather than for 2000
+    page._queue.pending_messages_per_session = LRUCache(MAX_SESSIONS)
+    page.launch(
         theme=gr.themes.Soft(),
         css=view.CSS,
         head=view.KEYS,
@@ -452,6 +469,7 @@ def main(folder: Path = HERE) -> None:
         ssr_mode=False,
         mcp_server=False,
         enable_monitoring=False,
+        state_session_capacity=MAX_SESSIONS,
         footer_links=["api"],
         prevent_thread_lock=True,
     )

@@ -122,8 +122,8 @@ def visit(url: str, visitors: int, seconds: float) -> dict[str, float]:
                 start_s, first_s, count = time.monotonic(), None, 0
                 try:
                     for part in answers(client, [f"Old Tobias {number} {tokens}", *GOOD[1:]]):
-                        count = len(part["logprobs"][0])
-                        if count and first_s is None:
+                        count = len(part["logprobs"][0]) if part["logprobs"] else 0
+                        if part["texts"][0] and first_s is None:
                             first_s = time.monotonic() - start_s
                 except (RuntimeError, httpx.HTTPError) as error:
                     errors.append(repr(error))
@@ -156,13 +156,13 @@ def seconds_to_free_slots(url: str, slots: int) -> float:
         event = client.post(CALL, json={"data": ["gone", 500, *GOOD[2:]]}).json()["event_id"]
         streams.append(client.stream("GET", f"{CALL}/{event}"))
         lines = streams[-1].__enter__().iter_lines()
-        next(line for line in lines if line.startswith("data: ") and '"logprobs": [[-' in line)
+        next(line for line in lines if line.startswith("data: ") and '"texts": [""]' not in line and "texts" in line)
     start_s = time.monotonic()
     for client, stream in zip(clients, streams, strict=True):
         stream.__exit__(None, None, None)
         client.close()
     with httpx.Client(base_url=url, timeout=60) as client:
         for part in answers(client, GOOD):
-            if part["logprobs"][0]:
+            if part["texts"][0]:
                 return time.monotonic() - start_s
     raise AssertionError("no token came")
