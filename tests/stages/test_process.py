@@ -13,6 +13,8 @@ from tests.conftest import ROOT
 
 def run_stage(body, folder, environment={}, **options):  # noqa: B006 - read only
     program = f"from stages.process import *\nfrom gpt2.errors import *\ndef main(stop):\n    {body}\nrun_stage(main)"
+    # also where the tests themselves run under nohup
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     return subprocess.run(
         [sys.executable, "-c", program],
         cwd=folder,
