@@ -45,11 +45,11 @@ def main() -> None:
         with httpx.Client(base_url=server.url, timeout=60) as client:
             next(part for part in visitors.answers(client, visitors.GOOD) if part["texts"][0])
         tell("seconds from start to first token", time.monotonic() - start_s)
-        server_log(server, tell, minutes)
+        let_in(server, tell, minutes)
     REPORT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def server_log(server: Server, tell: Callable[[str, float | str], None], minutes: float) -> None:
+def let_in(server: Server, tell: Callable[[str, float | str], None], minutes: float) -> None:
     """Everything that visitors do to a server, and what it said."""
     visitors.visit(server.url, SLOTS, 20)  # every slot has been used
     before = server.resident_bytes()
