@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,9 +67,10 @@ class Decoder:
 
     def __init__(self, model: GPT, slots: int, context: int) -> None:
         self.model = model
-        weight = model.lm_head.weight
-        activations = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-        like = torch.empty(0, dtype=activations, device=model.device)
+        blocks: Any = model.transformer["h"]
+        c_attn = blocks[0].attn.c_attn
+        # the layers of gpt2/formats.py say what comes out of them
+        like = torch.empty(0, dtype=getattr(c_attn, "out_dtype", c_attn.weight.dtype), device=model.device)
         self.cache = KeyValueCache(model.config, slots, context, like)
 
     def read(self, slot: int, ids: Sequence[int]) -> Tensor:
@@ -102,7 +103,7 @@ class Reply:
     """What comes back for a request: iterate over it for its tokens as they come.
 
     arrived_s, begun_s: times of time.monotonic(); begun_s is None as long as it waits in line.
-    finish_reason: None as long as it goes on; then "length", "end_of_text", "stop", "deadline" or "cancelled".
+    finish_reason: None as long as it goes on; then "length", "end_of_text", "stop", "deadline", "cancelled" or "error".
     """
 
     def __init__(self, engine: "Engine", request: Request) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2.config import FORMATS
+from gpt2.device import choose_precision
 from gpt2.errors import UserError
 from gpt2.model import GPT, Linear
 
@@ -31,6 +32,7 @@ class PlainLinear:
         """Takes over the weights of a layer."""
         self.weight = linear.weight.detach().to(dtype)
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.out_dtype = dtype
         self.is_slow_for_a_row = dtype == torch.bfloat16 and self.weight.device.type == "cpu"
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class PlainLayerNorm:
 
 
 class Int8Linear:
-    """A linear layer that multiplies 8-bit integers: (..., in_features) to (..., out_features), both fp32.
+    """A linear layer that multiplies 8-bit integers: (..., in_features) to (..., out_features).
 
     Each output channel of the weights and each row of the input has its own scale, max|v| / 127: the vector-wise
     quantisation of LLM.int8(), https://arxiv.org/abs/2208.07339, section 3.1, without its outlier columns. Sums of
@@ -64,8 +66,9 @@ class Int8Linear:
     Where the CPU has no exact 8-bit products, only the weights are 8-bit, and the input is bf16.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, out_dtype: torch.dtype = torch.float32) -> None:
         """Takes over the weights of a layer."""
+        self.out_dtype = out_dtype
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / INT8_MAX
         rounded = (weight / scale[:, None]).round_().to(torch.int8)
@@ -80,15 +83,17 @@ class Int8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
+        x = x.float()
         if not self.is_exact:
-            return self._weight_only(x)
+            return self._weight_only(x).to(self.out_dtype)
         largest = x.abs().amax(-1, True)
         q = x.div(largest).mul_(INT8_MAX).round_().to(torch.int8)
         if self.is_slow_for_a_row and q.numel() == q.size(-1):
             y = self._product(q.view(1, -1).expand(2, -1).contiguous())[:1].view(*x.shape[:-1], -1)
         else:
             y = self._product(q)
-        return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
+        y = y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
+        return y.to(self.out_dtype)
 
     def _product(self, q: Tensor) -> Tensor:
         y: Tensor = _QLINEAR(
@@ -127,11 +132,18 @@ def has_exact_int8() -> bool:
     return bool(torch.equal(found, expected))
 
 
+@cache
+def attention_dtype() -> torch.dtype:
+    """The format of attention beside int8: it reads keys and values of half the size where the CPU computes in bf16."""
+    return choose_precision(torch.device("cpu"), "auto")
+
+
 def in_format(model: GPT, name: str) -> GPT:
     """A copy of the model to write with, in a format: "fp32", "bf16" or "int8".
 
-    LayerNorm and the residual stream are fp32, as is the embedding but for bf16; what stays as it is, is shared. The
-    copy can neither be trained nor saved. Raises UserError for int8 off the CPU.
+    LayerNorm and the residual stream are fp32, as is the embedding but for bf16; what stays as it is, is shared.
+    Attention beside int8 is bf16 where that is faster. The copy can neither be trained nor saved. Raises UserError for
+    int8 off the CPU.
     """
     if name not in FORMATS:
         raise UserError(f"no number format {name!r}; there are: {', '.join(FORMATS)}")
@@ -143,7 +155,10 @@ def in_format(model: GPT, name: str) -> GPT:
         for child_name, child in list(module.named_children()):
             plain: Any = child
             if isinstance(child, Linear):
-                plain = Int8Linear(child) if name == "int8" else PlainLinear(child, dtype)
+                if name != "int8":
+                    plain = PlainLinear(child, dtype)
+                else:
+                    plain = Int8Linear(child, attention_dtype() if child_name == "c_attn" else torch.float32)
             elif isinstance(child, nn.LayerNorm):
                 plain = PlainLayerNorm(child)
             elif isinstance(child, nn.Embedding) and name == "bf16":

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpt2 import tokenizer
+from gpt2 import formats, tokenizer
 from gpt2.config import GPTConfig
 from gpt2.engine import Engine, write
 from gpt2.errors import BusyError, GPT2Error, UserError
@@ -74,8 +74,10 @@ def test_several_requests_at_once_are_those_of_each_alone(lively_model):
         assert [len(token.alternatives) for token in tokens] == [request.alternatives] * len(tokens)
 
 
+@pytest.mark.parametrize("attention", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_embd", [32, 256])
-def test_in_int8_company_changes_not_one_bit(n_embd):
+def test_in_int8_company_changes_not_one_bit(n_embd, attention, monkeypatch):
+    monkeypatch.setattr(formats, "attention_dtype", lambda: attention)
     torch.manual_seed(1)
     model = in_format(GPT(GPTConfig(block_size=24, vocab_size=50257, n_layer=2, n_head=2, n_embd=n_embd)), "int8")
     requests = [Request([i, i + 1], 30, seed=i, alternatives=3) for i in range(5)]
@@ -262,8 +264,18 @@ def test_closing_ends_what_is_going_on(served):
     assert reply.finish_reason == "cancelled"
 
 
-def test_bf16_writes_with_a_bf16_cache(lively_model):
-    engine = Engine(in_format(lively_model, "bf16"), slots=2)
-    assert engine._decoder.cache.buffer.dtype == torch.bfloat16
+@pytest.mark.parametrize(
+    ("name", "attention", "expected"),
+    [
+        ("fp32", torch.bfloat16, torch.float32),
+        ("bf16", torch.float32, torch.bfloat16),
+        ("int8", torch.float32, torch.float32),
+        ("int8", torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_the_cache_has_the_format_of_the_attention(lively_model, name, attention, expected, monkeypatch):
+    monkeypatch.setattr(formats, "attention_dtype", lambda: attention)
+    engine = Engine(in_format(lively_model, name), slots=2)
+    assert engine._decoder.cache.buffer.dtype == expected
     request = Request([1, 2], 30, seed=2, stop_tokens=frozenset())
     assert [len(tokens) for tokens in write(engine, [request, replace(request, seed=3)])] == [30, 30]

@@ -43,6 +43,14 @@ def test_int8_is_exact_where_nothing_is_rounded(exact):
     assert torch.allclose(Int8Linear(layer)(x), expected, rtol=1e-6 if exact else 1e-2, atol=0 if exact else 100)
 
 
+def test_int8_gives_the_format_that_is_asked_for(exact):
+    layer, x = nn.Linear(16, 8), torch.randn(2, 16)
+    y = Int8Linear(layer, torch.bfloat16)(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, Int8Linear(layer)(x).bfloat16())
+    assert Int8Linear(layer)(x.bfloat16()).dtype == torch.float32
+
+
 def test_rows_of_zeros_and_of_very_large_numbers_are_fine(exact):
     layer = nn.Linear(16, 8)
     with torch.no_grad():
@@ -67,8 +75,10 @@ def test_numbers_that_are_not_finite_stay_so():
     assert not torch.isfinite(y).any()
 
 
+@pytest.mark.parametrize("attention", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "tolerance"), [("fp32", 1e-5), ("bf16", 0.02), ("int8", 0.05)])
-def test_a_model_in_a_format_gives_almost_its_logits(tiny_model, name, tolerance):
+def test_a_model_in_a_format_gives_almost_its_logits(tiny_model, name, tolerance, attention, monkeypatch):
+    monkeypatch.setattr(formats, "attention_dtype", lambda: attention)
     idx = torch.randint(50257, (2, 20))
     before = {key: value.clone() for key, value in tiny_model.state_dict().items()}
     expected = tiny_model(idx)[0]
