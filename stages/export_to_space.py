@@ -37,7 +37,7 @@ SERVING_MODULES = (
     "tokenizer",
 )
 """The part of gpt2/ that a Space needs: what its page imports, and what that imports."""
-PAGE_MODULES = ("guard", "model_files", "page", "view")
+PAGE_MODULES = ("answers", "guard", "model_files", "page", "view")
 MEASURED_TOKENS = 65_536
 MEASURED_BATCH = 8
 HARDWARE = {"cpu": "cpu-basic", "zerogpu": "zero-a10g"}
