@@ -188,8 +188,11 @@ def sync(path: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(BUFFER_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def fingerprint(facts: dict[str, Any], sources: Iterable[Path]) -> str:
