@@ -20,7 +20,8 @@ DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROBE_SIZE = {"cuda": 8192, "mps": 2048, "cpu": 2048}
-WORTHWHILE_SPEEDUP = 1.5
+SPEEDUPS = {256: 1.0, 1024: 1.5}
+"""How many times as fast bf16 has to be on a CPU, for products of matrices of these sizes."""
 
 
 def choose_device(name: DeviceName) -> torch.device:
@@ -53,8 +54,11 @@ def choose_precision(device: torch.device, name: PrecisionName) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.float32
-    speedup = matmul_flops(device, torch.bfloat16, 1024) / matmul_flops(device, torch.float32, 1024)
-    return torch.bfloat16 if speedup >= WORTHWHILE_SPEEDUP else torch.float32
+    # small ones first: without the instructions a large product takes seconds
+    for size, worthwhile in SPEEDUPS.items():
+        if matmul_flops(device, torch.bfloat16, size) < worthwhile * matmul_flops(device, torch.float32, size):
+            return torch.float32
+    return torch.bfloat16
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:

@@ -20,6 +20,8 @@ from gpt2.errors import UserError
 from gpt2.model import GPT, Linear
 
 INT8_MAX = 127
+UINT8_ZERO = 128
+"""Inputs are unsigned, around this: signed ones have fast products only on CPUs with AMX."""
 PROBE_PARAMETERS = 64_000_000
 PROBE_SECONDS = 0.25  # for each format
 FEW_ROWS = 16
@@ -78,8 +80,6 @@ class Int8Linear:
         self.scale = scale / INT8_MAX if self.is_exact else scale.bfloat16()
         self.zeros = torch.zeros(len(scale), dtype=torch.long)
         self.weight = torch.ops.onednn.qlinear_prepack(rounded, None) if self.is_exact else rounded
-        # oneDNN 3.12 takes its reference implementation, a hundred times as slow, for one row if a side is 256
-        self.is_slow_for_a_row = 256 in rounded.shape
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
@@ -87,19 +87,13 @@ class Int8Linear:
         if not self.is_exact:
             return self._weight_only(x).to(self.out_dtype)
         largest = x.abs().amax(-1, True)
-        q = x.div(largest).mul_(INT8_MAX).round_().to(torch.int8)
-        if self.is_slow_for_a_row and q.numel() == q.size(-1):
-            y = self._product(q.view(1, -1).expand(2, -1).contiguous())[:1].view(*x.shape[:-1], -1)
-        else:
-            y = self._product(q)
+        # cut off after a half is added, so rounded
+        q = x.div(largest).mul_(INT8_MAX).add_(UINT8_ZERO + 0.5).to(torch.uint8)
+        y: Tensor = _QLINEAR(
+            q, 1.0, UINT8_ZERO, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
         y = y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
         return y.to(self.out_dtype)
-
-    def _product(self, q: Tensor) -> Tensor:
-        y: Tensor = _QLINEAR(
-            q, 1.0, 0, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        return y
 
     def _weight_only(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.size(-1))
@@ -121,11 +115,12 @@ def has_exact_int8() -> bool:
 
     Those without VNNI add up pairs of products in 16 bits, where they saturate.
     """
-    rows, ones, zeros = torch.full((2, 192), INT8_MAX, dtype=torch.int8), torch.ones(32), torch.zeros(32).long()
+    rows, ones, zeros = torch.full((2, 192), INT8_MAX), torch.ones(32), torch.zeros(32).long()
     rows[1] *= -1
+    rows = (rows + UINT8_ZERO).to(torch.uint8)
     try:
         packed = torch.ops.onednn.qlinear_prepack(torch.full((32, 192), INT8_MAX, dtype=torch.int8), None)
-        found = _QLINEAR(rows, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        found = _QLINEAR(rows, 1.0, UINT8_ZERO, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
     expected = 192.0 * INT8_MAX**2 * torch.tensor([[1.0], [-1.0]]).expand(2, 32)

@@ -31,6 +31,18 @@ def test_bf16_is_chosen_where_it_is_faster(monkeypatch, bf16, expected):
     assert choose_precision(CPU, "fp16") == torch.float16
 
 
+def test_a_cpu_without_bf16_is_found_out_by_small_products(monkeypatch):
+    sizes = []
+
+    def flops(_, dtype, size):
+        sizes.append(size)
+        return 0.01 if dtype == torch.bfloat16 else 1.0
+
+    monkeypatch.setattr(device, "matmul_flops", flops)
+    assert choose_precision(CPU, "auto") == torch.float32
+    assert set(sizes) == {256}
+
+
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_a_gpu_without_bf16_computes_in_fp16(monkeypatch, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)

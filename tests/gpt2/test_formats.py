@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +13,7 @@ from gpt2.errors import UserError
 from gpt2.formats import Int8Linear, choose_format, in_format, token_seconds
 from gpt2.generation import Request
 from gpt2.model import GPT
+from tests.conftest import ROOT
 
 
 @pytest.fixture(params=[True, False], ids=["8-bit products", "8-bit weights only"])
@@ -49,6 +54,28 @@ def test_int8_gives_the_format_that_is_asked_for(exact):
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, Int8Linear(layer)(x).bfloat16())
     assert Int8Linear(layer)(x.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("instructions", ["AVX2_VNNI", "AVX512_CORE_VNNI", "ALL"])
+def test_int8_runs_on_a_fast_kernel_with_and_without_amx(instructions):
+    program = """
+import torch
+from gpt2 import formats
+if formats.has_exact_int8():
+    for shape in (768, 768), (256, 256):
+        layer = formats.Int8Linear(torch.nn.Linear(*shape))
+        for rows in 1, 2, 64:
+            layer(torch.randn(rows, shape[0]))
+"""
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions, "ONEDNN_VERBOSE": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=True)
+    # onednn_verbose,v1,primitive,exec,cpu,matmul,IMPLEMENTATION,...
+    lines = [line.split(",") for line in done.stdout.splitlines() if ",exec," in line and "matmul," in line]
+    if not lines:
+        pytest.skip("this CPU has no exact 8-bit products")
+    assert len(lines) >= 6
+    assert not [line for line in lines if any(part.startswith("ref") for part in line)]
 
 
 def test_rows_of_zeros_and_of_very_large_numbers_are_fine(exact):
