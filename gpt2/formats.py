@@ -78,6 +78,7 @@ class Int8Linear:
         self.is_exact = has_exact_int8()
         # the 127 that the input is multiplied by goes into the weights' scale
         self.scale = scale / INT8_MAX if self.is_exact else scale.bfloat16()
+        self.zero = torch.tensor(UINT8_ZERO + 0.5)  # with a half, so that cutting off rounds
         self.zeros = torch.zeros(len(scale), dtype=torch.long)
         self.weight = torch.ops.onednn.qlinear_prepack(rounded, None) if self.is_exact else rounded
 
@@ -87,8 +88,7 @@ class Int8Linear:
         if not self.is_exact:
             return self._weight_only(x).to(self.out_dtype)
         largest = x.abs().amax(-1, True)
-        # cut off after a half is added, so rounded
-        q = x.div(largest).mul_(INT8_MAX).add_(UINT8_ZERO + 0.5).to(torch.uint8)
+        q = torch.addcdiv(self.zero, x, largest, value=INT8_MAX).to(torch.uint8)
         y: Tensor = _QLINEAR(
             q, 1.0, UINT8_ZERO, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
