@@ -43,6 +43,7 @@ MAX_WAITING = 32
 MAX_SESSIONS = 128  # Gradio keeps 90 kB for each, and the page nothing that a visitor would miss
 MAX_WAITING_AT_THE_DOOR = 16  # for a place in the line
 INT8_TOLERANCE = 0.005
+READY = "Ready."
 
 
 def writing_format(model: GPT, facts: dict[str, Any]) -> str:
@@ -154,7 +155,7 @@ def _page(facts: dict[str, Any], description: str, answer: Answer, stop: Callabl
     def fill(request: gr.Request) -> list[Any]:
         """The settings in the page's address, or those to begin with, and a line about it."""
         given = dict(request.query_params)
-        values, told = {**DEFAULTS, "prompt": facts["examples"][0]}, "Ready."
+        values, told = {**DEFAULTS, "prompt": facts["examples"][0]}, READY
         if given.keys() & DEFAULTS.keys():
             try:
                 numbers = {name: float(given[name]) for name in given.keys() & DEFAULTS.keys() - {"prompt", "stop"}}
@@ -182,7 +183,7 @@ def _page(facts: dict[str, Any], description: str, answer: Answer, stop: Callabl
                 with gr.Row():
                     generate_button = gr.Button("Write", variant="primary", elem_id="generate")
                     stop_button = gr.Button("Stop", variant="stop", elem_id="stop")
-                status = gr.Markdown("Ready.", elem_id="status")
+                status = gr.Markdown(READY, elem_id="status")
                 with gr.Tabs():
                     with gr.Tab("Text"):
                         boxes = [
@@ -261,15 +262,15 @@ def _page(facts: dict[str, Any], description: str, answer: Answer, stop: Callabl
             boxes,
             js=f"n => [...Array({MAX_SAMPLES}).keys()].map(i => ({{__type__: 'update', visible: i < n}}))",
         )
-        page.load(fill, None, [*inputs, status], queue=False, **private).then(None, None, None, js=BEGIN_IF_LINKED)
+        page.load(fill, None, [*inputs, status], queue=False, **private).then(None, status, None, js=BEGIN_IF_LINKED)
         api(generate, api_name="generate", **line)
     return cast("gr.Blocks", page)
 
 
-BEGIN_IF_LINKED = """() => {
+BEGIN_IF_LINKED = f"""status => {{
   const isLinked = new URLSearchParams(location.search).has("seed");
-  if (isLinked) setTimeout(() => document.querySelector("#generate").click(), 300);
-}"""
+  if (isLinked && status === {READY!r}) setTimeout(() => document.querySelector("#generate").click(), 300);
+}}"""
 EXAMPLE = """from gradio_client import Client
 
 client = Client("user/name")  # or the address of this page

@@ -125,6 +125,9 @@ def test_wrong_input_is_told(visit):
     def person(open_page):
         page = open_page("?seed=1&max_new_tokens=99999")
         page.get_by_text("The link cannot be read").wait_for()
+        page.wait_for_timeout(1000)
+        assert page.get_by_text("The link cannot be read").is_visible()  # nothing begins by itself
+        assert page.input_value(TEXT) == ""
         page.locator("#prompt textarea").evaluate("element => element.removeAttribute('maxlength')")
         page.fill("#prompt textarea", "a" * 10_050)
         page.click("#generate")

@@ -37,6 +37,18 @@ def answers(client: httpx.Client, data: list[Any]) -> Iterator[dict[str, Any]]:
                 yield json.loads(line[6:])[0]
 
 
+def answer_when_there_is_room(client: httpx.Client, data: list[Any], timeout_s: float) -> dict[str, Any]:
+    """The whole answer, which may take several tries; all that was in line before it is answered then."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            return list(answers(client, data))[-1]
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != QUEUE_FULL or time.monotonic() > deadline_s:
+                raise
+        time.sleep(0.2)
+
+
 def fuzz(url: str, calls: int, seed: int = 0) -> Counter[str]:
     """Calls with odd values, odd bodies and odd addresses: how many were answered how."""
     draw, found = random.Random(seed), Counter[str]()

@@ -212,12 +212,13 @@ def test_a_killed_experiment_goes_on_wherever_it_ran(tmp_path, way):
 def test_an_interrupted_training_is_not_recorded_and_goes_on(project, number):
     project.change(train={"max_steps": 4000, "eval_interval": 1000, "warmup_steps": int(number)})
     command = [sys.executable, "-m", "stages.train"]
+    before = len(project.runs())
     stage = subprocess.Popen(command, cwd=project.folder, env=project.environment, stderr=subprocess.PIPE, text=True)
     for line in stage.stderr:  # wait until the run is in MLflow, that is, the loop has begun
         if "training" in line:
             break
-    before = len(project.runs())
     while len(project.runs()) == before:
+        assert stage.poll() is None
         time.sleep(0.2)
     time.sleep(1)
     stage.send_signal(number)
