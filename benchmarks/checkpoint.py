@@ -45,10 +45,10 @@ def measure(config: GPTConfig, folder: Path, repeats: int) -> dict[str, float]:
     import torch
 
     from gpt2 import files
-    from gpt2.checkpoint import CheckpointStore
-    from gpt2.model import GPT
-    from gpt2.optim import Optimizer
-    from gpt2.trainer import SAVE_INTERVAL_IN_SAVES, SHORTEST_SAVE_INTERVAL_S, TrainState, checkpoint_content
+    from gpt2.model.transformer import GPT
+    from gpt2.training.checkpoints import MIN_SAVE_INTERVAL_S, SAVE_INTERVAL_IN_SAVES, CheckpointStore
+    from gpt2.training.optimizers import Optimizer
+    from gpt2.training.state import TrainState, checkpoint_content
     from stages.params import load_params
 
     train = load_params(Path("presets/seed.yaml")).train
@@ -58,7 +58,7 @@ def measure(config: GPTConfig, folder: Path, repeats: int) -> dict[str, float]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    state = TrainState.begin(torch.float32, train.batch_size)
+    state = TrainState.initial(torch.float32, train.batch_size)
     state.best_step, state.best_weights = 1, {name: p.detach().clone() for name, p in model.named_parameters()}
     store = CheckpointStore(folder)
 
@@ -84,7 +84,7 @@ def measure(config: GPTConfig, folder: Path, repeats: int) -> dict[str, float]:
         "without_sums_s": without_s,
         "sums_add": cost_s / without_s - 1,
         "load_s": load_s,
-        "share_of_training": cost_s / max(SHORTEST_SAVE_INTERVAL_S, SAVE_INTERVAL_IN_SAVES * cost_s),
+        "share_of_training": cost_s / max(MIN_SAVE_INTERVAL_S, SAVE_INTERVAL_IN_SAVES * cost_s),
     }
 
 

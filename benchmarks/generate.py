@@ -95,15 +95,15 @@ def prepare(folder: Path) -> None:
     """The same weights for everybody."""
     import torch
 
-    from gpt2.checkpoint import save_weights
     from gpt2.config import PRESETS
-    from gpt2.exchange import write_hugging_face
-    from gpt2.model import GPT
+    from gpt2.hub.export import save_pretrained
+    from gpt2.model.storage import save_weights
+    from gpt2.model.transformer import GPT
 
     torch.manual_seed(0)
     model = GPT(PRESETS["gpt2"])
     (folder / "hf").mkdir()
-    write_hugging_face(model, folder / "hf")
+    save_pretrained(model, folder / "hf")
     save_weights(model.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.config.to_dict()), encoding="utf-8")
 
@@ -138,19 +138,19 @@ def ours(folder: Path, precision: str) -> tuple[Generate, bool]:
     import torch
 
     from gpt2 import device
-    from gpt2.checkpoint import load_model
-    from gpt2.engine import Engine, write
-    from gpt2.formats import in_format
-    from gpt2.generation import Request, Sampling
+    from gpt2.inference import engine as inference
+    from gpt2.inference.quantization import quantize
+    from gpt2.inference.request import Request, Sampling
+    from gpt2.model.storage import load_folder
 
-    device.prepare(torch.device("cpu"))
-    engine = Engine(in_format(load_model(folder), precision), slots=8)
+    device.configure_device(torch.device("cpu"))
+    engine = inference.Engine(quantize(load_folder(folder), precision), slots=8)
 
     def generate(prompt: list[int], batch: int, tokens: int) -> Any:
-        request = Request(prompt, tokens, Sampling(temperature=0), stop_tokens=frozenset())
-        written = write(engine, [request] * batch)
-        assert [len(each) for each in written] == [tokens] * batch
-        return written
+        request = Request(prompt, tokens, Sampling(temperature=0), stop_token_ids=frozenset())
+        generated = inference.generate(engine, [request] * batch)
+        assert [len(each) for each in generated] == [tokens] * batch
+        return generated
 
     return generate, True
 
@@ -221,10 +221,10 @@ def write_gguf(folder: Path, path: Path, precision: str) -> None:
     import gguf
     import numpy as np
 
-    from gpt2.checkpoint import load_model
+    from gpt2.model.storage import load_folder
     from gpt2.tokenizer import END_OF_TEXT, vocabulary_files
 
-    model = load_model(folder)
+    model = load_folder(folder)
     merges, vocabulary = vocabulary_files()
     tokens = json.loads(vocabulary.read_text(encoding="utf-8"))
     types = {
@@ -265,9 +265,9 @@ def loop(folder: Path, precision: str) -> tuple[Generate, bool]:
     """What the old Space did: all logits of the whole context for each token, the likeliest 50, one drawn."""
     import torch
 
-    from gpt2.checkpoint import load_model
+    from gpt2.model.storage import load_folder
 
-    model = load_model(folder)
+    model = load_folder(folder)
 
     def generate(prompt: list[int], batch: int, tokens: int) -> Any:
         idx = torch.tensor([prompt] * batch)

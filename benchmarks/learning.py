@@ -27,7 +27,7 @@ COLORS = {"the old script's recipe": "#64748b", "tuned AdamW": "#2563eb", "Muon"
 
 
 class Silent:
-    """Hooks of a training run that only needs its history."""
+    """Callbacks of a training run that only needs its history."""
 
     def log(self, row: Any) -> None:
         """Nothing."""
@@ -35,7 +35,7 @@ class Silent:
     def progress(self, state: Any, loss: float, tokens_per_s: float) -> None:
         """Nothing."""
 
-    def save(self, state: Any) -> None:
+    def save(self, step: int, content: Any) -> None:
         """Nothing."""
 
     def warn(self, message: str) -> None:
@@ -85,30 +85,32 @@ def run(params: Any, config: Any) -> dict[str, list[float]]:
     """The validation losses of a training run, and the steps and seconds of training at which they were reached."""
     import torch
 
-    from gpt2.compute import Compute
-    from gpt2.data import Sampler, open_tokens
-    from gpt2.device import choose_device, choose_precision, prepare
-    from gpt2.evaluation import validation_loss
-    from gpt2.model import GPT
-    from gpt2.optim import Optimizer
-    from gpt2.progress import Progress
-    from gpt2.trainer import TrainState, train
+    from gpt2.data.sampler import Sampler
+    from gpt2.data.token_files import open_tokens
+    from gpt2.device import choose_device, choose_precision, configure_device
+    from gpt2.model.transformer import GPT
+    from gpt2.progress import ProgressCallback
+    from gpt2.training.mixed_precision import MixedPrecisionModel
+    from gpt2.training.optimizers import Optimizer
+    from gpt2.training.state import TrainState
+    from gpt2.training.trainer import Trainer
+    from gpt2.training.validation import validation_loss
     from stages import paths
 
     device = choose_device("auto")
-    prepare(device)
+    configure_device(device)
     torch.manual_seed(config.seed)
     model = GPT(params.model).to(device)
     precision = choose_precision(device, "auto")
-    compute = Compute(model, precision)
+    compute = MixedPrecisionModel(model, precision)
     sampler = Sampler(open_tokens(paths.TOKENS, "train"), config)
     torch._dynamo.reset()
-    compute.compile(*(torch.from_numpy(array).contiguous().to(device) for array in sampler.batch(0, 0)))
+    compute.compile(config.batch_size, config.sequence_length)
     validation = open_tokens(paths.TOKENS, "val")[:VALIDATION_TOKENS]
-    state, evaluated_s = TrainState.begin(precision, config.batch_size), 0.0
+    state, evaluated_s = TrainState.initial(precision, config.batch_size), 0.0
     seconds = []
 
-    def validate(batch_size: int, progress: Progress) -> float:
+    def validate(batch_size: int, progress: ProgressCallback) -> float:
         nonlocal evaluated_s
         seconds.append(state.elapsed_s - evaluated_s)
         start_s = time.perf_counter()
@@ -118,7 +120,8 @@ def run(params: Any, config: Any) -> dict[str, list[float]]:
         evaluated_s += time.perf_counter() - start_s
         return loss
 
-    train(compute, Optimizer(model, config), sampler, validate, config, state, Silent(), log_interval=10**9)
+    optimizer = Optimizer(model, config)
+    Trainer(compute, optimizer, sampler, validate, config, state, Silent(), log_interval=10**9).train()
     return {
         "step": [float(row["step"] or 0) for row in state.history],
         "val_loss": [float(row["val_loss"] or 0) for row in state.history],
@@ -137,7 +140,7 @@ def time_old_step(params: Any) -> float:
     size = (params.train.batch_size, params.train.sequence_length)
     batch = tuple(torch.randint(0, params.model.vocab_size, size, device=device) for _ in range(2))
     model = PlainGPT(params.model).to(device)
-    step = plain_step(model, model, [batch] * params.train.accumulation_steps, torch.float32, device)  # type: ignore[list-item]
+    step = plain_step(model, model, [batch] * params.train.gradient_accumulation_steps, torch.float32, device)  # type: ignore[list-item]
     seconds = []
     for _ in range(12):
         start_s = time.perf_counter()

@@ -110,9 +110,9 @@ def work(contender: dict[str, Any], device_name: str) -> dict[str, Any]:
         PROBE_SIZE,
         choose_device,
         choose_precision,
+        configure_device,
         matmul_flops,
         peak_memory_bytes,
-        prepare,
     )
     from gpt2.device import device_name as name_of
 
@@ -123,7 +123,7 @@ def work(contender: dict[str, Any], device_name: str) -> dict[str, Any]:
     config = GPTConfig(vocab_size=GPT2_VOCAB_SIZE, **sizes)
     torch.manual_seed(0)
     if "peer" not in contender or contender.get("prepared"):
-        prepare(device)  # the other peers run as their users run them
+        configure_device(device)  # the other peers run as their users run them
     peak = matmul_flops(device, precision, PROBE_SIZE[device.type])
     draw_tokens = (torch.randint(0, config.vocab_size, (batch_size, length), device=device) for _ in iter(int, 1))
     batches = [(next(draw_tokens), next(draw_tokens)) for _ in range(accumulation)]
@@ -201,13 +201,13 @@ def make_step(contender: dict[str, Any], config: Any, precision: Any, device: An
 
 
 def our_step(contender: dict[str, Any], config: Any, precision: Any, device: Any, batches: Any) -> Callable[[], None]:
-    """The step of gpt2.trainer, with its pieces."""
+    """The step of gpt2.training.trainer, with its parts."""
     import torch
 
-    from gpt2.compute import Compute
     from gpt2.config import TrainConfig
-    from gpt2.model import GPT
-    from gpt2.optim import Optimizer
+    from gpt2.model.transformer import GPT
+    from gpt2.training.mixed_precision import MixedPrecisionModel
+    from gpt2.training.optimizers import Optimizer
 
     settings = dict.fromkeys(TrainConfig.__dataclass_fields__, 1) | {
         "optimizer": "adamw",
@@ -220,9 +220,9 @@ def our_step(contender: dict[str, Any], config: Any, precision: Any, device: Any
     }
     model = GPT(config).to(device)
     optimizer = Optimizer(model, TrainConfig(**settings))  # type: ignore[arg-type]
-    compute = Compute(model, precision, gradient_checkpointing=contender.get("checkpointing", False))
+    compute = MixedPrecisionModel(model, precision, gradient_checkpointing=contender.get("checkpointing", False))
     if contender["compile"]:
-        compute.compile(*batches[0])
+        compute.compile(*batches[0][0].shape)
 
     def step() -> None:
         for inputs, targets in batches:

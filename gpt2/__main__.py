@@ -1,6 +1,6 @@
-"""`python -m gpt2`: text from a trained model, and what a configuration costs.
+"""`python -m gpt2`: generate text, show what a configuration costs, publish.
 
-torch is imported only by what computes, so that help and errors come at once.
+torch is imported only by the commands that compute, so that help and errors are immediate.
 """
 
 import argparse
@@ -10,14 +10,10 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from gpt2.config import FORMATS, PRESETS, GPTConfig
+from gpt2.config import DTYPES, PRESETS, GPTConfig
 from gpt2.errors import GPT2Error, UserError
 from gpt2.memory import MACHINES, largest_batch
-
-if TYPE_CHECKING:
-    from gpt2.model import GPT
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 
@@ -41,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gpt2", description="Use GPT-2 from the command line.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    generate = commands.add_parser("generate", help="continue a text with a trained model")
+    generate = commands.add_parser("generate", help="generate text with a trained model")
     generate.add_argument("--prompt", default="", help="the text to continue; - reads standard input")
     generate.add_argument(
         "--model",
@@ -49,38 +45,41 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder with model.safetensors and config.json, or a Hugging Face GPT-2 (default: %(default)s)",
     )
     generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: %(default)s")
-    generate.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)"
-    )
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy decoding (default: %(default)s)")
     generate.add_argument("--top-k", type=int, default=50, help="0 is off (default: %(default)s)")
     generate.add_argument("--top-p", type=float, default=1.0, help="1 is off (default: %(default)s)")
     generate.add_argument(
-        "--seed", type=int, default=1, help="the same seed writes the same text (default: %(default)s)"
+        "--seed", type=int, default=1, help="the same seed generates the same text (default: %(default)s)"
     )
     generate.add_argument(
-        "--context",
+        "--context-length",
         type=int,
         metavar="N",
-        help="look back on at most N tokens (default: as many as in training)",
+        help="attend to at most N tokens (default: the sequence length of the training)",
     )
     generate.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="over 1 makes what is there less likely (default: none)"
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="over 1 makes earlier tokens less likely (default: %(default)s, off)",
     )
     generate.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
     )
     generate.add_argument(
-        "--format",
-        choices=("auto", *FORMATS),
+        "--dtype",
+        choices=("auto", *DTYPES),
         default="auto",
-        help="of the weights: auto measures which is fastest here (default: %(default)s)",
+        help="int8 quantizes; auto measures which is fastest here (default: %(default)s)",
     )
     generate.add_argument(
-        "--stats", action="store_true", help="say on standard error how fast it was, and in which format"
+        "--stats", action="store_true", help="print tokens/s, time to first token and dtype on standard error"
     )
+    for old, new in (("--format", "--dtype"), ("--context", "--context-length")):
+        generate.add_argument(old, action=_Renamed, const=new, help=argparse.SUPPRESS)
     generate.set_defaults(run=_generate)
 
-    publish = commands.add_parser("publish", help="put the exported Space and model on the Hugging Face Hub")
+    publish = commands.add_parser("publish", help="upload the exported Space and model to the Hugging Face Hub")
     publish.add_argument("--repo", required=True, metavar="USER/NAME", help="where to; made if it is not there")
     publish.add_argument("--space", action="store_true", help="the Space (default: both)")
     publish.add_argument("--model", action="store_true", help="the model (default: both)")
@@ -98,18 +97,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Renamed(argparse.Action):
+    """An option of an earlier version; `const` is its name now."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, values: object, option_string: str | None = None
+    ) -> None:
+        parser.error(f"{option_string} was renamed to {self.const}")
+
+
 def _generate(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}; expected at least 1")
-    if arguments.context is not None and arguments.context < 1:
-        raise UserError(f"--context is {arguments.context}; expected at least 1")
+    if arguments.context_length is not None and arguments.context_length < 1:
+        raise UserError(f"--context-length is {arguments.context_length}; expected at least 1")
 
     from gpt2 import tokenizer
-    from gpt2.checkpoint import trained_length
-    from gpt2.device import choose_device, prepare
-    from gpt2.engine import Engine
-    from gpt2.formats import choose_format, in_format
-    from gpt2.generation import BLANK_PROMPT, Request, Sampling
+    from gpt2.device import choose_device, configure_device
+    from gpt2.inference.engine import Engine
+    from gpt2.inference.quantization import fastest_dtype, quantize
+    from gpt2.inference.request import BLANK_PROMPT, Request, Sampling
+    from gpt2.model.storage import load_model, trained_context_length
 
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     request = Request(
@@ -125,11 +133,11 @@ def _generate(arguments: argparse.Namespace) -> None:
         stop=tuple(arguments.stop),
     )
     device = choose_device("auto")
-    prepare(device)
-    model = _load(arguments.model).to(device).eval()
-    name = choose_format(model) if arguments.format == "auto" else arguments.format
-    context = arguments.context or trained_length(Path(arguments.model))
-    engine = Engine(in_format(model, name), context=context)
+    configure_device(device)
+    model = load_model(arguments.model).to(device)
+    dtype = fastest_dtype(model) if arguments.dtype == "auto" else arguments.dtype
+    context_length = arguments.context_length or trained_context_length(Path(arguments.model))
+    engine = Engine(quantize(model, dtype), context_length=context_length)
     print(prompt, end="", flush=True)
     start_s = time.perf_counter()
     arrivals_s = []
@@ -138,39 +146,22 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(token.text, end="", flush=True)
     print()
     if arguments.stats:
-        print(_speed(name, start_s, arrivals_s), file=sys.stderr)
+        print(_speed(dtype, start_s, arrivals_s), file=sys.stderr)
 
 
-def _speed(name: str, start_s: float, arrivals_s: list[float]) -> str:
+def _speed(dtype: str, start_s: float, arrivals_s: list[float]) -> str:
     first_s = arrivals_s[0] - start_s
-    told = f"{name}: first token after {first_s * 1000:.0f} ms"
+    line = f"{dtype}: first token after {first_s * 1000:.0f} ms"
     if len(arrivals_s) > 1:
-        told += f", then {(len(arrivals_s) - 1) / (arrivals_s[-1] - arrivals_s[0]):.1f} tokens/s"
-    return f"{told}; {len(arrivals_s)} tokens in {arrivals_s[-1] - start_s:.2f} s"
-
-
-def _load(source: str) -> "GPT":
-    """The model of a folder of ours, or Hugging Face's: a folder of theirs, or a name on the Hub."""
-    from gpt2.checkpoint import load_model
-    from gpt2.model import GPT
-
-    folder = Path(source)
-    is_name = source in PRESETS or (re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not folder.exists())
-    return GPT.from_pretrained(source) if is_name or _is_hugging_face(folder) else load_model(folder)
-
-
-def _is_hugging_face(folder: Path) -> bool:
-    try:
-        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+        line += f", then {(len(arrivals_s) - 1) / (arrivals_s[-1] - arrivals_s[0]):.1f} tokens/s"
+    return f"{line}; {len(arrivals_s)} tokens in {arrivals_s[-1] - start_s:.2f} s"
 
 
 def _publish(arguments: argparse.Namespace) -> None:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", arguments.repo):
         raise UserError(f"--repo is {arguments.repo!r}; expected user/name")
 
-    from gpt2.publish import Target, publish
+    from gpt2.hub.publish import Target, publish
 
     folders = {"model": "hf", "space": "space"}
     kinds = [kind for kind in folders if getattr(arguments, kind)] or list(folders)
@@ -210,7 +201,7 @@ def _describe(config: GPTConfig) -> list[str]:
         ("FLOPs for a token of training", f"{training_flops:,} at the full context"),
         ("weights, fp32", _bytes(4 * parameters)),
         ("weights, gradients and AdamW, fp32", _bytes(16 * parameters) + ", before activations"),
-        ("key-value cache of a full context, fp32", _bytes(cache_bytes)),
+        ("KV cache of a full context, fp32", _bytes(cache_bytes)),
         ("checkpoint on the disk", _bytes(12 * parameters)),
     ]
     width = max(len(name) for name, _ in rows)
@@ -219,7 +210,7 @@ def _describe(config: GPTConfig) -> list[str]:
     lines += [f"{'':<22}{'':>12}{'with gradient checkpointing':>30}"]
     for machine, memory_bytes in MACHINES.items():
         fitting = (
-            largest_batch(config, memory_bytes, checkpointing=checkpointing, on_cpu="laptop" in machine)
+            largest_batch(config, memory_bytes, gradient_checkpointing=checkpointing, on_cpu="laptop" in machine)
             for checkpointing in (False, True)
         )
         plain, checkpointed = (f"{count:,}" if count else "none" for count in fitting)

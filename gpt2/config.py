@@ -15,10 +15,8 @@ from gpt2.errors import UserError
 
 GPT2_VOCAB_SIZE = 50257
 """Number of tokens of GPT-2's encoding: 256 bytes, 50,000 merges and `<|endoftext|>`."""
-
-FORMATS = ("fp32", "bf16", "int8")
+DTYPES = ("fp32", "bf16", "int8")
 """The number formats that a model can write in."""
-
 PositiveInt = Annotated[int, Gt(0)]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 
@@ -32,7 +30,7 @@ class Rule:
     told: str
 
 
-def broken(rules: Iterable[Rule], values: Mapping[str, Any]) -> list[str]:
+def violations(rules: Iterable[Rule], values: Mapping[str, Any]) -> list[str]:
     """What to say of values, by field. A rule is left out if one of its fields is not among them."""
     told = []
     for rule in rules:
@@ -65,7 +63,7 @@ class GPTConfig:
     )
 
     def __post_init__(self) -> None:
-        if problems := broken(self.RULES, vars(self)):
+        if problems := violations(self.RULES, vars(self)):
             raise ValueError("; ".join(problems))
 
     @classmethod
@@ -153,7 +151,7 @@ class TokenizeConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. A step is an optimizer step: `accumulation_steps` micro-batches.
+    """A training run. A step is an optimizer step: `gradient_accumulation_steps` micro-batches.
 
     init_from: "scratch", or a Hugging Face GPT-2 (a name such as "gpt2", or a local folder) to start from.
     batch_size: sequences in a micro-batch. sequence_length: tokens in a sequence.
@@ -168,7 +166,7 @@ class TrainConfig:
     seed: Seed
     batch_size: PositiveInt
     sequence_length: PositiveInt
-    accumulation_steps: PositiveInt
+    gradient_accumulation_steps: PositiveInt
     max_steps: PositiveInt
     optimizer: Literal["adamw", "muon"]
     learning_rate: Annotated[float, Gt(0)]
@@ -198,17 +196,17 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        if problems := broken(self.RULES, vars(self)):
+        if problems := violations(self.RULES, vars(self)):
             raise ValueError("; ".join(problems))
 
-    def micro_batch(self, limit: int) -> int:
+    def micro_batch_size(self, limit: int) -> int:
         """The largest number of sequences, up to `limit`, that divides batch_size; 0 if the limit is less than 1."""
         return next((size for size in range(min(limit, self.batch_size), 0, -1) if self.batch_size % size == 0), 0)
 
     @property
-    def step_tokens(self) -> int:
+    def tokens_per_step(self) -> int:
         """Number of tokens that a step trains on."""
-        return self.batch_size * self.accumulation_steps * self.sequence_length
+        return self.batch_size * self.gradient_accumulation_steps * self.sequence_length
 
 
 @dataclass(frozen=True)

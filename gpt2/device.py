@@ -20,7 +20,7 @@ DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROBE_SIZE = {"cuda": 8192, "mps": 2048, "cpu": 2048}
-SPEEDUPS = {256: 1.0, 1024: 1.5}
+MIN_BF16_SPEEDUP = {256: 1.0, 1024: 1.5}
 """How many times as fast bf16 has to be on a CPU, for products of matrices of these sizes."""
 
 
@@ -55,7 +55,7 @@ def choose_precision(device: torch.device, name: PrecisionName) -> torch.dtype:
     if device.type == "mps":
         return torch.float32
     # small ones first: without the instructions a large product takes seconds
-    for size, worthwhile in SPEEDUPS.items():
+    for size, worthwhile in MIN_BF16_SPEEDUP.items():
         if matmul_flops(device, torch.bfloat16, size) < worthwhile * matmul_flops(device, torch.float32, size):
             return torch.float32
     return torch.bfloat16
@@ -66,15 +66,15 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
     a = torch.ones(size, size, dtype=dtype, device=device)
     seconds = []
     for _ in range(6):  # the first one sets up
-        _wait(device)
+        _synchronize(device)
         start_s = time.perf_counter()
         a @ a
-        _wait(device)
+        _synchronize(device)
         seconds.append(time.perf_counter() - start_s)
     return 2 * size**3 / min(seconds[1:])
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -119,7 +119,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def prepare(device: torch.device) -> None:
+def configure_device(device: torch.device) -> None:
     """Settings of torch and of the C library that make this process compute faster."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for products that are left in fp32

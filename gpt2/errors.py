@@ -1,8 +1,8 @@
-"""What can go wrong for a reason that the user can act on: each error is one line, and knows its exit code."""
+"""Errors that a user can act on: each has a one-line message and an exit code."""
 
 
 class GPT2Error(Exception):
-    """An error whose message says in one line what is wrong and what to do."""
+    """An error whose message says on one line what is wrong and what to do."""
 
     exit_code = 1
 
@@ -14,7 +14,7 @@ class UserError(GPT2Error):
 
 
 class DivergedError(GPT2Error):
-    """Training reached a number that is not finite, after so many good steps."""
+    """The loss, a gradient or a weight became non-finite. good_steps: number of finite steps before it."""
 
     exit_code = 3
 
@@ -30,28 +30,33 @@ class FileError(GPT2Error):
 
 
 class OutOfMemoryError(GPT2Error):
-    """The memory of this machine is not enough."""
+    """This machine does not have enough memory."""
 
     exit_code = 74
 
 
 class BusyError(GPT2Error):
-    """Another process holds the same run."""
+    """Another process holds a lock."""
 
     exit_code = 75
 
 
-class Interrupted(GPT2Error):  # noqa: N818 - an interruption is no error of anybody's
-    """A signal asked the process to stop; `exit_code` is 128 plus its number, as a shell reports it."""
+class Interrupted(GPT2Error):  # noqa: N818 - not an error
+    """A signal asked the process to stop. `exit_code` is 128 plus its number, as in a shell."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of an error, or else its type, on one line of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had: Python's, CUDA's, or that of torch's allocator on a CPU."""
+    """Whether an error means out of memory: Python's, CUDA's, or that of torch's CPU allocator."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    told = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in told or "out of memory" in told)
+    message = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in message or "out of memory" in message)

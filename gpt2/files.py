@@ -25,7 +25,7 @@ MANIFEST_FILE = "manifest.json"
 BUFFER_BYTES = 1 << 20
 
 
-class _File(io.RawIOBase):
+class _UnbufferedFile(io.RawIOBase):
     """A new file that is written through `os`, without a buffer."""
 
     def __init__(self, path: Path, flags: int) -> None:
@@ -56,7 +56,7 @@ class _File(io.RawIOBase):
 
 
 @contextmanager
-def staged(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """A path to write to, whose file becomes `path` when the block ends, and disappears if it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
@@ -64,13 +64,13 @@ def staged(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o644)  # safetensors makes files that only their owner can read
-        sync(temporary)
+        fsync(temporary)
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    sync(path.parent)
+    fsync(path.parent)
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -95,13 +95,13 @@ def _is_alive(pid: int) -> bool:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that becomes `path` when the block ends, and disappears if it raises."""
-    with staged(path) as temporary, _new_file(temporary) as file:
+    with atomic_path(path) as temporary, _new_file(temporary) as file:
         yield file
 
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[IO[bytes]]:
-    raw = _File(path, os.O_TRUNC)
+    raw = _UnbufferedFile(path, os.O_TRUNC)
     file = io.BufferedWriter(raw, BUFFER_BYTES)
     try:
         yield file
@@ -129,13 +129,13 @@ def _json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_with(path: Path, save: Callable[[str], object]) -> None:
+def atomic_save(path: Path, save: Callable[[str], object]) -> None:
     """Writes a file by a function that takes a path, such as safetensors' `save_file` or a figure's `savefig`."""
-    with staged(path) as temporary:
+    with atomic_path(path) as temporary:
         save(str(temporary))
 
 
-class Lines:
+class JsonLines:
     """A file of JSON lines that grows. A line is there for other processes at once, but not safe from a loss of power.
 
     The last line may be cut off; `read_lines` leaves such a line out.
@@ -144,12 +144,12 @@ class Lines:
     def __init__(self, path: Path, lines: list[dict[str, Any]]) -> None:
         """The file begins anew, with these lines."""
         with atomic_write(path) as file:
-            file.writelines(map(_line, lines))
-        self._file = _File(path, os.O_APPEND)
+            file.writelines(map(_json_line, lines))
+        self._file = _UnbufferedFile(path, os.O_APPEND)
 
     def append(self, content: dict[str, Any]) -> None:
         """Adds a line. Raises OSError."""
-        data = _line(content)
+        data = _json_line(content)
         if self._file.write(data) != len(data):
             raise OSError(f"the disk is full: {self._file.name}")
 
@@ -158,11 +158,11 @@ class Lines:
         self._file.close()
 
 
-def _line(content: dict[str, Any]) -> bytes:
+def _json_line(content: dict[str, Any]) -> bytes:
     return json.dumps(content, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+def read_json_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     """The whole lines of a file of JSON lines from a byte offset on, and the offset after them."""
     with path.open("rb") as file:
         file.seek(offset)
@@ -171,7 +171,7 @@ def read_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     return [json.loads(line) for line in data.splitlines()], offset + len(data)
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Brings a file, or the names in a folder, to the disk (Windows, and some mounts, cannot do it for a folder)."""
     is_folder = path.is_dir()
     if is_folder and os.name != "posix":
@@ -203,13 +203,13 @@ def fingerprint(facts: dict[str, Any], sources: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def publish(folder: Path, files: Mapping[str, Callable[[IO[bytes]], object]], facts: dict[str, Any]) -> None:
+def write_folder(folder: Path, files: Mapping[str, Callable[[IO[bytes]], object]], facts: dict[str, Any]) -> None:
     """Makes a folder with files, each written by a function, and a manifest: `facts`, and the files' sums.
 
     The folder appears whole or not at all; nothing may be there before. Raises OSError, or what a function raises.
     """
     staging = folder.with_name(folder.name + TEMPORARY)
-    discard(staging)
+    delete_folder(staging)
     os.makedirs(staging)
     sums = {}
     for name, write in files.items():
@@ -217,17 +217,17 @@ def publish(folder: Path, files: Mapping[str, Callable[[IO[bytes]], object]], fa
             write(file)
         # the sum is computed while the disk works
         with ThreadPoolExecutor(max_workers=1) as thread:
-            synced = thread.submit(sync, staging / name)
+            synced = thread.submit(fsync, staging / name)
             sums[name] = sha256_of(staging / name)
             synced.result()
     write_text(staging / MANIFEST_FILE, _json({**facts, "sha256": sums}))
     if folder.exists():
         raise FileExistsError(f"{folder} is there already")
     os.rename(staging, folder)
-    sync(folder.parent)
+    fsync(folder.parent)
 
 
-def check_published(folder: Path) -> dict[str, Any]:
+def verify_folder(folder: Path) -> dict[str, Any]:
     """The manifest of a published folder. Raises FileError that says what is wrong, if anything at all is."""
     try:
         text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
@@ -249,20 +249,20 @@ def check_published(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def discard(folder: Path) -> None:
+def delete_folder(folder: Path) -> None:
     """Deletes a published folder, or what is left of one: first the manifest, so that no half of it looks whole."""
     if not folder.is_dir():
         return
     if (folder / MANIFEST_FILE).exists():
         os.unlink(folder / MANIFEST_FILE)
-        sync(folder)
+        fsync(folder)
     for path in list(folder.iterdir()):
         os.unlink(path)
     os.rmdir(folder)
 
 
 @contextmanager
-def hold(lock: Path, *, wait_s: float = 0, what: str | None = None) -> Iterator[None]:
+def file_lock(lock: Path, *, wait_s: float = 0, what: str | None = None) -> Iterator[None]:
     """Holds a lock file for the block; the system lets go of it when the process ends in whatever way.
 
     If another process has it for longer than `wait_s`: raises BusyError, which names the holder, and `what` it holds

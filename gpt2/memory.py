@@ -17,25 +17,24 @@ def training_bytes(
     batch_size: int,
     sequence_length: int,
     *,
-    narrow: bool,
-    checkpointing: bool = False,
+    reduced_precision: bool,
+    gradient_checkpointing: bool = False,
     on_cpu: bool = True,
 ) -> int:
-    """An estimate of the peak memory of training with AdamW on micro-batches of these sizes.
+    """Estimated peak memory of training with AdamW on micro-batches of this size.
 
-    narrow: matrix products in bf16 or fp16. checkpointing: gradient checkpointing.
-    Counted for each parameter: weight, gradient and two moments in fp32, and the narrow copy. For each token and layer:
-    the residual stream twice in fp32; two normalised inputs, queries, keys and values, the attention's output, and the
-    MLP's inside before and after GELU, 14 widths in all, in the format of the products.
+    reduced_precision: matrix products in bf16 or fp16. Per parameter: weight, gradient and two moments in fp32, and the
+    compute copy. Per token and layer: the residual stream twice in fp32; two normalised inputs, queries, keys and
+    values, the attention output, and the MLP's hidden layer before and after GELU: 14 widths in the compute dtype.
     """
     C, V, tokens = config.n_embd, config.vocab_size, batch_size * sequence_length
-    number = 2 if narrow else 4
-    weights = config.num_parameters() * (16 + (2 if narrow else 0))
+    number = 2 if reduced_precision else 4
+    weights = config.num_parameters() * (16 + (2 if reduced_precision else 0))
     of_a_block = tokens * (8 * C + 14 * number * C)
-    if on_cpu and narrow and sequence_length <= 256:  # attention by plain products keeps its probabilities
+    if on_cpu and reduced_precision and sequence_length <= 256:  # attention by plain products keeps its probabilities
         of_a_block += tokens * config.n_head * sequence_length * number
     activations = config.n_layer * of_a_block
-    if checkpointing:
+    if gradient_checkpointing:
         activations = config.n_layer * tokens * 4 * C + of_a_block
     head = V * C * (4 + 2 * number) + 2 * tokens * C * number + min(tokens, CHUNK_TOKENS) * V * number
     total = weights + activations + head
@@ -46,16 +45,23 @@ def largest_batch(
     config: GPTConfig,
     memory_bytes: int,
     *,
-    checkpointing: bool,
+    gradient_checkpointing: bool,
     on_cpu: bool,
-    narrow: bool = True,
+    reduced_precision: bool = True,
     sequence_length: int | None = None,
 ) -> int:
     """The most sequences, of the full context unless said otherwise, that a micro-batch can have; 0 if none fits."""
     length = sequence_length or config.block_size
 
     def fits(batch_size: int) -> bool:
-        needed = training_bytes(config, batch_size, length, narrow=narrow, checkpointing=checkpointing, on_cpu=on_cpu)
+        needed = training_bytes(
+            config,
+            batch_size,
+            length,
+            reduced_precision=reduced_precision,
+            gradient_checkpointing=gradient_checkpointing,
+            on_cpu=on_cpu,
+        )
         return needed <= memory_bytes
 
     low, high = 0, 1

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-Progress = Callable[[int], object]
+ProgressCallback = Callable[[int], object]
 """Called with the number of bytes, or tokens, that have just been done; a progress bar's `update`."""
 
 
-def unseen(_: int) -> None:
+def no_progress(_: int) -> None:
     """Nobody looks."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from gpt2.config import GPTConfig
 from gpt2.errors import FileError, UserError
 from gpt2.files import sha256_of
-from gpt2.model import GPT
+from gpt2.model.transformer import GPT
 
 WEIGHTS, CONFIG, MANIFEST = "gpt_model.pt", "gpt_config.pt", "manifest.json"
 AGAIN = "Export or upload it again"
@@ -44,7 +44,7 @@ FACTS: Mapping[str, tuple[type, ...]] = {
     "bits_per_byte": NUMBER,
     "mlflow_run_id": (str, type(None)),
     "git_commit": (str, type(None)),
-    "formats": (dict,),
+    "dtype_losses": (dict,),
     "target": TEXT,
 }
 """What manifest.json has to say about the model, and of what type."""
@@ -65,7 +65,7 @@ def load_facts(folder: Path) -> dict[str, Any]:
             if not isinstance(value, types) or isinstance(value, bool) or not _is_finite(value):
                 raise FileError(f"{MANIFEST} says {name} is {str(value)[:40]!r}. {AGAIN}")
         if facts["context"] < 1 or not all(
-            type(loss) is float and _is_finite(loss) for loss in facts["formats"].values()
+            type(loss) is float and _is_finite(loss) for loss in facts["dtype_losses"].values()
         ):
             raise FileError(f"{MANIFEST} has no context or no losses. {AGAIN}")
         if not facts["examples"] or not all(isinstance(example, str) for example in facts["examples"]):

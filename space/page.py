@@ -9,13 +9,15 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from gpt2.device import prepare
-from gpt2.engine import Engine
+from gpt2.device import configure_device
 from gpt2.errors import GPT2Error, UserError
-from gpt2.formats import choose_format, in_format
-from gpt2.model import GPT
+from gpt2.inference.engine import Engine
+from gpt2.inference.quantization import fastest_dtype, quantize
+from gpt2.model.transformer import GPT
 from space import view
-from space.answers import (
+from space.guard import Guard
+from space.model_files import load_facts, load_model
+from space.service import (
     DEFAULTS,
     MAX_NEW_TOKENS,
     MAX_PROMPT_CHARACTERS,
@@ -25,14 +27,12 @@ from space.answers import (
     MAX_TEMPERATURE,
     MAX_TOP_K,
     QUIET_S,
-    Answer,
-    Desk,
-    checked,
+    Generate,
+    RequestRegistry,
     on_zero_gpu,
     requests_for,
+    validate_settings,
 )
-from space.guard import Guard
-from space.model_files import load_facts, load_model
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -48,11 +48,11 @@ READY = "Ready."
 
 def writing_format(model: GPT, facts: dict[str, Any]) -> str:
     """The fastest format here; int8 only if its loss was measured to be as good."""
-    losses = facts["formats"]
+    losses = facts["dtype_losses"]
     among = [name for name in ("fp32", "bf16") if name == "fp32" or name in losses]
     if {"fp32", "int8"} <= losses.keys() and losses["int8"] <= (1 + INT8_TOLERANCE) * losses["fp32"]:
         among.append("int8")
-    return choose_format(model, tuple(among))
+    return fastest_dtype(model, tuple(among))
 
 
 def build(folder: Path = HERE) -> "tuple[gr.Blocks, Engine | None]":
@@ -69,26 +69,26 @@ def build(folder: Path = HERE) -> "tuple[gr.Blocks, Engine | None]":
         if facts["target"] == "zerogpu":
             precision, answer = "bf16", on_zero_gpu(model, facts["context"])
         else:
-            prepare(model.device)
+            configure_device(model.device)
             precision = writing_format(model, facts)
             engine = Engine(
-                in_format(model, precision),
-                context=facts["context"],
+                quantize(model, precision),
+                context_length=facts["context"],
                 slots=SLOTS,
-                max_waiting=MAX_WAITING,
-                served=True,
+                max_queue_size=MAX_WAITING,
+                serving_thread=True,
             )
-            desk = Desk(engine)
+            desk = RequestRegistry(engine)
             answer, stop = desk.answer, desk.stop
     except GPT2Error as error:
         with gr.Blocks(title="GPT-2") as page:
             gr.Markdown("# The model could not be loaded")
             gr.Textbox(str(error), label="Why", interactive=False, elem_id="broken")
         return page, None
-    return _page(facts, view.describe(facts, precision, folder), answer, stop), engine
+    return _page(facts, view.model_table(facts, precision, folder), answer, stop), engine
 
 
-def _page(facts: dict[str, Any], description: str, answer: Answer, stop: Callable[[str | None], None]) -> "gr.Blocks":
+def _page(facts: dict[str, Any], description: str, answer: Generate, stop: Callable[[str | None], None]) -> "gr.Blocks":
     import gradio as gr
     from gradio.events import api
 
@@ -98,7 +98,7 @@ def _page(facts: dict[str, Any], description: str, answer: Answer, stop: Callabl
     def write(request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """For the page: the texts, a line that says how far it is, what colours the tokens, and a link."""
         try:
-            settings = checked(dict(zip(DEFAULTS, values, strict=True)))
+            settings = validate_settings(dict(zip(DEFAULTS, values, strict=True)))
             kept = gr.skip()
             for progress in answer(requests_for(settings), request.session_hash):
                 texts = [settings["prompt"] + "".join(token.text for token in tokens) for tokens in progress.samples]
@@ -107,7 +107,7 @@ def _page(facts: dict[str, Any], description: str, answer: Answer, stop: Callabl
                     yield (*boxes, progress.told(), kept, kept)
                 else:
                     status = f"{progress.told()}, seed {settings['seed']}"
-                    yield (*boxes, status, view.coloured(progress.samples), view.link(settings))
+                    yield (*boxes, status, view.probabilities_html(progress.samples), view.link(settings))
         except GPT2Error as error:
             raise told(error) from None
 
@@ -130,7 +130,7 @@ def _page(facts: dict[str, Any], description: str, answer: Answer, stop: Callabl
         """
         values = (prompt, max_new_tokens, temperature, top_k, top_p, repetition_penalty, samples, stop, seed)
         try:
-            settings = checked(dict(zip(DEFAULTS, values, strict=True)))
+            settings = validate_settings(dict(zip(DEFAULTS, values, strict=True)))
             next_s, has_text = 0.0, False
             for progress in answer(requests_for(settings), None):
                 is_first, has_text = progress.num_tokens > 0 and not has_text, progress.num_tokens > 0
@@ -160,7 +160,7 @@ def _page(facts: dict[str, Any], description: str, answer: Answer, stop: Callabl
             try:
                 numbers = {name: float(given[name]) for name in given.keys() & DEFAULTS.keys() - {"prompt", "stop"}}
                 texts = {name: given[name] for name in given.keys() & {"prompt", "stop"}}
-                values = checked({**DEFAULTS, **numbers, **texts})
+                values = validate_settings({**DEFAULTS, **numbers, **texts})
             except (UserError, ValueError, OverflowError) as error:
                 told = f"The link cannot be read ({error}); these are the settings to begin with."
         return [*values.values(), told]

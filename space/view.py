@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from gpt2 import tokenizer
-from gpt2.generation import Token
+from gpt2.inference.request import Token
 
 LOSS_CURVE = "loss.png"
 MAX_PICTURE_BYTES = 1_000_000
@@ -46,9 +46,9 @@ CSS = """
 """
 
 
-def describe(facts: dict[str, Any], precision: str, folder: Path) -> str:
+def model_table(facts: dict[str, Any], precision: str, folder: Path) -> str:
     """What the model is: a table, and the loss curve where there is one."""
-    losses = facts["formats"].get(precision)
+    losses = facts["dtype_losses"].get(precision)
     measured = f", loss {losses:.4f} in it" if isinstance(losses, int | float) and math.isfinite(losses) else ""
     rows = {
         "parameters": f"{facts['parameters']:,}",
@@ -87,7 +87,7 @@ def percent(logprob: float) -> str:
     return f"{share:.0f} %" if share >= 10 else f"{share:.1f} %" if share >= 0.1 else "under 0.1 %"
 
 
-def coloured(samples: Sequence[Sequence[Token]]) -> str:
+def probabilities_html(samples: Sequence[Sequence[Token]]) -> str:
     """Each token on a colour that is the stronger, the less likely it was, with what else could have come."""
     if not any(samples):
         return ""
@@ -101,7 +101,7 @@ def coloured(samples: Sequence[Sequence[Token]]) -> str:
 def _token(token: Token) -> str:
     # 0 for what was certain, 70 for one in a thousand or less
     surprise = min(70.0, 70 * token.logprob / math.log(0.001))
-    others = "\n".join(f"{percent(logprob):>11}  {_shown(token_id)}" for token_id, logprob in token.alternatives)
+    others = "\n".join(f"{percent(logprob):>11}  {_shown(token_id)}" for token_id, logprob in token.top_logprobs)
     tip = f"{_shown(token.id)}: {percent(token.logprob)}\n\nThe likeliest here:\n{others}"
     text = escape(token.text).replace("\n", "⏎\n") or ("▪" if token.id == tokenizer.END_OF_TEXT else "")
     return f'<span style="--surprise:{surprise:.0f}" data-tip="{escape(tip, quote=True)}">{text}</span>'

@@ -13,31 +13,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from gpt2.config import FORMATS
-from gpt2.data import Tokens, open_tokens
+from gpt2.config import DTYPES
+from gpt2.data.token_files import Tokens, open_tokens
 from gpt2.errors import FileError
 from gpt2.files import sha256_of, write_json, write_text
 from stages import paths, tracking
 from stages.params import Params, load_params
-from stages.process import Stop, run_stage, say
+from stages.process import StopSignal, echo, run_stage
 
 if TYPE_CHECKING:
-    from gpt2.model import GPT
+    from gpt2.model.transformer import GPT
 
-SERVING_MODULES = (
-    "__init__",
-    "config",
-    "device",
-    "engine",
-    "errors",
-    "files",
-    "formats",
-    "generation",
-    "model",
-    "tokenizer",
+SERVING_FILES = (
+    *(f"gpt2/{name}.py" for name in ("__init__", "config", "device", "errors", "files", "tokenizer")),
+    *(f"gpt2/model/{name}.py" for name in ("__init__", "transformer")),
+    *(
+        f"gpt2/inference/{name}.py"
+        for name in ("__init__", "detokenizer", "engine", "kv_cache", "quantization", "request", "sampling")
+    ),
+    *(f"space/{name}.py" for name in ("guard", "model_files", "page", "service", "view")),
 )
-"""The part of gpt2/ that a Space needs: what its page imports, and what that imports."""
-PAGE_MODULES = ("answers", "guard", "model_files", "page", "view")
+"""The part of the repository that a Space needs: its page, and what that imports."""
 MEASURED_TOKENS = 65_536
 MEASURED_BATCH = 8
 HARDWARE = {"cpu": "cpu-basic", "zerogpu": "zero-a10g"}
@@ -45,44 +41,43 @@ LOGITS_TOLERANCE = 1e-4
 CHECK_TOKENS = 64
 
 
-def main(stop: Stop) -> None:
+def main(stop: StopSignal) -> None:
     """Checks the params, then exports."""
     params = load_params(paths.PARAMS)
-    names = tracking.read_names()
-    with tracking.open_run(params, "export-to-space", names, stop) as run:
+    names = tracking.read_run_ids()
+    with tracking.start_run(params, "export-to-space", names, stop) as run:
         export(params, names.mlflow_run_id, stop)
         run.files([paths.SPACE / name for name in ("README.md", "gpt_config.pt", "manifest.json")], "space")
         run.files([paths.HUGGING_FACE / "config.json"], "hf")
 
 
-def export(params: Params, run_id: str | None, stop: Stop) -> None:
+def export(params: Params, run_id: str | None, stop: StopSignal) -> None:
     """Writes and verifies both folders. Raises FileError if either does not give the trained model's logits."""
-    with stop.nothing_to_lose():
-        from gpt2.checkpoint import load_model, trained_length
-        from gpt2.exchange import write_hugging_face, write_space_model
+    with stop.exit_immediately():
+        from gpt2.hub.export import save_pretrained, save_space_model
+        from gpt2.model.storage import load_folder, trained_context_length
 
     val_tokens = open_tokens(paths.TOKENS, "val")[:MEASURED_TOKENS]
-    model = load_model(paths.MODELS)
-    context = trained_length(paths.MODELS) or model.config.block_size
+    model = load_folder(paths.MODELS)
+    context = trained_context_length(paths.MODELS) or model.config.block_size
     losses = measured_losses(model, val_tokens, context, stop)
-    facts = model_facts(params, model, context, run_id) | {"formats": losses, "measured_tokens": len(val_tokens)}
+    facts = model_facts(params, model, context, run_id) | {"dtype_losses": losses, "measured_tokens": len(val_tokens)}
     for folder in (paths.SPACE, paths.HUGGING_FACE):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
 
-    write_space_model(model, paths.SPACE)
+    save_space_model(model, paths.SPACE)
     shutil.copyfile(paths.SPACE_SOURCE / "app.py", paths.SPACE / "app.py")
-    for package, modules in ("gpt2", SERVING_MODULES), ("space", PAGE_MODULES):
-        (paths.SPACE / package).mkdir()
-        for module in modules:
-            shutil.copyfile(f"{package}/{module}.py", paths.SPACE / package / f"{module}.py")
+    for file in SERVING_FILES:
+        (paths.SPACE / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, paths.SPACE / file)
     shutil.copyfile(paths.TRAIN_REPORT / "loss.png", paths.SPACE / "loss.png")
     requirements = (paths.SPACE_SOURCE / "requirements.txt").read_text(encoding="utf-8")
     write_text(paths.SPACE / "requirements.txt", requirements_for(params.export.target, requirements))
     card = (paths.SPACE_SOURCE / "README.md").read_text(encoding="utf-8")
     write_text(paths.SPACE / "README.md", fill_card(card, facts))
     write_json(paths.SPACE / "manifest.json", {"model": facts, "sha256": sums(paths.SPACE)})
-    write_hugging_face(model, paths.HUGGING_FACE)
+    save_pretrained(model, paths.HUGGING_FACE)
     card = (paths.SPACE_SOURCE / "MODEL_CARD.md").read_text(encoding="utf-8")
     write_text(paths.HUGGING_FACE / "README.md", fill_card(card, facts))
 
@@ -90,27 +85,27 @@ def export(params: Params, run_id: str | None, stop: Stop) -> None:
     space_difference = check_space(model)
     stop.check()
     hf_difference = check_hugging_face(model)
-    say(f"{paths.SPACE}: the same logits to {space_difference:.1g}; serve it with `make space`")
-    say(f"{paths.HUGGING_FACE}: the same logits to {hf_difference:.1g}; load it with transformers")
+    echo(f"{paths.SPACE}: the same logits to {space_difference:.1g}; serve it with `make space`")
+    echo(f"{paths.HUGGING_FACE}: the same logits to {hf_difference:.1g}; load it with transformers")
 
 
-def measured_losses(model: "GPT", tokens: Tokens, context: int, stop: Stop) -> dict[str, float]:
-    """The loss of each number format on the beginning of the held-out text, in nats per token."""
+def measured_losses(model: "GPT", tokens: Tokens, context: int, stop: StopSignal) -> dict[str, float]:
+    """The loss of each dtype on the start of the held-out text, in nats per token."""
     from tqdm import tqdm
 
-    from gpt2.evaluation import score
-    from gpt2.formats import in_format
+    from gpt2.evaluation.scores import score
+    from gpt2.inference.quantization import quantize
 
     losses = {}
-    total = len(FORMATS) * (len(tokens) - 1)
-    with tqdm(total=total, desc="measuring number formats", unit="token", disable=None, leave=False) as bar:
-        for name in FORMATS:
+    total = len(DTYPES) * (len(tokens) - 1)
+    with tqdm(total=total, desc="measuring the loss of each dtype", unit="token", disable=None, leave=False) as bar:
+        for name in DTYPES:
             scores = score(
-                in_format(model, name),
+                quantize(model, name),
                 tokens,
                 sequence_length=context,
                 batch_size=MEASURED_BATCH,
-                progress=stop.watched(bar.update),
+                progress=stop.wrap(bar.update),
             )
             losses[name] = round(scores.loss, 5)
     return losses
@@ -154,7 +149,7 @@ def public_source(source: str) -> str:
 
 def fill_card(template: str, facts: dict[str, Any]) -> str:
     """A README.md: each `{{name}}` becomes that fact."""
-    losses = facts["formats"]
+    losses = facts["dtype_losses"]
     values = {
         **facts,
         "title": json.dumps(facts["title"]),  # a YAML string
@@ -202,7 +197,7 @@ def check_space(model: "GPT") -> float:
     """Loads dist/space as its app does, in a process that has nothing else of ours on its path."""
     import torch
 
-    from gpt2.exchange import largest_difference
+    from gpt2.hub.export import largest_difference
 
     tokens = torch.arange(min(CHECK_TOKENS, model.config.block_size))[None]
     result = paths.SPACE / ".logits.pt"
@@ -241,7 +236,7 @@ def check_hugging_face(model: "GPT") -> float:
     from transformers.utils import logging
 
     from gpt2 import tokenizer
-    from gpt2.exchange import largest_difference
+    from gpt2.hub.export import largest_difference
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     theirs = AutoModelForCausalLM.from_pretrained(str(paths.HUGGING_FACE))

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gpt2 import corpus
-from gpt2.corpus import CorpusFacts, DownloadError
+from gpt2.data import corpus
+from gpt2.data.corpus import CorpusInfo
+from gpt2.data.download import DownloadError, is_url
 from gpt2.files import write_json
 from stages import paths
 from stages.params import load_params
-from stages.process import Stop, redacted, run_stage, say, warn
+from stages.process import StopSignal, echo, redact_secrets, run_stage, warn
 
 
-def main(stop: Stop) -> None:
+def main(stop: StopSignal) -> None:
     """Fetches, with the fallback if a download fails."""
     config = load_params(paths.PARAMS).corpus
     source, fallback_reason = config.source, None
@@ -30,12 +31,12 @@ def main(stop: Stop) -> None:
         warn(f"{error}. Using the fallback corpus {source!r} instead")
         facts = write(source, stop)
     content = {"name": source, **asdict(facts), "fallback_reason": fallback_reason}
-    shown = {key: redacted(value) if isinstance(value, str) else value for key, value in content.items()}
+    shown = {key: redact_secrets(value) if isinstance(value, str) else value for key, value in content.items()}
     write_json(paths.CORPUS_FACTS, shown)
-    say(f"{paths.CORPUS}: {facts.characters:,} characters in {facts.lines:,} lines from {facts.source}")
+    echo(f"{paths.CORPUS}: {facts.characters:,} characters in {facts.lines:,} lines from {facts.source}")
 
 
-def write(source: str, stop: Stop) -> CorpusFacts:
+def write(source: str, stop: StopSignal) -> CorpusInfo:
     """Writes the corpus file from a source."""
     root = paths.real_root()
     with tqdm(desc="downloading", unit="B", unit_scale=True, disable=None, leave=False, delay=1) as bar:
@@ -44,7 +45,7 @@ def write(source: str, stop: Stop) -> CorpusFacts:
             paths.CORPUS,
             downloads=root / "data/downloads",
             roots=[Path.cwd(), root],
-            progress=stop.watched(bar.update),
+            progress=stop.wrap(bar.update),
         )
 
 
@@ -56,7 +57,7 @@ def link_own_text(source: str) -> None:
     for old in paths.LINKED.iterdir() if paths.LINKED.is_dir() else ():
         if old.is_symlink():
             old.unlink()
-    if source in corpus.KNOWN or corpus.is_url(source):
+    if source in corpus.KNOWN or is_url(source):
         return
     paths.LINKED.mkdir(parents=True, exist_ok=True)
     path = corpus.find_path(source, [Path.cwd(), paths.real_root()])

@@ -19,12 +19,14 @@ from gpt2.config import (
     Rule,
     TokenizeConfig,
     TrainConfig,
-    broken,
+    violations,
 )
-from gpt2.corpus import KNOWN
+from gpt2.data.corpus import KNOWN
 from gpt2.errors import UserError
 
 MAX_SHOWN_CHARACTERS = 80
+RENAMED = {"train.accumulation_steps": "train.gradient_accumulation_steps"}
+"""Keys of earlier versions."""
 CHECKS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -139,9 +141,9 @@ def _broken_rules(content: Any, wrong: set[tuple[str, ...]]) -> list[str]:
             continue
         right = {key: value for key, value in given.items() if (section.name, key) not in wrong}
         assert isinstance(section.type, type)
-        told += [f"{section.name}: {text}" for text in broken(getattr(section.type, "RULES", ()), right)]
+        told += [f"{section.name}: {text}" for text in violations(getattr(section.type, "RULES", ()), right)]
         values |= {f"{section.name}.{key}": value for key, value in right.items()}
-    return told + broken(RULES, values)
+    return told + violations(RULES, values)
 
 
 def _describe(problem: Any) -> tuple[tuple[str, ...], str]:
@@ -151,6 +153,8 @@ def _describe(problem: Any) -> tuple[tuple[str, ...], str]:
     name = ".".join(place)
     value = _shortened(problem["input"])
     match problem["type"]:
+        case "unexpected_keyword_argument" if name in RENAMED:
+            return place, f"{name} was renamed to {RENAMED[name]}"
         case "unexpected_keyword_argument":
             return place, f"unknown key {name}{_did_you_mean(key, _keys(section))}"
         case "missing":
@@ -178,9 +182,9 @@ def _one_line(error: Exception) -> str:
 
 
 def _is_meant(place: tuple[str, ...], problems: list[tuple[tuple[str, ...], str]]) -> bool:
-    """Whether a problem in the same section says that this key was meant."""
-    end = f"; did you mean {place[-1]!r}?"
-    return any(other[:-1] == place[:-1] and text.endswith(end) for other, text in problems)
+    """Whether another problem of the section is this key under a misspelt or an earlier name."""
+    ends = (f"; did you mean {place[-1]!r}?", f" was renamed to {'.'.join(place)}")
+    return any(other[:-1] == place[:-1] and text.endswith(ends) for other, text in problems)
 
 
 def _keys(section: list[str]) -> list[str]:

@@ -6,7 +6,10 @@ From the params alone, in milliseconds, before torch is imported.
 import os
 import shutil
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gpt2.errors import FileError, UserError
 from gpt2.memory import GIB, largest_batch, training_bytes
@@ -26,6 +29,16 @@ LESS = (
 )
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A run whose params and data are checked. folder: its checkpoints. micro_batch_size: what fits into memory."""
+
+    params: Params
+    tokens_meta: Mapping[str, Any]
+    folder: Path
+    micro_batch_size: int
+
+
 def micro_batch_that_fits(params: Params) -> int:
     """How many sequences to compute at a time on a CPU: the batch_size, or what it can be divided into that fits.
 
@@ -38,19 +51,25 @@ def micro_batch_that_fits(params: Params) -> int:
         raise UserError(f"the weights alone take {_gb(at_least)}, and this machine has {_gb(memory)} of memory: {LESS}")
     if params.runtime.device in ("cuda", "mps") or (params.runtime.device == "auto" and may_have_gpu()):
         return size
-    narrow = params.runtime.precision != "fp32"
+    reduced_precision = params.runtime.precision != "fp32"
     checkpointing = params.runtime.gradient_checkpointing
     limit = largest_batch(
         config,
         round(memory * ESTIMATE_ERROR) - at_least,
-        checkpointing=checkpointing,
+        gradient_checkpointing=checkpointing,
         on_cpu=True,
-        narrow=narrow,
+        reduced_precision=reduced_precision,
         sequence_length=params.train.sequence_length,
     )
-    if fitting := params.train.micro_batch(limit):
+    if fitting := params.train.micro_batch_size(limit):
         return fitting
-    needed = training_bytes(config, 1, params.train.sequence_length, narrow=narrow, checkpointing=checkpointing)
+    needed = training_bytes(
+        config,
+        1,
+        params.train.sequence_length,
+        reduced_precision=reduced_precision,
+        gradient_checkpointing=checkpointing,
+    )
     raise UserError(
         f"training takes about {_gb(needed)} even for one sequence at a time, and this machine has {_gb(memory)} of "
         f"memory: {LESS}"

@@ -12,8 +12,8 @@ from types import FrameType
 from typing import Any, TextIO
 
 from gpt2.errors import GPT2Error, Interrupted, is_out_of_memory
-from gpt2.files import hold
-from gpt2.progress import Progress
+from gpt2.files import file_lock
+from gpt2.progress import ProgressCallback
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 OS_ERROR_EXIT_CODE = 74
@@ -27,24 +27,24 @@ SECRETS = (
 )
 
 
-def redacted(text: str) -> str:
+def redact_secrets(text: str) -> str:
     """A text without what may be secret: passwords and queries in addresses, tokens."""
     for pattern, shown in SECRETS:
         text = pattern.sub(shown, text)
     return text
 
 
-def say(message: str) -> None:
+def echo(message: str) -> None:
     """A line for the person at the terminal; beside progress bars, on standard error."""
-    print(redacted(message), file=sys.stderr, flush=True)
+    print(redact_secrets(message), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
     """A line that should not be overlooked."""
-    say(f"WARNING: {message}")
+    echo(f"WARNING: {message}")
 
 
-class Stop:
+class StopSignal:
     """Whether somebody wants this process to end: a signal does no more than say so here.
 
     Every loop asks, and ends at a moment of its own choice. The third signal of a kind ends the process at once.
@@ -54,18 +54,18 @@ class Stop:
         """From now on the stop signals are heard here, but for those that the process was started to ignore (nohup)."""
         self.signal_number: int | None = None
         self._counts: dict[int, int] = {}
-        self._has_nothing_to_lose = False
+        self._exits_immediately = False
         self._dvc = os.getppid() if "DVC_STAGE" in os.environ else None
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._set)
+                signal.signal(number, self._handle)
 
-    def _set(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         self.signal_number = number
         self._counts[number] = self._counts.get(number, 0) + 1
-        if self._has_nothing_to_lose:
+        if self._exits_immediately:
             os.write(2, f"error: {_interruption(number)}\n".encode())
-        if self._has_nothing_to_lose or self._counts[number] >= SIGNALS_TO_GIVE_UP:
+        if self._exits_immediately or self._counts[number] >= SIGNALS_TO_GIVE_UP:
             os._exit(128 + number)
 
     def __bool__(self) -> bool:
@@ -80,16 +80,16 @@ class Stop:
             raise Interrupted(_interruption(self.signal_number), self.signal_number)
 
     @contextmanager
-    def nothing_to_lose(self) -> Iterator[None]:
+    def exit_immediately(self) -> Iterator[None]:
         """For imports and compilation, which take long and cannot ask: a signal ends the process at once."""
         self.check()
-        self._has_nothing_to_lose = True
+        self._exits_immediately = True
         try:
             yield
         finally:
-            self._has_nothing_to_lose = False
+            self._exits_immediately = False
 
-    def watched(self, progress: Progress) -> Progress:
+    def wrap(self, progress: ProgressCallback) -> ProgressCallback:
         """A progress callback that checks as well."""
 
         def report(count: int) -> None:
@@ -128,31 +128,31 @@ class _Unbreakable:
         return getattr(self._stream, name)
 
 
-def run_stage(main: Callable[[Stop], None]) -> None:
+def run_stage(main: Callable[[StopSignal], None]) -> None:
     """Runs a stage and ends the process with the exit code that says how it went.
 
     0 done; 2 the user's params or text are wrong; 3 training diverged; 74 files, disk or memory; 75 another process has
     this folder or this run; 129, 130 or 143 interrupted. Each but 0 comes with one line.
     """
-    stop = Stop()
+    stop = StopSignal()
     die_with_dvc()
     sys.stderr = _Unbreakable(sys.stderr)
     try:
         # two stages that write the same folders would spoil each other's results, also if their runs differ
         lock = DVC_FOLDER / "tmp/stage.lock"
-        with hold(lock, what=str(Path.cwd())) if DVC_FOLDER.is_dir() else nullcontext():
+        with file_lock(lock, what=str(Path.cwd())) if DVC_FOLDER.is_dir() else nullcontext():
             main(stop)
             stop.check()
     except GPT2Error as error:
-        say(f"error: {error}")
+        echo(f"error: {error}")
         sys.exit(error.exit_code)
     except OSError as error:
-        say(f"error: {error}; check that the folder can be written to and that the disk has room")
+        echo(f"error: {error}; check that the folder can be written to and that the disk has room")
         sys.exit(OS_ERROR_EXIT_CODE)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        say("error: the memory of this machine is not enough; take a smaller model or batch: `python -m gpt2 info`")
+        echo("error: the memory of this machine is not enough; take a smaller model or batch: `python -m gpt2 info`")
         sys.exit(OS_ERROR_EXIT_CODE)
 
 

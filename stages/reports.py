@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gpt2.files import write_text, write_with
+from gpt2.files import atomic_save, write_text
 
 HISTORY_COLUMNS = [
     "step",
@@ -139,4 +139,4 @@ def draw_passage(tokens: list[str], losses: npt.NDArray[np.float32], path: Path)
 
 def _save(figure: Figure, path: Path) -> None:
     # without a creation date and version, so that the same numbers give the same file
-    write_with(path, lambda temporary: figure.savefig(temporary, dpi=DOTS_PER_INCH, metadata={"Software": None}))
+    atomic_save(path, lambda temporary: figure.savefig(temporary, dpi=DOTS_PER_INCH, metadata={"Software": None}))

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gpt2.errors import BusyError
-from gpt2.files import hold, read_lines
+from gpt2.files import file_lock, read_json_lines
 from stages import paths
-from stages.process import redacted, say, warn
+from stages.process import echo, redact_secrets, warn
 from stages.tracking import PATIENCE_S, PREPARATION_PATIENCE_S
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Store:
             logging.getLogger(name).setLevel(logging.ERROR)
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.database()}"
         # two processes that create a database at once destroy it
-        with hold(paths.real_root() / ".mlflow.lock", wait_s=PREPARATION_PATIENCE_S):
+        with file_lock(paths.real_root() / ".mlflow.lock", wait_s=PREPARATION_PATIENCE_S):
             if not os.environ.get("MLFLOW_TRACKING_URI") and not paths.database().exists():
                 _create_database()
             _prepared()
@@ -121,7 +121,7 @@ class Mirror:
         """Brings over what has come since the last time, in its order."""
         from mlflow.entities import RunTag
 
-        events, end = read_lines(self.folder / "events.jsonl", self._offset)
+        events, end = read_json_lines(self.folder / "events.jsonl", self._offset)
         self._log_metrics([event for event in events if "metrics" in event])
         tags = [RunTag(key, value) for event in events for key, value in event.get("tags", {}).items()]
         if tags:
@@ -165,9 +165,9 @@ class Mirror:
 
     def close(self) -> None:
         """Everything is delivered: the record goes, unless a new session of the stage writes it again."""
-        with hold(paths.outbox() / "lock", wait_s=PATIENCE_S):
+        with file_lock(paths.outbox() / "lock", wait_s=PATIENCE_S):
             try:
-                with hold(self.folder / "writer"):
+                with file_lock(self.folder / "writer"):
                     if self.status is None:  # it was killed
                         self.client.set_terminated(self.run_id, "KILLED")
                     shutil.rmtree(self.folder)
@@ -189,7 +189,7 @@ def sync() -> int:
     """Delivers all records that no other process delivers; gives how many could not be."""
     todo = records()
     if not todo:
-        say("MLflow has everything")
+        echo("MLflow has everything")
         return 0
     try:
         store = Store()
@@ -199,15 +199,15 @@ def sync() -> int:
     failures = 0
     for folder in todo:
         try:
-            with hold(folder / "writer", what=folder.name):  # it is not being written
+            with file_lock(folder / "writer", what=folder.name):  # it is not being written
                 pass
-            with hold(folder / "lock", what=folder.name):
+            with file_lock(folder / "lock", what=folder.name):
                 mirror = Mirror(folder, store)
                 mirror.deliver()
             mirror.close()
-            say(f"{folder.name}: delivered")
+            echo(f"{folder.name}: delivered")
         except BusyError as error:
-            say(str(error))
+            echo(str(error))
         except Exception as error:
             failures += 1
             warn(f"{folder.name}: {describe(error)}")
@@ -223,7 +223,7 @@ def follow(folder: Path) -> int:
     store: Store | None = None
     mirror: Mirror | None = None
     monitor: Any = None
-    with hold(folder / "lock", wait_s=PREPARATION_PATIENCE_S):
+    with file_lock(folder / "lock", wait_s=PREPARATION_PATIENCE_S):
         while not is_last:
             is_last = stage_ended.is_set()
             try:
@@ -265,7 +265,7 @@ def _deliver_older(folder: Path, store: Store) -> None:
     for older in records(folder.name.partition(".")[0]):
         if older != folder:
             try:
-                with hold(older / "lock"):
+                with file_lock(older / "lock"):
                     mirror = Mirror(older, store)
                     mirror.deliver()
                 mirror.close()
@@ -304,7 +304,7 @@ def _tell(**message: Any) -> None:
 
 def describe(error: Exception) -> str:
     """An error in one line, without secrets."""
-    return redacted(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
+    return redact_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
 
 
 def main() -> int:

@@ -2,22 +2,22 @@
 
 from tqdm import tqdm
 
-from gpt2 import data
+from gpt2.data import token_files
 from stages import paths
 from stages.params import load_params
-from stages.process import Stop, run_stage, say
+from stages.process import StopSignal, echo, run_stage
 
 
-def main(stop: Stop) -> None:
+def main(stop: StopSignal) -> None:
     """Tokenizes, and says how long the splits are."""
     config = load_params(paths.PARAMS).tokenize
     size = paths.CORPUS.stat().st_size
     with tqdm(desc="tokenizing", total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        meta = data.write_tokens(
-            paths.CORPUS, paths.TOKENS, config.validation_fraction, progress=stop.watched(bar.update)
+        meta = token_files.write_tokens(
+            paths.CORPUS, paths.TOKENS, config.validation_fraction, progress=stop.wrap(bar.update)
         )
     train, val = meta["splits"]["train"], meta["splits"]["val"]
-    say(f"{paths.TOKENS}: {train['tokens']:,} training and {val['tokens']:,} validation tokens")
+    echo(f"{paths.TOKENS}: {train['tokens']:,} training and {val['tokens']:,} validation tokens")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.errors import BusyError, FileError, Interrupted
-from gpt2.files import Lines, hold, write_json
+from gpt2.files import JsonLines, file_lock, write_json
 from stages import paths
 from stages.params import Params
-from stages.process import Stop, redacted, warn
+from stages.process import StopSignal, redact_secrets, warn
 
 CODE = Path(__file__).absolute().parents[1]
 MAX_PARAM_CHARACTERS = 6000
@@ -41,7 +41,7 @@ LATER = "`python -m stages.sync` brings it there later; the results are in repor
 
 
 @dataclass(frozen=True)
-class RunNames:
+class RunIds:
     """What a pipeline run is called: by us, and by MLflow (None if MLflow was not there)."""
 
     run_id: str
@@ -51,11 +51,11 @@ class RunNames:
 class Run:
     """A record that grows. What goes wrong with it, or with MLflow, is one warning."""
 
-    def __init__(self, names: RunNames, stop: Stop) -> None:
+    def __init__(self, ids: RunIds, stop: StopSignal) -> None:
         self._stop = stop
-        self.run_id, self.mlflow_run_id = names.run_id, names.mlflow_run_id
+        self.run_id, self.mlflow_run_id = ids.run_id, ids.mlflow_run_id
         self._found_id: str | None = None
-        self._events: Lines | None = None
+        self._events: JsonLines | None = None
         self._folder: Path | None = None
         self._mirror: subprocess.Popen[bytes] | None = None
         self._unread = b""
@@ -69,11 +69,11 @@ class Run:
         """Starts the record, and the process that follows it."""
         try:
             outbox = paths.outbox()
-            with hold(outbox / "lock", wait_s=PATIENCE_S):
+            with file_lock(outbox / "lock", wait_s=PATIENCE_S):
                 self._folder = outbox / f"{self.run_id}.{stage}"
-                self._held.enter_context(hold(self._folder / "writer"))
+                self._held.enter_context(file_lock(self._folder / "writer"))
                 write_json(self._folder / "record.json", record)
-                self._events = Lines(self._folder / "events.jsonl", events)
+                self._events = JsonLines(self._folder / "events.jsonl", events)
             self._mirror = subprocess.Popen(
                 [sys.executable, "-m", "stages.sync", "--follow", self._folder.name],
                 stdin=subprocess.PIPE,
@@ -113,7 +113,7 @@ class Run:
 
     def tags(self, values: dict[str, str]) -> None:
         """Sets tags."""
-        self._append({"tags": {key: redacted(str(value)) for key, value in values.items()}})
+        self._append({"tags": {key: redact_secrets(str(value)) for key, value in values.items()}})
 
     def files(self, files: list[Path], folder: str) -> None:
         """Copies files into a folder of the run's artifacts."""
@@ -130,10 +130,10 @@ class Run:
         for file in files:
             self._append({"artifact": file.name, "folder": folder})
 
-    def names(self) -> RunNames:
+    def ids(self) -> RunIds:
         """What the run is called; waits a little for MLflow's name."""
         self._wait(lambda: self._found_id is not None or self._failure is not None)
-        return RunNames(self.run_id, self._found_id or self.mlflow_run_id)
+        return RunIds(self.run_id, self._found_id or self.mlflow_run_id)
 
     def end(self, status: str) -> None:
         """The last event. Waits a little until MLflow has everything, unless the stage was interrupted."""
@@ -191,35 +191,35 @@ def metrics_event(step: int, values: dict[str, float | None]) -> dict[str, Any]:
     return {"step": step, "metrics": finite}
 
 
-def read_names() -> RunNames:
+def read_run_ids() -> RunIds:
     """The run that trained the model."""
     try:
         content = json.loads(paths.RUN.read_text(encoding="utf-8"))
         mlflow_run_id = content["mlflow_run_id"]
-        return RunNames(str(content["run_id"]), None if mlflow_run_id is None else str(mlflow_run_id))
+        return RunIds(str(content["run_id"]), None if mlflow_run_id is None else str(mlflow_run_id))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileError(f"cannot read {paths.RUN} ({error!r}); run the train stage again") from None
 
 
-def new_names() -> RunNames:
+def new_run_ids() -> RunIds:
     """Those of a new run."""
-    return RunNames(uuid.uuid4().hex, None)
+    return RunIds(uuid.uuid4().hex, None)
 
 
 @contextmanager
-def open_run(
+def start_run(
     params: Params,
     stage: str,
-    names: RunNames,
-    stop: Stop,
+    ids: RunIds,
+    stop: StopSignal,
     *,
     events: list[dict[str, Any]] | None = None,
     system_metrics: bool = False,
 ) -> Iterator[Run]:
     """The record of a stage. events: of earlier sessions of it, which MLflow may have or not."""
-    run = Run(names, stop)
+    run = Run(ids, stop)
     record = {
-        **asdict(names),
+        **asdict(ids),
         "stage": stage,
         "began_ms": int(time.time() * 1000),
         "name": os.environ.get("DVC_EXP_NAME"),
@@ -242,7 +242,7 @@ def open_run(
 def flatten(params: Params) -> dict[str, str]:
     """params.yaml as MLflow's params, `section.key`; without `runtime`, which does not decide the results."""
     return {
-        f"{section}.{key}": redacted(str(value))[:MAX_PARAM_CHARACTERS]
+        f"{section}.{key}": redact_secrets(str(value))[:MAX_PARAM_CHARACTERS]
         for section, values in asdict(params).items()
         if section != "runtime"
         for key, value in values.items()

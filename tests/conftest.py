@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gpt2.config import GPTConfig, TrainConfig
-from gpt2.model import GPT
+from gpt2.model.transformer import GPT
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job, and so in all that tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -25,7 +25,7 @@ TINY_TRAIN = TrainConfig(
     seed=7,
     batch_size=4,
     sequence_length=16,
-    accumulation_steps=2,
+    gradient_accumulation_steps=2,
     max_steps=6,
     optimizer="adamw",
     learning_rate=1e-2,
@@ -86,7 +86,7 @@ def train_config() -> Callable[..., TrainConfig]:
 @pytest.fixture
 def tokens(tmp_path: Path, text: str) -> Path:
     """A folder with the token files of our text."""
-    from gpt2.data import write_tokens
+    from gpt2.data.token_files import write_tokens
 
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(text)
@@ -103,10 +103,10 @@ class NeverStops:
     def check(self) -> None:
         pass
 
-    def nothing_to_lose(self) -> Any:
+    def exit_immediately(self) -> Any:
         return nullcontext()
 
-    def watched(self, progress: Any) -> Any:
+    def wrap(self, progress: Any) -> Any:
         return progress
 
 

@@ -9,7 +9,7 @@ from tests.conftest import TINY
 
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
-    monkeypatch.setattr("gpt2.device.prepare", lambda device: None)  # it changes how this process takes memory
+    monkeypatch.setattr("gpt2.device.configure_device", lambda device: None)  # it changes how this process takes memory
     monkeypatch.setitem(PRESETS, "gpt2", TINY)
     generate.prepare(tmp_path)
     return tmp_path

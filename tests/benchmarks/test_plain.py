@@ -3,7 +3,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain import PlainGPT, products_alone
-from gpt2.model import GPT, GPTConfig
+from gpt2.model.transformer import GPT, GPTConfig
 
 CONFIG = GPTConfig(block_size=16, vocab_size=96, n_layer=2, n_head=2, n_embd=32)
 

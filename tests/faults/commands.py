@@ -25,7 +25,7 @@ SHIM = Path(__file__).parent / "shim"
 NUMBERS = ("step", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens")
 PLAIN = [sys.executable, "-m", "stages.train"]
 THROUGH_DVC = ["dvc", "repro", "--single-item", "train"]
-QUICK = {"max_steps": 30, "eval_interval": 10, "accumulation_steps": 2}
+QUICK = {"max_steps": 30, "eval_interval": 10, "gradient_accumulation_steps": 2}
 RUNTIME = {"checkpoint_interval": 3, "log_interval": 1, "precision": "fp32", "compile": "never"}
 
 
@@ -119,14 +119,14 @@ def finish(project: Project, command: list[str]) -> str | None:
 
 
 PHASES = {
-    "import": ("train", "gpt2.trainer::1"),
-    "data": ("train", "gpt2.data:open_tokens:2"),
-    "step": ("train", "gpt2.optim:Optimizer.step:7"),
-    "accumulation": ("train", "gpt2.compute:Compute.loss:8"),
-    "evaluation": ("train", "gpt2.data:windows:1"),
-    "saving": ("train", "gpt2.files:publish:3"),
+    "import": ("train", "gpt2.training.trainer::1"),
+    "data": ("train", "gpt2.data.token_files:open_tokens:2"),
+    "step": ("train", "gpt2.training.optimizers:Optimizer.step:7"),
+    "accumulation": ("train", "gpt2.training.mixed_precision:MixedPrecisionModel.loss:8"),
+    "evaluation": ("train", "gpt2.data.sampler:windows:1"),
+    "saving": ("train", "gpt2.files:write_folder:3"),
     "flushing": ("train", "stages.tracking:Run.end:1"),
-    "sampling": ("evaluate", "gpt2.generation:context_start:9"),
+    "sampling": ("evaluate", "gpt2.inference.kv_cache:window_start:9"),
 }
 PATIENCE_S = 30.0
 """For a test, on a machine that does other things too; `make soak` holds the stages to less."""

@@ -5,9 +5,9 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from gpt2.checkpoint import CHECKPOINT_FILE
 from gpt2.errors import FileError
 from gpt2.files import MANIFEST_FILE
+from gpt2.training.checkpoints import CHECKPOINT_FILE
 from tests.faults.result import Result
 from tests.faults.small import Session
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from gpt2 import corpus, data, tokenizer
+from gpt2 import tokenizer
+from gpt2.data import corpus, token_files
 from gpt2.errors import GPT2Error
 from stages.params import Params, load_params
 from tests.conftest import ROOT, our_text
@@ -83,7 +84,7 @@ def corpus_problem(case: Path, source: Path, content: bytes) -> str | None:
 
     def read() -> None:
         corpus.write_corpus(str(source), case / "corpus.txt", downloads=case, roots=[case])
-        data.write_tokens(case / "corpus.txt", case / "tokens", 0.1)
+        token_files.write_tokens(case / "corpus.txt", case / "tokens", 0.1)
 
     if problem := problem_of(read):
         return f"{content[:80]!r}: {problem}"
@@ -94,7 +95,7 @@ def corpus_problem(case: Path, source: Path, content: bytes) -> str | None:
     text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     if (case / "corpus.txt").read_bytes().decode() != text:
         return f"{content[:80]!r}: another text"
-    ids = [int(token) for split in ("train", "val") for token in data.open_tokens(case / "tokens", split)]
+    ids = [int(token) for split in ("train", "val") for token in token_files.open_tokens(case / "tokens", split)]
     return None if tokenizer.decode(ids) == text else f"{content[:80]!r}: decode(encode(x)) != x"
 
 

@@ -1,4 +1,4 @@
-"""A small training run with the real loop, hooks and checkpoints, each session of it in a forked process."""
+"""A small training run with the real loop, callbacks and checkpoints, each session of it in a forked process."""
 
 import hashlib
 import json
@@ -8,27 +8,29 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
 from gpt2 import files
-from gpt2.checkpoint import CheckpointStore
-from gpt2.compute import Compute
 from gpt2.config import GPTConfig
-from gpt2.data import Sampler
+from gpt2.data.sampler import Sampler
 from gpt2.errors import GPT2Error
-from gpt2.evaluation import validation_loss
-from gpt2.model import GPT
-from gpt2.optim import Optimizer
-from gpt2.trainer import TrainState, restore, train
-from stages.hooks import StageHooks
+from gpt2.model.transformer import GPT
+from gpt2.training.checkpoints import CheckpointStore
+from gpt2.training.mixed_precision import MixedPrecisionModel
+from gpt2.training.optimizers import Optimizer
+from gpt2.training.state import TrainState, restore_checkpoint
+from gpt2.training.trainer import Trainer
+from gpt2.training.validation import validation_loss
+from stages.callbacks import StageCallbacks
 from tests.conftest import TINY_TRAIN, NeverStops
 
 CONFIG = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
-TRAIN = replace(TINY_TRAIN, batch_size=2, sequence_length=8, max_steps=5, eval_interval=2, accumulation_steps=1)
+TRAIN = replace(
+    TINY_TRAIN, batch_size=2, sequence_length=8, max_steps=5, eval_interval=2, gradient_accumulation_steps=1
+)
 TOKENS = np.random.default_rng(0).integers(0, 64, 400).astype(np.uint16)
 NUMBERS = ("step", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens")
 """The columns of the history that do not depend on the clock."""
@@ -55,19 +57,18 @@ class Session:
         self.store = CheckpointStore(folder)
         self.model = GPT(CONFIG)
         self.optimizer = Optimizer(self.model, self.config)
-        self.compute = Compute(self.model, precision)
+        self.compute = MixedPrecisionModel(self.model, precision)
         content = self.store.load_newest(self.warnings.append)
         if content is None:
-            self.state = TrainState.begin(precision, self.config.batch_size)
+            self.state = TrainState.initial(precision, self.config.batch_size)
         else:
-            self.state = restore(content, self.model, self.optimizer)
+            self.state = restore_checkpoint(content, self.model, self.optimizer)
 
     def train(self, stop: Any = None) -> bool:
         """Returns whether the run is complete."""
-        params = SimpleNamespace(train=self.config)
-        hooks = StageHooks(params, self.store, NoRun(), self.model, self.optimizer, stop or NeverStops(), self.state)
-        hooks.warn = self.warnings.append
-        hooks._say = lambda _: None
+        callbacks = StageCallbacks(self.store, NoRun(), stop or NeverStops(), self.state, self.config.max_steps)
+        callbacks.warn = self.warnings.append
+        callbacks._print = lambda _: None
 
         def validate(batch_size: int, progress: Any) -> float:
             return validation_loss(
@@ -75,19 +76,19 @@ class Session:
             )
 
         try:
-            return train(
+            return Trainer(
                 self.compute,
                 self.optimizer,
                 Sampler(TOKENS, self.config),
                 validate,
                 self.config,
                 self.state,
-                hooks,
+                callbacks,
                 log_interval=1,
                 checkpoint_interval=self.interval,
-            )
+            ).train()
         finally:
-            hooks.close()
+            callbacks.close()
 
     def outcome(self) -> dict[str, Any]:
         """What two runs that are the same have in common, to the bit."""

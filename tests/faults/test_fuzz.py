@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2 import corpus, data, tokenizer
+from gpt2 import tokenizer
+from gpt2.data import corpus, token_files
 from gpt2.errors import FileError, UserError
 from tests.faults.fuzz import corpora, params_files
 
@@ -36,7 +37,7 @@ def write(tmp_path, source):
 @pytest.mark.parametrize("text", ["a" * 1_000_000, "word " * 1_000_000, " " * 1_000_000 + "x"])
 def test_a_long_line_is_tokenized_in_memory_for_a_part_of_it(tmp_path, text):
     (tmp_path / "corpus.txt").write_text(text)
-    meta = data.write_tokens(tmp_path / "corpus.txt", tmp_path / "tokens", 0.1)
+    meta = token_files.write_tokens(tmp_path / "corpus.txt", tmp_path / "tokens", 0.1)
     assert sum(split["bytes"] for split in meta["splits"].values()) == len(text)
 
 
@@ -73,9 +74,9 @@ def test_partial_token_files_are_refused(tokens):
     for damaged in (whole[:-2], whole[: len(whole) // 2], b"", whole[:100] + b"\1" + whole[101:], whole + b"\0\0"):
         path.write_bytes(damaged)
         with pytest.raises(FileError, match="run the tokenize stage again"):
-            data.open_tokens(tokens, "train")
+            token_files.open_tokens(tokens, "train")
     path.write_bytes(whole)
     for meta in ("", "{}", "[]", '{"splits": {"train": 3}}', '{"splits": null}'):
         (tokens / "meta.json").write_text(meta)
         with pytest.raises(FileError, match="run the tokenize stage again"):
-            data.open_tokens(tokens, "train")
+            token_files.open_tokens(tokens, "train")

@@ -13,9 +13,10 @@ import zipfile
 import pytest
 import torch
 
-from gpt2.checkpoint import CHECKPOINT_FILE, CheckpointStore, load_model
 from gpt2.errors import GPT2Error
-from gpt2.files import publish
+from gpt2.files import write_folder
+from gpt2.model.storage import load_folder
+from gpt2.training.checkpoints import CHECKPOINT_FILE, CheckpointStore
 from space.model_files import load_model as load_space_model
 from tests.conftest import TINY
 
@@ -103,7 +104,7 @@ def test_the_payloads_are_live(tmp_path):
 def test_a_checkpoint_of_anybody_runs_nothing(hostile, tmp_path):
     folder = tmp_path / "run/step-000001"
     folder.parent.mkdir()
-    publish(folder, {CHECKPOINT_FILE: lambda file: file.write(hostile)}, {"step": 1})
+    write_folder(folder, {CHECKPOINT_FILE: lambda file: file.write(hostile)}, {"step": 1})
     with pytest.raises(GPT2Error, match=r"^[^\n]+$"):
         CheckpointStore(folder.parent).load(1)
 
@@ -112,7 +113,7 @@ def test_a_model_of_anybody_runs_nothing(hostile, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(hostile)
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
     with pytest.raises(GPT2Error):
-        load_model(tmp_path)
+        load_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gpt_model.pt", "gpt_config.pt"])

@@ -52,4 +52,4 @@ def test_warm_up_and_learning_rates_must_fit(train_config):
 
 
 def test_step_tokens_counts_all_micro_batches(train_config):
-    assert train_config().step_tokens == 4 * 2 * 16
+    assert train_config().tokens_per_step == 4 * 2 * 16

@@ -8,17 +8,17 @@ import pytest
 
 from gpt2.errors import BusyError, FileError
 from gpt2.files import (
-    Lines,
+    JsonLines,
+    atomic_save,
     atomic_write,
-    check_published,
-    discard,
-    hold,
-    publish,
-    read_lines,
+    delete_folder,
+    file_lock,
+    read_json_lines,
     sha256_of,
+    verify_folder,
+    write_folder,
     write_json,
     write_text,
-    write_with,
 )
 from tests.conftest import ROOT
 
@@ -51,7 +51,7 @@ def test_write_with_keeps_the_old_file_if_saving_fails(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_with(path, fail)
+        atomic_save(path, fail)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["picture.png"]
 
@@ -72,18 +72,18 @@ def test_sha256_of_a_known_text(tmp_path):
 
 def test_a_lock_names_its_holder_and_goes_with_it(tmp_path):
     program = (
-        "import sys, pathlib; from gpt2.files import hold\n"
-        f"with hold(pathlib.Path({str(tmp_path / 'lock')!r})):\n print('held', flush=True); sys.stdin.read()"
+        "import sys, pathlib; from gpt2.files import file_lock\n"
+        f"with file_lock(pathlib.Path({str(tmp_path / 'lock')!r})):\n print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(BusyError, match=f"process {holder.pid} on"), hold(tmp_path / "lock"):
+        with pytest.raises(BusyError, match=f"process {holder.pid} on"), file_lock(tmp_path / "lock"):
             pass
         holder.kill()
         holder.wait()
-    with hold(tmp_path / "lock"):
+    with file_lock(tmp_path / "lock"):
         pass
 
 
@@ -97,58 +97,61 @@ def test_what_a_killed_process_had_begun_is_removed(tmp_path):
 
 def test_a_published_folder_is_whole_and_its_sums_are_checked(tmp_path):
     folder = tmp_path / "new/folder"
-    publish(folder, {"a": lambda file: file.write(b"abc"), "b": lambda file: file.write(b"")}, {"step": 3})
-    manifest = check_published(folder)
+    write_folder(folder, {"a": lambda file: file.write(b"abc"), "b": lambda file: file.write(b"")}, {"step": 3})
+    manifest = verify_folder(folder)
     assert manifest["step"] == 3
     assert manifest["sha256"]["a"] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sorted(os.listdir(folder)) == ["a", "b", "manifest.json"]
     with pytest.raises(FileExistsError):
-        publish(folder, {"a": lambda file: file.write(b"other")}, {})
-    assert check_published(folder) == manifest
+        write_folder(folder, {"a": lambda file: file.write(b"other")}, {})
+    assert verify_folder(folder) == manifest
     (folder / "a").write_bytes(b"abd")
     with pytest.raises(FileError, match="a is damaged: its SHA-256 is not the manifest's"):
-        check_published(folder)
+        verify_folder(folder)
     (folder / "a").unlink()
     with pytest.raises(FileError, match="cannot read"):
-        check_published(folder)
+        verify_folder(folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(FileError, match="incomplete"):
-        check_published(folder)
-    discard(folder)
-    discard(folder)
+        verify_folder(folder)
+    delete_folder(folder)
+    delete_folder(folder)
     assert not folder.exists()
 
 
 def test_a_manifest_that_means_the_same_and_is_not_as_written_is_damaged(tmp_path):
-    publish(tmp_path / "folder", {}, {"step": 3})
+    write_folder(tmp_path / "folder", {}, {"step": 3})
     path = tmp_path / "folder/manifest.json"
     path.write_text(path.read_text().replace("\n", ""))
     with pytest.raises(FileError, match="not as it was written"):
-        check_published(tmp_path / "folder")
+        verify_folder(tmp_path / "folder")
 
 
 def test_lines_are_there_at_once_and_a_cut_one_is_left_out(tmp_path):
     path = tmp_path / "lines.jsonl"
-    lines = Lines(path, [{"step": 1}])
+    lines = JsonLines(path, [{"step": 1}])
     lines.append({"step": 2, "text": "é\u2028\r\n"})
-    found, offset = read_lines(path)
+    found, offset = read_json_lines(path)
     assert found == [{"step": 1}, {"step": 2, "text": "é\u2028\r\n"}]
     with path.open("a") as file:
         file.write('{"step": 3')
-    assert read_lines(path, offset) == ([], offset)
+    assert read_json_lines(path, offset) == ([], offset)
     lines.append({})
     lines.close()
-    Lines(path, [{"step": 9}]).close()  # anew
-    assert read_lines(path)[0] == [{"step": 9}]
+    JsonLines(path, [{"step": 9}]).close()  # anew
+    assert read_json_lines(path)[0] == [{"step": 9}]
 
 
 def test_a_lock_is_waited_for(tmp_path):
-    with hold(tmp_path / "lock"):
-        with pytest.raises(BusyError, match=r"^my run is in use by process"), hold(tmp_path / "lock", what="my run"):
+    with file_lock(tmp_path / "lock"):
+        with (
+            pytest.raises(BusyError, match=r"^my run is in use by process"),
+            file_lock(tmp_path / "lock", what="my run"),
+        ):
             pass
         started_s = time.monotonic()
-        with pytest.raises(BusyError), hold(tmp_path / "lock", wait_s=0.3):
+        with pytest.raises(BusyError), file_lock(tmp_path / "lock", wait_s=0.3):
             pass
         assert time.monotonic() - started_s >= 0.3
-    with hold(tmp_path / "lock", wait_s=5):
+    with file_lock(tmp_path / "lock", wait_s=5):
         pass

@@ -5,11 +5,11 @@ import sys
 import pytest
 
 from gpt2.__main__ import main
-from gpt2.checkpoint import save_weights
 from gpt2.config import PRESETS
-from gpt2.exchange import write_hugging_face
 from gpt2.files import write_json
+from gpt2.hub.export import save_pretrained
 from gpt2.memory import MACHINES, largest_batch
+from gpt2.model.storage import save_weights
 from tests.conftest import ROOT, TINY
 
 
@@ -33,7 +33,7 @@ def test_help_needs_no_torch():
 
 def test_generate_continues_the_prompt(model_folder, capsys):
     arguments = ["generate", "--model", model_folder, "--max-new-tokens", "12", "--prompt", "Hello world"]
-    arguments += ["--format", "fp32"]
+    arguments += ["--dtype", "fp32"]
     assert main(arguments) == 0
     first = capsys.readouterr().out
     assert first.startswith("Hello world")
@@ -49,9 +49,9 @@ def test_generate_takes_a_hugging_face_folder_and_standard_input(
 ):
     import io
 
-    write_hugging_face(tiny_model, tmp_path / "hf")
+    save_pretrained(tiny_model, tmp_path / "hf")
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello"))
-    arguments = ["generate", "--format", "fp32", "--max-new-tokens", "9", "--temperature", "0", "--prompt"]
+    arguments = ["generate", "--dtype", "fp32", "--max-new-tokens", "9", "--temperature", "0", "--prompt"]
     assert main([*arguments, "-", "--model", str(tmp_path / "hf")]) == 0
     theirs = capsys.readouterr().out
     assert main([*arguments, "Hello", "--model", model_folder]) == 0
@@ -60,7 +60,7 @@ def test_generate_takes_a_hugging_face_folder_and_standard_input(
 
 @pytest.mark.parametrize("name", ["auto", "fp32", "bf16", "int8"])
 def test_stats_say_the_format_and_how_fast_it_was(model_folder, capsys, name):
-    arguments = ["generate", "--model", model_folder, "--max-new-tokens", "30", "--format", name, "--stats"]
+    arguments = ["generate", "--model", model_folder, "--max-new-tokens", "30", "--dtype", name, "--stats"]
     assert main(arguments) == 0
     pattern = r"(fp32|bf16|int8): first token after \d+ ms, then [\d.]+ tokens/s; \d+ tokens in [\d.]+ s\n"
     told = re.fullmatch(pattern, capsys.readouterr().err)
@@ -69,7 +69,7 @@ def test_stats_say_the_format_and_how_fast_it_was(model_folder, capsys, name):
 
 
 def test_a_text_ends_before_a_stop_string(model_folder, capsys):
-    arguments = ["generate", "--model", model_folder, "--format", "fp32", "--max-new-tokens", "40", "--prompt", "Hello"]
+    arguments = ["generate", "--model", model_folder, "--dtype", "fp32", "--max-new-tokens", "40", "--prompt", "Hello"]
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert main([*arguments, "--stop", text[25:28]]) == 0
@@ -86,7 +86,7 @@ def test_a_text_ends_before_a_stop_string(model_folder, capsys):
         (["--seed", "-1"], "the seed is -1"),
         (["--repetition-penalty", "0"], "repetition_penalty is 0"),
         (["--stop", ""], "a stop string is empty"),
-        (["--context", "0"], "--context is 0"),
+        (["--context-length", "0"], "--context-length is 0"),
     ],
 )
 def test_settings_out_of_range_are_one_line(model_folder, capsys, arguments, told):
@@ -101,6 +101,14 @@ def test_a_missing_model_says_how_to_get_one(tmp_path, capsys):
     assert "dvc repro" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("old", "new"), [("--format", "--dtype"), ("--context", "--context-length")])
+def test_options_of_earlier_versions_are_refused_with_their_new_names(old, new, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(["generate", old, "8"])
+    assert exited.value.code == 2
+    assert f"{old} was renamed to {new}" in capsys.readouterr().err
+
+
 def test_info_of_a_preset(capsys):
     assert main(["info", "--preset", "gpt2"]) == 0
     output = capsys.readouterr().out
@@ -109,7 +117,7 @@ def test_info_of_a_preset(capsys):
     fitting = {line[:22].strip(): line[22:].split() for line in output.splitlines() if "GB  " in line}
     assert list(fitting) == list(MACHINES)
     assert [int(n.replace(",", "")) for n in fitting["GPU, 80 GB"]] == [
-        largest_batch(PRESETS["gpt2"], MACHINES["GPU, 80 GB"], checkpointing=checkpointing, on_cpu=False)
+        largest_batch(PRESETS["gpt2"], MACHINES["GPU, 80 GB"], gradient_checkpointing=checkpointing, on_cpu=False)
         for checkpointing in (False, True)
     ]
 

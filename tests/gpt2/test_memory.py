@@ -3,9 +3,10 @@ import json
 import pytest
 
 from benchmarks.train import CASES
-from gpt2 import loss, memory
+from gpt2 import memory
 from gpt2.config import GPT2_VOCAB_SIZE, PRESETS, GPTConfig
 from gpt2.memory import GIB, largest_batch, training_bytes
+from gpt2.training import loss
 from tests.conftest import ROOT, TINY
 
 MEASURED = json.loads((ROOT / "reports/benchmarks/train.json").read_text())
@@ -15,9 +16,9 @@ MEASURED = json.loads((ROOT / "reports/benchmarks/train.json").read_text())
 @pytest.mark.parametrize(
     ("contender", "options"),
     [
-        ("ours, bf16", {"narrow": True}),
-        ("ours, bf16, gradient checkpointing", {"narrow": True, "checkpointing": True}),
-        ("ours, fp32", {"narrow": False}),
+        ("ours, bf16", {"reduced_precision": True}),
+        ("ours, bf16, gradient checkpointing", {"reduced_precision": True, "gradient_checkpointing": True}),
+        ("ours, fp32", {"reduced_precision": False}),
     ],
 )
 def test_the_estimate_is_near_the_measured_peaks(case, contender, options):
@@ -35,15 +36,17 @@ def test_three_configurations_were_measured():
 def test_the_largest_batch_is_the_largest(checkpointing):
     config = PRESETS["gpt2"]
     for size in (2 * GIB, 14 * GIB, 80 * GIB):
-        n = largest_batch(config, size, checkpointing=checkpointing, on_cpu=False)
-        options = {"narrow": True, "checkpointing": checkpointing, "on_cpu": False}
+        n = largest_batch(config, size, gradient_checkpointing=checkpointing, on_cpu=False)
+        options = {"reduced_precision": True, "gradient_checkpointing": checkpointing, "on_cpu": False}
         assert n == 0 or training_bytes(config, n, 1024, **options) <= size
         assert training_bytes(config, n + 1, 1024, **options) > size
 
 
 def test_checkpointing_takes_less():
     for config in (TINY, *PRESETS.values()):
-        plain, less = (training_bytes(config, 8, 32, narrow=True, checkpointing=c) for c in (False, True))
+        plain, less = (
+            training_bytes(config, 8, 32, reduced_precision=True, gradient_checkpointing=c) for c in (False, True)
+        )
         assert less < plain
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2.config import FORMATS
-from gpt2.exchange import write_space_model
+from gpt2.config import DTYPES
 from gpt2.files import sha256_of
-from gpt2.model import GPT
+from gpt2.hub.export import save_space_model
+from gpt2.model.transformer import GPT
 from space import model_files
 from tests.conftest import ROOT, TINY
 
@@ -36,7 +36,7 @@ FACTS = {
     "bits_per_byte": 2.1,
     "mlflow_run_id": "abc123",
     "git_commit": "0123456789abcdef",
-    "formats": dict.fromkeys(FORMATS, 5.5),
+    "dtype_losses": dict.fromkeys(DTYPES, 5.5),
     "target": "cpu",
 }
 
@@ -51,7 +51,7 @@ def write_manifest(folder, facts):
 def write_space(folder: Path) -> Path:
     """A Space's model files."""
     torch.manual_seed(0)
-    write_space_model(GPT(TINY), folder)
+    save_space_model(GPT(TINY), folder)
     write_manifest(folder, FACTS)
     return folder
 

@@ -11,8 +11,8 @@ import httpx
 import torch
 
 from gpt2.config import PRESETS
-from gpt2.exchange import write_space_model
-from gpt2.model import GPT
+from gpt2.hub.export import save_space_model
+from gpt2.model.transformer import GPT
 from space.page import SLOTS
 from tests.space import visitors
 from tests.space.conftest import FACTS, Server, write_manifest
@@ -35,7 +35,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         torch.manual_seed(0)
-        write_space_model(GPT(PRESETS["gpt2"]), folder)
+        save_space_model(GPT(PRESETS["gpt2"]), folder)
         sizes = PRESETS["gpt2"]
         write_manifest(
             folder, {**FACTS, **sizes.to_dict(), "parameters": sizes.num_parameters(), "context": sizes.block_size}

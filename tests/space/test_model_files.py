@@ -146,7 +146,8 @@ def test_facts_of_another_kind_are_refused(folder, key, value):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"context": 0}, {"formats": {"int8": "x"}}, {"formats": {"int8": float("inf")}}, {"examples": []}]
+    "wrong",
+    [{"context": 0}, {"dtype_losses": {"int8": "x"}}, {"dtype_losses": {"int8": float("inf")}}, {"examples": []}],
 )
 def test_facts_that_cannot_be_are_refused(folder, wrong):
     write_manifest(folder, {**FACTS, **wrong})

@@ -17,8 +17,8 @@ from tests.space.conftest import FACTS, write_manifest
     ],
 )
 def test_int8_is_for_those_whom_it_costs_little(folder, monkeypatch, losses, among):
-    monkeypatch.setattr(page, "choose_format", lambda model, among: among)
-    assert page.writing_format(load_model(folder), {**FACTS, "formats": losses}) == among
+    monkeypatch.setattr(page, "fastest_dtype", lambda model, among: among)
+    assert page.writing_format(load_model(folder), {**FACTS, "dtype_losses": losses}) == among
 
 
 def test_the_page_says_what_the_model_is(folder):

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from gpt2 import tokenizer
-from gpt2.generation import Token
+from gpt2.inference.request import Token
 from space import view
 from tests.space.conftest import FACTS
 
@@ -13,7 +13,7 @@ def test_nothing_that_was_written_is_markup():
     evil = "<img src=x onerror=alert(1)>\"'&"
     ids = tokenizer.encode(evil)
     tokens = [Token(i, tokenizer.decode([i]), -1.0, ((i, -1.0),)) for i in ids]
-    html = view.coloured([tokens])
+    html = view.probabilities_html([tokens])
     assert "<img" not in html
     assert html.count("<span") == len(ids)
     assert "onerror=" not in html.replace("onerror=alert", "") or "&lt;" in html
@@ -22,7 +22,7 @@ def test_nothing_that_was_written_is_markup():
 
 def test_the_less_likely_the_stronger_the_colour():
     tokens = [Token(i, "x", math.log(p)) for i, p in ((1, 1.0), (2, 0.5), (3, 0.01), (4, 1e-9))]
-    html = view.coloured([tokens])
+    html = view.probabilities_html([tokens])
     strengths = [int(part.split('"')[0]) for part in html.split("--surprise:")[1:]]
     assert strengths == sorted(strengths)
     assert (strengths[0], strengths[-1]) == (0, 70)
@@ -31,7 +31,7 @@ def test_the_less_likely_the_stronger_the_colour():
 def test_alternatives_are_told_with_their_probabilities():
     (war,), (the,) = tokenizer.encode(" war"), tokenizer.encode(" the")
     end = (tokenizer.END_OF_TEXT, math.log(0.0005))
-    html = view.coloured([[Token(war, " war", math.log(0.004), ((the, math.log(0.18)), end))]])
+    html = view.probabilities_html([[Token(war, " war", math.log(0.004), ((the, math.log(0.18)), end))]])
     assert "␣war: 0.4 %" in html
     assert "18 %  ␣the" in html
     assert "under 0.1 %  (end of the text)" in html
@@ -39,13 +39,13 @@ def test_alternatives_are_told_with_their_probabilities():
 
 def test_samples_have_headings_if_there_are_several():
     token = Token(5, "a", -1.0)
-    assert "Text 2" in view.coloured([[token], [token]])
-    assert "Text 1" not in view.coloured([[token]])
-    assert view.coloured([[], []]) == ""
+    assert "Text 2" in view.probabilities_html([[token], [token]])
+    assert "Text 1" not in view.probabilities_html([[token]])
+    assert view.probabilities_html([[], []]) == ""
 
 
 def test_the_facts_stand_in_the_table_and_are_no_markup(tmp_path):
-    html = view.describe({**FACTS, "corpus": "<b>bold</b>", "fallback_reason": "<i>"}, "int8", tmp_path)
+    html = view.model_table({**FACTS, "corpus": "<b>bold</b>", "fallback_reason": "<i>"}, "int8", tmp_path)
     for fact in (f"{FACTS['parameters']:,}", "12,345", "5.5 nats", "abc123", "0123456789ab", "int8, loss 5.5000"):
         assert fact in html
     assert "<b>bold" not in html
@@ -56,9 +56,9 @@ def test_the_facts_stand_in_the_table_and_are_no_markup(tmp_path):
 def test_only_a_picture_is_shown_as_one(tmp_path, content, shown):
     if content is not None:
         (tmp_path / view.LOSS_CURVE).write_bytes(content)
-    assert ("<img" in view.describe(FACTS, "fp32", tmp_path)) == shown
+    assert ("<img" in view.model_table(FACTS, "fp32", tmp_path)) == shown
     if shown:
-        assert base64.b64encode(content).decode() in view.describe(FACTS, "fp32", tmp_path)
+        assert base64.b64encode(content).decode() in view.model_table(FACTS, "fp32", tmp_path)
 
 
 def test_a_link_holds_the_settings():

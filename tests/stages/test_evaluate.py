@@ -25,9 +25,3 @@ def test_the_passage_is_from_the_middle():
     tokens = np.arange(100, dtype=np.uint16)
     assert evaluate.middle(tokens, 10).tolist() == list(range(45, 55))
     assert evaluate.middle(tokens, 1000).tolist() == list(range(100))
-
-
-def test_each_prompt_has_a_sample_of_its_own(params, tiny_model, never_stops):
-    samples = evaluate.draw_samples(params.evaluate, tiny_model, ["a", "a", ""], 16, never_stops)
-    assert len(samples) == len(set(samples)) == 3
-    assert evaluate.draw_samples(params.evaluate, tiny_model, ["a", "a", ""], 16, never_stops) == samples

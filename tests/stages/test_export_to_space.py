@@ -5,10 +5,10 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from gpt2.checkpoint import save_weights
-from gpt2.data import write_tokens
+from gpt2.data.token_files import write_tokens
 from gpt2.errors import FileError
 from gpt2.files import write_json
+from gpt2.model.storage import save_weights
 from stages import export_to_space, paths
 from stages.params import load_params
 from tests.conftest import ROOT, TINY, our_text
@@ -51,11 +51,11 @@ def test_both_folders_are_written_and_checked(trained, capsys, never_stops):
     assert manifest["model"]["examples"] == ["The miller"]
     assert manifest["model"]["validation_loss"] == 5.4322
     assert manifest["model"]["corpus_source"] == "mine.txt"
-    assert set(manifest["sha256"]) >= {"gpt_model.pt", "gpt_config.pt", "app.py", "gpt2/model.py"}
+    assert set(manifest["sha256"]) >= {"gpt_model.pt", "gpt_config.pt", "app.py", "gpt2/model/transformer.py"}
     card = (paths.SPACE / "README.md").read_text()
     assert "5.4322 nats per token" in card
     assert "/home/me" not in card
-    losses = manifest["model"]["formats"]
+    losses = manifest["model"]["dtype_losses"]
     assert set(losses) == {"fp32", "bf16", "int8"}
     assert losses["int8"] == pytest.approx(losses["fp32"], rel=5e-3)
     assert losses["int8"] != losses["fp32"]
@@ -74,18 +74,18 @@ def test_a_page_that_cannot_load_its_model_fails_the_stage(trained, monkeypatch,
         torch.save(TINY.to_dict(), folder / "gpt_config.pt")
         torch.save({"transformer.wte.weight": torch.zeros(3)}, folder / "gpt_model.pt")
 
-    monkeypatch.setattr("gpt2.exchange.write_space_model", write_other)
+    monkeypatch.setattr("gpt2.hub.export.save_space_model", write_other)
     with pytest.raises(FileError, match=r"dist/space cannot be loaded: gpt2\.errors\.FileError: The model cannot be"):
         export_to_space.export(trained, None, never_stops)
 
 
 def test_other_weights_fail_the_stage(trained, monkeypatch, never_stops):
-    from gpt2 import exchange
-    from gpt2.model import GPT
+    from gpt2.hub import export
+    from gpt2.model.transformer import GPT
 
-    right = exchange.write_hugging_face
+    right = export.save_pretrained
     torch.manual_seed(1)
-    monkeypatch.setattr(exchange, "write_hugging_face", lambda _, folder: right(GPT(TINY), folder))
+    monkeypatch.setattr(export, "save_pretrained", lambda _, folder: right(GPT(TINY), folder))
     with pytest.raises(FileError, match="dist/hf gives other logits than the trained model"):
         export_to_space.export(trained, None, never_stops)
 
@@ -133,7 +133,7 @@ def test_a_fallback_stands_on_the_card():
         "title": 'A "title"',
         "fallback_reason": "cannot download x",
         "parameters": 1_234_567,
-        "formats": {"fp32": 2.0, "int8": 2.001},
+        "dtype_losses": {"fp32": 2.0, "int8": 2.001},
         "target": "cpu",
     }
     card = export_to_space.fill_card("t: {{title}}\n{{heading}} {{parameters}}.{{fallback}}", facts)

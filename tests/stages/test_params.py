@@ -40,7 +40,7 @@ def test_seed_is_the_old_projects_setting():
     params = load_params(ROOT / "presets/seed.yaml")
     train = params.train
     assert params.model.num_parameters() == 124_439_808
-    assert (train.batch_size, train.sequence_length, train.accumulation_steps) == (32, 128, 2)
+    assert (train.batch_size, train.sequence_length, train.gradient_accumulation_steps) == (32, 128, 2)
     assert (train.max_steps, train.warmup_steps, train.eval_interval) == (2500, 50, 250)
     assert (train.learning_rate, train.min_learning_rate) == (3e-4, 3e-5)
     assert (train.optimizer, train.schedule, train.label_smoothing) == ("adamw", "cosine", 0.0)
@@ -51,6 +51,7 @@ def test_seed_is_the_old_projects_setting():
     ("old", "new", "told"),
     [
         ("max_steps: ", "max_step: ", "unknown key train.max_step; did you mean 'max_steps'?"),
+        ("gradient_accumulation_steps: ", "accumulation_steps: ", "was renamed to train.gradient_accumulation_steps"),
         ("  n_layer: 4\n", "", "model.n_layer is missing"),
         ("n_layer: 4", "n_layer: four", "model.n_layer is 'four'; expected an integer"),
         ("n_layer: 4", "n_layer: 4.0", "model.n_layer is 4.0; expected an integer"),

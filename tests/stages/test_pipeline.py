@@ -46,7 +46,7 @@ def test_repro_makes_what_the_stages_promise(project):
     assert names >= {
         "loss.png",
         "space/page.py",
-        "gpt2/engine.py",
+        "gpt2/inference/engine.py",
         "app.py",
         "requirements.txt",
         "README.md",
@@ -64,7 +64,7 @@ def test_repro_makes_what_the_stages_promise(project):
 
 
 def test_checkpoints_have_the_format_of_the_old_project(project):
-    from gpt2.model import GPT
+    from gpt2.model.transformer import GPT
 
     paths = sorted(project.folder.glob("checkpoints/*/step-*/gpt_model_checkpoint.pt"))
     assert paths[-1].parent.name == "step-000012"

@@ -54,7 +54,7 @@ def test_a_signal_does_no_more_than_set_a_flag_that_work_asks(tmp_path, number, 
 
 
 def test_progress_asks_as_well(tmp_path):
-    body = "report = stop.watched(print); report(1); os.kill(os.getpid(), 15); report(2)"
+    body = "report = stop.wrap(print); report(1); os.kill(os.getpid(), 15); report(2)"
     result = run_stage(body, tmp_path)
     assert (result.stdout, result.returncode) == ("1\n", 143)
 
@@ -77,7 +77,7 @@ def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path):
 
 
 def test_a_closed_terminal_does_not_end_the_work(tmp_path):
-    body = "[say('x' * 100) for _ in range(9999)]"
+    body = "[echo('x' * 100) for _ in range(9999)]"
     program = f"from stages.process import *\ndef main(stop):\n    {body}\nrun_stage(main)"
     (tmp_path / "program.py").write_text(program)
     command = f"{sys.executable} program.py 2>&1 >/dev/null | head -1; exit ${{PIPESTATUS[0]}}"
@@ -95,11 +95,11 @@ def test_memory_that_is_not_enough_is_one_line(tmp_path):
 
 
 def test_secrets_are_not_said():
-    from stages.process import redacted
+    from stages.process import redact_secrets
 
     for secret in ("https://me:s3cret@example.org/x.txt", "http://host/a?token=s3cret&x=1", "with hf_s3cretS3CRET"):
-        assert "cret" not in redacted(f"cannot download {secret}: no")
-    assert redacted("https://example.org/plain.txt: 404?") == "https://example.org/plain.txt: 404?"
+        assert "cret" not in redact_secrets(f"cannot download {secret}: no")
+    assert redact_secrets("https://example.org/plain.txt: 404?") == "https://example.org/plain.txt: 404?"
 
 
 def test_two_stages_do_not_run_in_one_folder(tmp_path):

@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 
 from gpt2.errors import Interrupted
-from gpt2.files import Lines, write_json
+from gpt2.files import JsonLines, write_json
 from stages import sync, tracking
 from stages.params import load_params
-from stages.tracking import RunNames
+from stages.tracking import RunIds
 from tests.conftest import ROOT, NeverStops
 
-NAMES = RunNames("a" * 32, None)
+NAMES = RunIds("a" * 32, None)
 STOP = NeverStops()
 
 
@@ -47,16 +47,16 @@ def with_seed(params, seed):
 
 def test_stages_share_one_run_and_other_params_get_a_child(project, params, tmp_path):
     (tmp_path / "report.md").write_text("hello")
-    with tracking.open_run(params, "train", NAMES, STOP) as run:
+    with tracking.start_run(params, "train", NAMES, STOP) as run:
         for step in (10, 20):
             run.metrics(step, {"train/loss": 3.5 - step / 10, "val/loss": None if step == 10 else 2.0})
         run.tags({"model.sha256": "abc"})
-    names = run.names()
+    names = run.ids()
     assert names.run_id == NAMES.run_id
-    with tracking.open_run(params, "evaluate", names, STOP) as later:
+    with tracking.start_run(params, "evaluate", names, STOP) as later:
         later.metrics(0, {"evaluate/loss": 2.5})
         later.files([tmp_path / "report.md"], "reports")
-    assert later.names() == names
+    assert later.ids() == names
 
     found = client(project).get_run(names.mlflow_run_id)
     assert found.info.status == "FINISHED"
@@ -72,30 +72,30 @@ def test_stages_share_one_run_and_other_params_get_a_child(project, params, tmp_
 
     # a run that goes on has no step twice, and the same evaluation again is no news
     earlier = [tracking.metrics_event(step, {"train/loss": 9.0}) for step in (10, 20)]
-    with tracking.open_run(params, "train", names, STOP, events=earlier) as resumed:
+    with tracking.start_run(params, "train", names, STOP, events=earlier) as resumed:
         resumed.metrics(30, {"train/loss": 9.0})
-    with tracking.open_run(params, "evaluate", names, STOP) as again:
+    with tracking.start_run(params, "evaluate", names, STOP) as again:
         again.metrics(0, {"evaluate/loss": 2.5})
     history = client(project).get_metric_history(names.mlflow_run_id, "train/loss")
     assert sorted((m.step, m.value) for m in history) == [(10, 2.5), (20, 1.5), (30, 9.0)]
     assert len(client(project).get_metric_history(names.mlflow_run_id, "evaluate/loss")) == 1
 
-    with tracking.open_run(with_seed(params, 99), "evaluate", names, STOP) as child:
+    with tracking.start_run(with_seed(params, 99), "evaluate", names, STOP) as child:
         child.metrics(0, {"evaluate/loss": 2.4})
-    child_id = child.names().mlflow_run_id
+    child_id = child.ids().mlflow_run_id
     assert child_id != names.mlflow_run_id
     assert client(project).get_run(child_id).data.tags[sync.PARENT_TAG] == names.mlflow_run_id
     assert client(project).get_run(names.mlflow_run_id).data.params["evaluate.seed"] == "1"
-    with tracking.open_run(with_seed(params, 99), "export-to-space", names, STOP) as next_stage:
+    with tracking.start_run(with_seed(params, 99), "export-to-space", names, STOP) as next_stage:
         pass
-    assert next_stage.names().mlflow_run_id == child_id
+    assert next_stage.ids().mlflow_run_id == child_id
 
-    with tracking.open_run(params, "evaluate", RunNames("b" * 32, "0" * 32), STOP) as other:
+    with tracking.start_run(params, "evaluate", RunIds("b" * 32, "0" * 32), STOP) as other:
         pass
-    assert client(project).get_run(other.names().mlflow_run_id).data.tags["continues"] == "0" * 32
+    assert client(project).get_run(other.ids().mlflow_run_id).data.tags["continues"] == "0" * 32
 
-    failed = leave_with(ValueError("x"), params, RunNames("c" * 32, None))
-    assert client(project).get_run(failed.names().mlflow_run_id).info.status == "FAILED"
+    failed = leave_with(ValueError("x"), params, RunIds("c" * 32, None))
+    assert client(project).get_run(failed.ids().mlflow_run_id).info.status == "FAILED"
 
 
 class Stopped(NeverStops):
@@ -105,7 +105,7 @@ class Stopped(NeverStops):
 
 def leave_with(error, params, names, stop=STOP):
     """A run whose stage ends with an error."""
-    with suppress(type(error)), tracking.open_run(params, "train", names, stop) as run:
+    with suppress(type(error)), tracking.start_run(params, "train", names, stop) as run:
         run.metrics(1, {"train/loss": 1.0})
         raise error
     return run
@@ -126,11 +126,11 @@ def test_what_could_not_be_delivered_is_delivered_later(project, params, monkeyp
     (tmp_path / "report.md").write_text("hello")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     started_s = time.monotonic()
-    with tracking.open_run(params, "train", NAMES, STOP) as run:
+    with tracking.start_run(params, "train", NAMES, STOP) as run:
         run.metrics(1, {"train/loss": 1.0})
         run.files([tmp_path / "report.md"], "reports")
     assert time.monotonic() - started_s < tracking.PATIENCE_S + 1
-    assert run.names() == NAMES
+    assert run.ids() == NAMES
     error = capsys.readouterr().err
     assert error.count("WARNING: MLflow does not") == 1
     assert "`python -m stages.sync`" in error
@@ -151,7 +151,7 @@ def test_an_answer_that_is_lost_makes_no_step_twice(project, params, monkeypatch
     folder = project / "mlflow-outbox" / f"{NAMES.run_id}.train"
     record = {"run_id": NAMES.run_id, "mlflow_run_id": None, "stage": "train", "began_ms": 1, "name": None}
     write_json(folder / "record.json", {**record, "params": {}, "tags": {}, "system_metrics": False})
-    Lines(folder / "events.jsonl", [{"step": 1, "metrics": {"train/loss": 2.0}, "time_ms": 1}]).close()
+    JsonLines(folder / "events.jsonl", [{"step": 1, "metrics": {"train/loss": 2.0}, "time_ms": 1}]).close()
     store = sync.Store()
     mirror = sync.Mirror(folder, store)
     log_batch = store.client.log_batch
@@ -179,7 +179,7 @@ def test_sync_says_what_it_cannot_deliver(project, params, monkeypatch, capsys):
 
 def test_a_record_that_cannot_be_written_costs_a_warning(project, params, capsys):
     (project / "mlflow-outbox").write_text("no folder")
-    with tracking.open_run(params, "train", NAMES, STOP) as run:
+    with tracking.start_run(params, "train", NAMES, STOP) as run:
         run.metrics(1, {"train/loss": 1.0})
         run.files([project / "mlflow-outbox"], "reports")
     error = capsys.readouterr().err
@@ -190,7 +190,7 @@ def test_a_record_that_cannot_be_written_costs_a_warning(project, params, capsys
 def test_nothing_secret_is_recorded(project, params, monkeypatch):
     secret = replace(params, corpus=replace(params.corpus, source="https://me:s3cret@example.org/a.txt?key=s3cret"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
-    with tracking.open_run(secret, "train", NAMES, STOP) as run:
+    with tracking.start_run(secret, "train", NAMES, STOP) as run:
         run.tags({"corpus.from": secret.corpus.source})
     files = [path for path in (project / "mlflow-outbox").rglob("*") if path.is_file()]
     assert files
@@ -200,10 +200,10 @@ def test_nothing_secret_is_recorded(project, params, monkeypatch):
 def test_names_are_read_from_the_trained_model(project):
     (project / "models").mkdir()
     (project / "models/run.json").write_text(json.dumps({"run_id": "a", "mlflow_run_id": None}))
-    assert tracking.read_names() == RunNames("a", None)
+    assert tracking.read_run_ids() == RunIds("a", None)
     (project / "models/run.json").write_text("{}")
     with pytest.raises(tracking.FileError, match="run the train stage again"):
-        tracking.read_names()
+        tracking.read_run_ids()
 
 
 def test_tags_name_commit_and_experiment(project, monkeypatch):

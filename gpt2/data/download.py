@@ -1,0 +1,73 @@
+"""Downloads with a pinned SHA-256."""
+
+import http.client
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from gpt2.errors import FileError
+from gpt2.files import atomic_write, sha256_of
+from gpt2.progress import ProgressCallback, no_progress
+
+DOWNLOAD_TIMEOUT_S = 20
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Download:
+    """A corpus on the web. sha256: None for one that we do not know."""
+
+    url: str
+    sha256: str | None
+    licence: str
+
+
+DOWNLOADS = {
+    "tinyshakespeare": Download(
+        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        licence="public domain",
+    ),
+}
+
+
+class DownloadError(FileError):
+    """A text could not be downloaded."""
+
+
+def is_url(source: str) -> bool:
+    """Whether a source is to be downloaded from an address."""
+    return source.startswith(("http://", "https://"))
+
+
+def download_file(download: Download, path: Path, progress: ProgressCallback = no_progress) -> Path:
+    """The downloaded file, at `path`; nothing is downloaded if it lies there already with the right SHA-256.
+
+    An unknown URL is downloaded each time, as its text may have changed. What was cut off never gets the file's name.
+    Raises DownloadError.
+    """
+    if download.sha256 and path.is_file() and sha256_of(path) == download.sha256:
+        return path
+    try:
+        request = urllib.request.Request(download.url, headers={"User-Agent": "gpt2-pipeline"})  # noqa: S310
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT_S) as response:  # noqa: S310 - http(s) only
+            expected = response.headers.get("Content-Length")
+            with atomic_write(path) as file:
+                while data := response.read1(CHUNK_BYTES):
+                    file.write(data)
+                    progress(len(data))
+                _verify_download(file, download, expected)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise DownloadError(f"cannot download {download.url}: {reason}") from None
+    return path
+
+
+def _verify_download(file: IO[bytes], download: Download, expected: str | None) -> None:
+    size = file.tell()
+    if expected is not None and size != int(expected):
+        raise DownloadError(f"cannot download {download.url}: cut off after {size} of {expected} bytes")
+    file.flush()
+    if download.sha256 and (found := sha256_of(Path(file.name))) != download.sha256:
+        raise DownloadError(f"{download.url} has SHA-256 {found}; expected {download.sha256}")

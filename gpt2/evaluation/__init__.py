@@ -1,0 +1,1 @@
+"""Scores and samples of a model. May import `gpt2.model`, `data`, `inference` and the modules at the top."""

@@ -1,0 +1,1 @@
+"""Export and publication for others. May import every other package."""

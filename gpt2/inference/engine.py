@@ -1,0 +1,290 @@
+"""Generation for many requests at once.
+
+The KV cache is allocated once, with a slot for each running sequence. Prefill processes a prompt in one pass; decode
+then extends all running sequences by one token in one pass over the weights. New requests join between two tokens:
+continuous batching (Yu et al., Orca, OSDI 2022).
+"""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gpt2.errors import BusyError, GPT2Error, UserError, one_line
+from gpt2.inference.detokenizer import Detokenizer
+from gpt2.inference.kv_cache import ModelRunner, window_start
+from gpt2.inference.request import Request, Token
+from gpt2.inference.sampling import apply_repetition_penalty, sample_token
+from gpt2.model.transformer import GPT
+
+IDLE_S = 0.5
+
+
+class Completion:
+    """The result of a request. Iterate over it to get its tokens as they are generated.
+
+    arrived_s, started_s: times of time.monotonic(); started_s is None while the request is in the queue.
+    finish_reason: None while it runs; then "length", "end_of_text", "stop", "timeout", "cancelled" or "error".
+    """
+
+    def __init__(self, engine: "Engine", request: Request) -> None:
+        self.request = request
+        self.finish_reason: str | None = None
+        self.error: GPT2Error | None = None
+        self.arrived_s = time.monotonic()
+        self.started_s: float | None = None
+        self._engine = engine
+        self._tokens: deque[Token] = deque()
+
+    def cancel(self) -> None:
+        """Ends it before the next token, and frees its slot. Does nothing if it has ended."""
+        self._engine._cancel(self)
+
+    @property
+    def queue_position(self) -> int:
+        """Number of requests that start before it; -1 if it has started or ended."""
+        return self._engine._queue_position(self)
+
+    def new_tokens(self, timeout_s: float | None = None) -> list[Token]:
+        """The tokens since the last call; waits for at least one, up to timeout_s.
+
+        Empty after the last token, or after the timeout. Raises GPT2Error if generation failed.
+        """
+        return self._engine._new_tokens(self, timeout_s)
+
+    def __iter__(self) -> Iterator[Token]:
+        while tokens := self.new_tokens():
+            yield from tokens
+
+
+class _Sequence:
+    """A running request in a slot of the KV cache."""
+
+    def __init__(self, completion: Completion, slot: int) -> None:
+        request = completion.request
+        self.completion, self.slot, self.request = completion, slot, request
+        self.ids = list(request.prompt)
+        self.window_start = -1  # index in ids of the first cached token; -1 before prefill
+        self.num_generated = 0
+        self.generator = torch.Generator().manual_seed(request.seed)
+        self.detokenizer = Detokenizer(request.stop)
+
+
+class Engine:
+    """Generates text for many requests with one model.
+
+    The thread that waits for a completion does the work, token by token; with `serving_thread`, the thread that calls
+    `serve` does. In a process with several threads, `serve` should run in the thread that used torch before: GNU OpenMP
+    keeps workers for each thread, and when there are more workers than cores they sleep between operations, which
+    doubles the time per token.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        *,
+        context_length: int | None = None,
+        slots: int = 1,
+        max_queue_size: int | None = None,
+        serving_thread: bool = False,
+    ) -> None:
+        """model: as `gpt2.inference.quantization.quantize` returns it. context_length: tokens it attends to.
+
+        slots: maximum batch size. max_queue_size: further requests are refused; None is no limit.
+        """
+        self.model = model.eval()
+        self.context_length = min(context_length or model.config.block_size, model.config.block_size)
+        self.max_queue_size = max_queue_size
+        self.num_generated_tokens = 0
+        self._runner = ModelRunner(model, slots, self.context_length)
+        self._free_slots = list(range(slots))
+        self._waiting: deque[Completion] = deque()
+        self._running: list[_Sequence] = []
+        self._changed = threading.Condition()
+        self._has_serving_thread = serving_thread
+        self._closed = False
+
+    def submit(self, request: Request) -> Completion:
+        """Adds a request to the queue. Raises UserError for unknown token ids, BusyError if the queue is full."""
+        if not all(0 <= token < self.model.config.vocab_size for token in request.prompt):
+            raise UserError("the prompt has tokens that are not in the model's vocabulary")
+        completion = Completion(self, request)
+        with self._changed:
+            if self.max_queue_size is not None and len(self._waiting) - len(self._free_slots) >= self.max_queue_size:
+                raise BusyError(f"{len(self._waiting)} requests are in the queue; try again later")
+            self._waiting.append(completion)
+            self._changed.notify_all()
+        return completion
+
+    def step(self) -> bool:
+        """Generates one token for every running sequence. Returns False if there is nothing to do."""
+        with self._changed:
+            self._end_timed_out()
+            while self._free_slots and self._waiting:
+                started = self._waiting.popleft()
+                started.started_s = time.monotonic()
+                self._running.append(_Sequence(started, self._free_slots.pop(0)))
+            running = list(self._running)
+        if not running:
+            return False
+        try:
+            results = self._compute(running)
+        except Exception as error:
+            with self._changed:
+                for sequence in running:
+                    self._end(sequence.completion, "error", _as_error(error))
+            return True
+        with self._changed:
+            for sequence, result in results:
+                if sequence.completion.finish_reason is None:
+                    if isinstance(result, GPT2Error):
+                        self._end(sequence.completion, "error", result)
+                    else:
+                        self._deliver(sequence, *result)
+            self._changed.notify_all()
+        return True
+
+    @torch.inference_mode()
+    def _compute(
+        self, running: list[_Sequence]
+    ) -> list[tuple[_Sequence, GPT2Error | tuple[int, float, tuple[tuple[int, float], ...]]]]:
+        logits: dict[int, Tensor] = {}
+        decoding = []
+        for sequence in running:
+            start = window_start(len(sequence.ids), self.context_length)
+            if start == sequence.window_start:
+                decoding.append(sequence)
+            else:
+                sequence.window_start = start
+                logits[sequence.slot] = self._runner.prefill(sequence.slot, sequence.ids[start:])
+        if decoding:
+            rows = self._runner.decode(
+                [sequence.slot for sequence in decoding], [sequence.ids[-1] for sequence in decoding]
+            )
+            logits.update(zip((sequence.slot for sequence in decoding), rows, strict=True))
+        return [(sequence, _next_token(sequence, logits[sequence.slot].float().cpu())) for sequence in running]
+
+    def _deliver(
+        self, sequence: _Sequence, token: int, logprob: float, top_logprobs: tuple[tuple[int, float], ...]
+    ) -> None:
+        sequence.num_generated += 1
+        self.num_generated_tokens += 1
+        reason = "length" if sequence.num_generated == sequence.request.max_new_tokens else None
+        if token in sequence.request.stop_token_ids:
+            reason, text = "end_of_text", sequence.detokenizer.flush()
+        else:
+            sequence.ids.append(token)
+            text = sequence.detokenizer.push(token, last=reason is not None)
+        if sequence.detokenizer.stopped:
+            reason = "stop"
+        sequence.completion._tokens.append(Token(token, text, logprob, top_logprobs))
+        if reason:
+            self._end(sequence.completion, reason)
+
+    def _end_timed_out(self) -> None:
+        now_s = time.monotonic()
+        for completion in [*self._waiting, *(sequence.completion for sequence in self._running)]:
+            limit_s = completion.request.timeout_s
+            if limit_s is not None and now_s - completion.arrived_s > limit_s:
+                self._end(completion, "timeout")
+
+    def _end(self, completion: Completion, reason: str, error: GPT2Error | None = None) -> None:
+        if completion.finish_reason is not None:
+            return
+        completion.finish_reason, completion.error = reason, error
+        if completion in self._waiting:
+            self._waiting.remove(completion)
+        for sequence in [sequence for sequence in self._running if sequence.completion is completion]:
+            self._running.remove(sequence)
+            self._free_slots.append(sequence.slot)
+            if reason in ("timeout", "cancelled") and (rest := sequence.detokenizer.flush()) and completion._tokens:
+                last = completion._tokens.pop()
+                completion._tokens.append(Token(last.id, last.text + rest, last.logprob, last.top_logprobs))
+        self._changed.notify_all()
+
+    def _cancel(self, completion: Completion) -> None:
+        with self._changed:
+            self._end(completion, "cancelled")
+
+    def _queue_position(self, completion: Completion) -> int:
+        with self._changed:
+            return self._waiting.index(completion) if completion in self._waiting else -1
+
+    def _new_tokens(self, completion: Completion, timeout_s: float | None) -> list[Token]:
+        deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            with self._changed:
+                if completion._tokens:
+                    taken = list(completion._tokens)
+                    completion._tokens.clear()
+                    return taken
+                if completion.error is not None:
+                    raise completion.error
+                if completion.finish_reason is not None or time.monotonic() >= deadline_s:
+                    return []
+                if self._has_serving_thread:
+                    self._changed.wait(min(IDLE_S, max(0.0, deadline_s - time.monotonic())))
+                    continue
+            self.step()
+
+    def wait(self, seconds: float) -> None:
+        """Waits; without a serving thread, generates meanwhile."""
+        if self._has_serving_thread:
+            time.sleep(seconds)
+            return
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s and self.step():
+            pass
+
+    def warm_up(self) -> None:
+        """Allocates the memory of all slots and of the longest prompt, so that no request waits for it."""
+        self._runner.cache.buffer.zero_()
+        with torch.inference_mode():
+            self._runner.prefill(0, [0] * self.context_length)
+
+    def serve(self) -> None:
+        """Generates until `close`."""
+        while not self._closed:
+            if not self.step():
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or self._waiting, timeout=IDLE_S)
+
+    def close(self) -> None:
+        """Cancels all requests and ends `serve`."""
+        with self._changed:
+            self._closed = True
+            for completion in [*self._waiting, *(sequence.completion for sequence in self._running)]:
+                self._end(completion, "cancelled")
+            self._changed.notify_all()
+
+
+def _next_token(sequence: _Sequence, logits: Tensor) -> GPT2Error | tuple[int, float, tuple[tuple[int, float], ...]]:
+    """The next token, its log probability and the likeliest tokens, given logits (V,)."""
+    total = float(logits.logsumexp(0))
+    if not math.isfinite(total):
+        return GPT2Error("the model returned non-finite logits; its weights are damaged")
+    adjusted = apply_repetition_penalty(
+        logits, sequence.ids[sequence.window_start :], sequence.request.sampling.repetition_penalty
+    )
+    token = sample_token(adjusted, sequence.request.sampling, sequence.generator)
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    if count := min(sequence.request.top_logprobs, logits.numel()):
+        values, ids = logits.topk(count)
+        top_logprobs = tuple(zip(ids.tolist(), (values - total).tolist(), strict=True))
+    return token, float(logits[token]) - total, top_logprobs
+
+
+def _as_error(error: Exception) -> GPT2Error:
+    if isinstance(error, GPT2Error):
+        return error
+    return GPT2Error(f"generation failed: {one_line(error, 200)}")
+
+
+def generate(engine: Engine, requests: Sequence[Request]) -> list[list[Token]]:
+    """The tokens of each request, generated as one batch."""
+    completions = [engine.submit(request) for request in requests]
+    return [list(completion) for completion in completions]

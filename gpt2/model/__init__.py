@@ -1,0 +1,1 @@
+"""GPT-2 and its weights. May import `gpt2.config`, `errors`, `files`."""

@@ -1,0 +1,207 @@
+"""GPT-2 (Radford et al., 2019), to be read in one sitting: attention, MLP, block, model.
+
+Names of sizes:  B batch, T tokens in a sequence, C width (n_embd), V vocabulary.
+The weights carry OpenAI's names (`transformer.h.0.attn.c_attn.weight`), so that checkpoints can be exchanged. They lie
+as `nn.Linear` has them; OpenAI's and Hugging Face's lie transposed (see `gpt2.model.hugging_face`).
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gpt2.config import GPTConfig
+
+INIT_STD = 0.02
+SHORT_SEQUENCE = 256
+
+
+class LayerCache(Protocol):
+    """The KV cache of one layer during generation (`gpt2.inference.kv_cache`)."""
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Attention of new tokens to themselves and to the cached ones.
+
+        qkv: queries, keys and values, (3, B, n_head, T, head_size). Returns (B, n_head, T, head_size).
+        """
+
+
+class Linear(nn.Linear):
+    """A linear layer that casts its input to the dtype of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of each token to itself and what came before; all (B, n_head, T, head_size).
+
+    PyTorch's own, but where a CPU trains in bf16 on short sequences: there the backward pass of PyTorch's takes several
+    times as long as plain matrix products (benchmarks/train.py).
+    """
+    T, head_size = q.shape[2:]
+    is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT_SEQUENCE and q.requires_grad
+    if not is_slow:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    future = torch.full((T, T), -torch.inf, device=q.device).triu(1)
+    scores = (q * head_size**-0.5) @ k.transpose(2, 3)  # (B, n_head, T, T)
+    return cast(Tensor, (scores.float() + future).softmax(3).to(v.dtype) @ v)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU (https://arxiv.org/abs/1606.08415)."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    # 0.5 (1 + tanh(u)) is sigmoid(2u), which compiled for a CPU takes a third of the time
+    y = x.float()
+    return (y * torch.sigmoid(math.sqrt(8 / math.pi) * (y + 0.044715 * y * y * y))).to(x.dtype)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        B, T, C = x.size()
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        y = causal_attention(*qkv.unbind(0)) if cache is None else cache.attend(qkv)  # (B, n_head, T, head_size)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return cast(Tensor, self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Two layers, four times as wide between, with the tanh approximation of GELU that GPT-2 was trained with."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        return cast(Tensor, self.c_proj(gelu_tanh(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        x = x + self.attn(self.ln_1(x), cache)
+        return cast(Tensor, x + self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    """The language model; its input embedding and its output head are one matrix."""
+
+    def __init__(self, config: GPTConfig | dict[str, Any]) -> None:
+        """A freshly initialised model of these sizes, given as a GPTConfig or a dict of its five keys."""
+        super().__init__()
+        self.config = config if isinstance(config, GPTConfig) else GPTConfig.from_dict(config)
+        config = self.config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd),
+            }
+        )
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer["wte"].weight = self.lm_head.weight  # tied
+        self.gradient_checkpointing = False
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draws all weights anew, from torch's global generator.
+
+        | parameter                                   | value                               |
+        |---------------------------------------------|-------------------------------------|
+        | wte (= lm_head), wpe, c_attn, c_fc          | normal, std 0.02                    |
+        | attn.c_proj, mlp.c_proj (into the residual) | normal, std 0.02 * (2 n_layer)^-0.5 |
+        | biases                                      | 0                                   |
+        | LayerNorm weights                           | 1                                   |
+
+        The residual stream adds up 2 * n_layer contributions; the smaller std keeps its variance independent of the
+        depth (Radford et al., 2019, section 2.3).
+        """
+        residual_std = INIT_STD * (2 * self.config.n_layer) ** -0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif ".ln_" in name:
+                parameter.fill_(1.0)
+            elif name.endswith("c_proj.weight"):
+                parameter.normal_(0.0, residual_std)
+            else:
+                parameter.normal_(0.0, INIT_STD)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return cast(Tensor, self.transformer["wpe"].weight).device
+
+    def compute_copy(self, dtype: torch.dtype) -> "GPT":
+        """A copy in another dtype. It shares LayerNorm's parameters, which stay fp32."""
+        shared = {id(p): p for name, p in self.named_parameters() if ".ln_" in name}
+        model = copy.deepcopy(self, dict(shared))
+        for parameter in model.parameters():
+            if id(parameter) not in shared:
+                parameter.data = parameter.data.to(dtype)
+        return model
+
+    def hidden(
+        self, idx: Tensor, caches: Sequence[LayerCache] | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """The last layer's output before the head, (B, T, C), for token ids idx, (B, T).
+
+        caches: one for each layer, for tokens that follow cached ones; positions, (B, T): where idx stands then.
+        Raises ValueError if the tokens do not fit the context.
+        """
+        return self.blocks(self.embed(idx, positions), caches)
+
+    def embed(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The embeddings of token ids idx, (B, T), at positions, (B, T), or from the beginning: (B, T, C), in fp32."""
+        _, T = idx.size()
+        if positions is None:
+            if T > self.config.block_size:  # noqa: SIM300 - T is no constant
+                raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
+            positions = torch.arange(T, device=idx.device)
+        # the residual stream is fp32 in whatever format the matrix products are
+        return cast(Tensor, self.transformer["wte"](idx).float() + self.transformer["wpe"](positions))
+
+    def blocks(self, x: Tensor, caches: Sequence[LayerCache] | None = None) -> Tensor:
+        """All layers and the last LayerNorm, on embeddings x, (B, T, C)."""
+        for layer, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, caches[layer] if caches is not None else None)
+        return cast(Tensor, self.transformer["ln_f"](x))
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits, (B, T, V), and with targets, (B, T), the mean cross-entropy in nats per token."""
+        logits = self.lm_head(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))

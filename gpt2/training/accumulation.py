@@ -1,0 +1,92 @@
+"""The gradients of one optimizer step, accumulated over micro-batches that fit into memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gpt2.config import TrainConfig
+from gpt2.data.loader import BatchLoader
+from gpt2.errors import OutOfMemoryError, is_out_of_memory
+from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel
+from gpt2.training.state import TrainState
+
+
+class GradientAccumulator:
+    """Runs the forward and backward passes of a step.
+
+    If memory runs out, it halves the micro-batch, doubles the accumulation, and repeats the step: the global batch
+    and the order of the data stay the same.
+    """
+
+    def __init__(
+        self,
+        model: MixedPrecisionModel,
+        loader: BatchLoader,
+        config: TrainConfig,
+        state: TrainState,
+        *,
+        warn: Callable[[str], None],
+        check_stop: Callable[[], None],
+    ) -> None:
+        """check_stop: called before each micro-batch; may raise to interrupt the step."""
+        self.model, self.loader, self.config, self.state = model, loader, config, state
+        self.warn, self.check_stop = warn, check_stop
+
+    def accumulate(self) -> Tensor:
+        """Adds the gradients of the next step to the model's. Returns the mean loss, a scalar on the device.
+
+        Raises OutOfMemoryError if memory is not enough for one sequence.
+        """
+        while True:
+            try:
+                loss = self._forward_backward()
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._halve_micro_batch()  # here, where the traceback no longer keeps tensors alive
+        if self.state.loss_scale != 1.0:
+            gradients = [p.grad for p in self.model.master.parameters() if p.grad is not None]
+            torch._foreach_div_(gradients, self.state.loss_scale)
+        return loss
+
+    def _forward_backward(self) -> Tensor:
+        config, state, size = self.config, self.state, self.state.micro_batch_size
+        num_micro_batches = config.gradient_accumulation_steps * (config.batch_size // size)
+        total = torch.zeros((), device=self.model.device)
+        for _ in range(config.gradient_accumulation_steps):
+            with state.timed("data_s"):
+                batch = self.loader.next()
+            for inputs, targets in zip(*(torch.split(each, size) for each in batch), strict=True):
+                self.check_stop()
+                loss = self.model.loss(inputs, targets, label_smoothing=config.label_smoothing) / num_micro_batches
+                (loss * state.loss_scale).backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+        return total
+
+    def _halve_micro_batch(self) -> None:
+        self.model.zero_grad()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        step, before = self.state.step, self.state.micro_batch_size
+        size = self.config.micro_batch_size(before // 2)
+        if not size:
+            raise OutOfMemoryError(
+                f"out of memory in step {step + 1} with one sequence of {self.config.sequence_length} tokens: set "
+                "runtime.gradient_checkpointing: true, or choose a smaller train.sequence_length or model; "
+                "`python -m gpt2 info` shows what fits"
+            )
+        self.state.micro_batch_size = size
+        self.warn(
+            f"out of memory in step {step + 1} with a micro-batch of {before}: continuing with a micro-batch of {size} "
+            f"and {before // size} times the gradient accumulation; the global batch stays "
+            f"{self.config.tokens_per_step:,} tokens"
+        )
+        self.loader.seek(step)
+        if self.state.compiled:
+            try:
+                self.model.compile(size, self.config.sequence_length)
+            except CompileError as error:
+                self.warn(f"continuing without torch.compile: {error}")
+                self.state.compiled = False

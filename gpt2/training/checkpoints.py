@@ -1,0 +1,181 @@
+"""Checkpoints on the disk, and when to save one.
+
+    checkpoints/<fingerprint>/step-000250/gpt_model_checkpoint.pt   weights, optimizer, training state
+                                          manifest.json             SHA-256 of the file, written last
+
+A checkpoint is written as `gpt2.files.write_folder` does: completely or not at all. A damaged one is detected, named,
+and skipped for an older one. Each holds everything the run needs, including its best weights so far.
+"""
+
+import math
+import pickle
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2.errors import DivergedError, FileError
+from gpt2.files import delete_folder, verify_folder, write_folder
+from gpt2.model.transformer import GPT
+from gpt2.training.optimizers import Optimizer
+from gpt2.training.state import TrainState, checkpoint_content
+
+CHECKPOINT_FILE = "gpt_model_checkpoint.pt"
+KEEP_NEWEST = 2
+MIN_SAVE_INTERVAL_S = 60.0
+SAVE_INTERVAL_IN_SAVES = 50
+"""With this, saving takes at most 2 % of the time."""
+MAX_SAVE_FAILURES = 3
+ADVICE = "Try a smaller train.learning_rate or a longer warm-up"
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Nothing is made before the first `save`."""
+        self.folder = folder
+        self._unsound: set[int] = set()
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return self.folder / f"step-{step:06d}"
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, in order; whether it is sound shows when it is loaded."""
+        names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def save(self, step: int, content: dict[str, Any]) -> Path:
+        """Writes the checkpoint of a step; then deletes all but the newest, and leftovers.
+
+        One that is there already and sound is left as it is. Raises FileError if the checkpoint cannot be written;
+        older ones are untouched then.
+        """
+        target = self.path(step)
+        try:
+            if target.exists():
+                if self._is_sound(step):
+                    return target
+                delete_folder(target)
+            write_folder(target, {CHECKPOINT_FILE: lambda file: torch.save(content, file)}, {"step": step})
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            self.prune()
+            raise FileError(
+                f"cannot write the checkpoint {target} ({_one_line(error)}); make room, and run again to go on"
+            ) from None
+        self._unsound.discard(step)
+        self.prune()
+        return target
+
+    def _is_sound(self, step: int) -> bool:
+        try:
+            self.load(step)
+        except FileError:
+            return False
+        return True
+
+    def prune(self, keep: int = KEEP_NEWEST) -> None:
+        """Deletes all checkpoints but the newest, and what interrupted saves left. What cannot be deleted stays."""
+        kept = {self.path(step) for step in [s for s in self.steps() if s not in self._unsound][-keep:]}
+        for path in set(self.folder.glob("step-*")) - kept:
+            with suppress(OSError):
+                delete_folder(path)
+
+    def load(self, step: int) -> dict[str, Any]:
+        """The content of a checkpoint, on the CPU. Raises FileError if it is missing or not sound."""
+        path = self.path(step)
+        manifest = verify_folder(path)
+        if manifest.get("step") != step or list(manifest["sha256"]) != [CHECKPOINT_FILE]:
+            raise FileError(f"{path} is mixed up: its manifest is that of {manifest.get('step')!r}")
+        try:
+            content: dict[str, Any] = torch.load(path / CHECKPOINT_FILE, map_location="cpu", weights_only=True)
+        except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise FileError(f"cannot read the checkpoint {path}: {_one_line(error)}") from None
+        if not isinstance(content, dict):
+            raise FileError(f"cannot read the checkpoint {path}: it holds no dict")
+        return content
+
+    def load_newest(self, warn: Callable[[str], object] = warnings.warn) -> dict[str, Any] | None:
+        """The newest sound checkpoint, None if there never was one; `warn` hears of each that is passed over.
+
+        Raises FileError if there are checkpoints and none is sound.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return self.load(step)
+            except FileError as error:
+                self._unsound.add(step)
+                warn(f"{error}; going back to an older checkpoint")
+        if steps:
+            raise FileError(f"no checkpoint in {self.folder} is sound; delete that folder to start anew")
+        return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+class CheckpointSaver:
+    """Decides when a checkpoint is due, and never saves non-finite weights."""
+
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: Optimizer,
+        *,
+        save: Callable[[int, dict[str, Any]], None],
+        warn: Callable[[str], None],
+        interval_steps: int | None,
+    ) -> None:
+        """save: writes the content of a checkpoint, given its step. interval_steps: None saves by time alone."""
+        self.model, self.optimizer, self.interval_steps = model, optimizer, interval_steps
+        self._save, self._warn = save, warn
+        self._last_save_s = time.monotonic()
+        self._save_duration_s = 0.0
+        self._failures = 0
+        self._saved_step = -1
+
+    def is_due(self, step: int) -> bool:
+        """By steps, or by time: after 60 s, or 50 times the duration of the last save, whichever is longer."""
+        if self.interval_steps and step % self.interval_steps == 0:
+            return True
+        interval_s = max(MIN_SAVE_INTERVAL_S, SAVE_INTERVAL_IN_SAVES * self._save_duration_s)
+        return time.monotonic() - self._last_save_s >= interval_s
+
+    def save(self, state: TrainState, *, last: bool = False) -> None:
+        """Saves a checkpoint. If that fails, it warns and tries again when the next one is due.
+
+        Raises FileError after three failures in a row, or if the last checkpoint of a session fails; DivergedError if
+        weights or moments are not finite.
+        """
+        if state.step == self._saved_step:
+            return
+        start_s = time.monotonic()
+        self._require_finite(state.step)
+        try:
+            self._save(state.step, checkpoint_content(self.model, self.optimizer, state))
+            self._failures, self._saved_step = 0, state.step
+        except FileError as error:
+            self._failures += 1
+            if last or self._failures == MAX_SAVE_FAILURES:
+                raise
+            self._warn(f"{error}. Training continues without this checkpoint")
+        self._last_save_s = time.monotonic()
+        self._save_duration_s = self._last_save_s - start_s
+        if not last:  # the last one cannot contain its own duration
+            state.save_s += self._save_duration_s
+
+    def _require_finite(self, step: int) -> None:
+        tensors: list[Tensor] = [*self.model.parameters(), *self.optimizer.tensors()]
+        norms = torch.stack([norm.detach().float().cpu() for norm in torch._foreach_norm(tensors, ord=math.inf)])
+        if not norms.isfinite().all():
+            raise DivergedError(
+                f"training diverged: after step {step} weights or moments are not finite. {ADVICE}", step
+            )

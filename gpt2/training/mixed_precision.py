@@ -1,0 +1,151 @@
+"""Mixed precision: fp32 master weights, and a copy in bf16 or fp16 that computes.
+
+Master weights, gradients and optimizer state are fp32. Matrix products run in bf16 or fp16 where the hardware is faster
+at it, on a compute copy of the weights that is cast once per optimizer step (https://arxiv.org/abs/1710.03740).
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gpt2.config import GPTConfig
+from gpt2.errors import GPT2Error
+from gpt2.model.transformer import GPT
+from gpt2.training.loss import linear_cross_entropy
+from gpt2.training.state import TrainState
+
+MIN_LOSS_SCALE = 2.0**-10
+LOSS_SCALE_GROWTH_INTERVAL = 2000
+"""Steps without an overflow, as in torch.amp.GradScaler."""
+
+
+class CompileError(GPT2Error):
+    """torch.compile does not work on this machine."""
+
+
+class MixedPrecisionModel:
+    """A model with fp32 master weights and a compute copy in the dtype of the matrix products.
+
+    master: the model that the optimizer updates. compute: the copy; in fp32 it is the master itself.
+    """
+
+    def __init__(self, master: GPT, dtype: torch.dtype, *, gradient_checkpointing: bool = False) -> None:
+        """gradient_checkpointing: recomputes the inside of each block in the backward pass instead of storing it.
+
+        It takes less memory and more time (https://arxiv.org/abs/1604.06174).
+        """
+        self.master = master
+        self.compute = master if dtype == torch.float32 else master.compute_copy(dtype)
+        self.compute.gradient_checkpointing = gradient_checkpointing
+        self.compiled = False
+        self._compiled_shape: tuple[int, ...] | None = None
+        self._blocks: Callable[[Tensor], Tensor] = self.compute.blocks
+        self._add: Callable[[Tensor, Tensor], Tensor] = _add_
+        self._pairs = [
+            (master_weight, copy)
+            for master_weight, copy in zip(master.parameters(), self.compute.parameters(), strict=True)
+            if master_weight is not copy
+        ]
+        for master_weight, copy in self._pairs:
+            self._accumulate_in_master(copy, master_weight)
+
+    @property
+    def config(self) -> GPTConfig:
+        """The sizes of the model."""
+        return self.master.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.master.device
+
+    def zero_grad(self) -> None:
+        """Drops all gradients."""
+        self.master.zero_grad(set_to_none=True)
+        self.compute.zero_grad(set_to_none=True)
+
+    def _accumulate_in_master(self, copy: Tensor, master_weight: Tensor) -> None:
+        """Adds each gradient of the compute copy to the fp32 gradient as soon as it is computed."""
+
+        def accumulate(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            if master_weight.grad is None:
+                master_weight.grad = parameter.grad.to(master_weight.dtype)
+            else:
+                self._add(master_weight.grad.view(-1), parameter.grad.view(-1))
+            parameter.grad = None
+
+        copy.register_post_accumulate_grad_hook(accumulate)  # type: ignore[no-untyped-call]
+
+    def compile(self, batch_size: int, sequence_length: int) -> float:
+        """Compiles for batches of this shape. Returns the seconds it took. Changes neither weights nor gradients.
+
+        Raises CompileError, and changes nothing, where it does not work; most often a C++ compiler is missing.
+        """
+        start_s = time.perf_counter()
+        self.compiled, self._compiled_shape = True, (batch_size, sequence_length)
+        # not the embedding: compiled, its threads add up the gradients of a token in a varying order
+        self._blocks = torch.compile(self.compute.blocks, dynamic=False)
+        self._add = torch.compile(_add_, dynamic=True)
+        tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long, device=self.device)
+        try:
+            for _ in range(2):  # the second pass adds to gradients
+                self.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                self.loss(tokens, tokens)
+        except Exception as error:  # compilers raise all kinds of errors
+            self.compiled, self._compiled_shape, self._blocks, self._add = False, None, self.compute.blocks, _add_
+            torch._dynamo.reset()
+            raise CompileError(_first_line(error)) from None
+        finally:
+            self.zero_grad()
+        return time.perf_counter() - start_s
+
+    @torch.no_grad()
+    def cast_weights(self) -> None:
+        """Updates the compute copy; to be called whenever the master weights have changed."""
+        if self._pairs:
+            masters, copies = zip(*self._pairs, strict=True)
+            torch._foreach_copy_(copies, masters)
+
+    def loss(self, inputs: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+        """Mean cross-entropy in nats per token of a batch, both (B, T). Its gradients go to the master weights."""
+        # other shapes, such as the last windows of a text, are not worth compiling for
+        compiled = self.compiled and tuple(inputs.shape) == self._compiled_shape
+        embedded = self.compute.embed(inputs)
+        hidden = self._blocks(embedded) if compiled else self.compute.blocks(embedded)  # (B, T, C)
+        weight = self.compute.lm_head.weight
+        return linear_cross_entropy(
+            hidden.to(weight.dtype).view(-1, hidden.size(-1)),
+            weight,
+            targets.reshape(-1),
+            label_smoothing=label_smoothing,
+            compiled=compiled,
+        )
+
+
+def grow_loss_scale(state: TrainState) -> None:
+    """Doubles the loss scale after many steps without an overflow."""
+    if state.precision != "float16":
+        return
+    state.steps_since_overflow += 1
+    if state.steps_since_overflow == LOSS_SCALE_GROWTH_INTERVAL:
+        state.loss_scale, state.steps_since_overflow = 2 * state.loss_scale, 0
+
+
+def back_off_loss_scale(state: TrainState) -> bool:
+    """Halves the loss scale after an overflow in float16, whose step is skipped. Returns whether that can help."""
+    if state.precision != "float16" or state.loss_scale <= MIN_LOSS_SCALE:
+        return False
+    state.loss_scale, state.steps_since_overflow = state.loss_scale / 2, 0
+    return True
+
+
+def _add_(total: Tensor, part: Tensor) -> Tensor:
+    return total.add_(part)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,108 @@
+"""The optimizers and their learning rate."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt2.config import TrainConfig
+
+MUON_MOMENTUM = 0.95
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """The learning rate of a step, counted from 0.
+
+    It rises in equal parts to `learning_rate` at step warmup_steps, then falls to `min_learning_rate` at the last step:
+    along half a cosine (https://arxiv.org/abs/1608.03983), in a straight line, or, with "wsd", in a straight line over
+    the last decay_fraction of the steps (https://arxiv.org/abs/2404.06395).
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
+    last_step, decay_start = config.max_steps - 1, config.warmup_steps
+    if config.schedule == "wsd":
+        decay_start = max(decay_start, last_step - round(config.decay_fraction * config.max_steps))
+    decay_steps = last_step - decay_start
+    progress = min(1.0, max(0, step - decay_start) / decay_steps) if decay_steps else 0.0
+    remaining = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
+    return config.min_learning_rate + remaining * (config.learning_rate - config.min_learning_rate)
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and embeddings, which decay, and vectors (biases, LayerNorm), which do not."""
+    parameters = list(parameters)
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix of a block: those are what Muon is for, not embeddings and the head."""
+    return ".h." in name and parameter.dim() == 2
+
+
+class Optimizer:
+    """AdamW (https://arxiv.org/abs/1711.05101), or Muon (https://kellerjordan.github.io/posts/muon/) with AdamW.
+
+    Muon makes the update of a matrix orthogonal, and so uses each of its directions alike; it takes a learning rate of
+    its own, scaled by sqrt(max(1, rows / columns)), and the same decay.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.config = config
+        muon: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            (muon if config.optimizer == "muon" and is_hidden_matrix(name, parameter) else rest).append(parameter)
+        self.parts: dict[str, torch.optim.Optimizer] = {
+            "adamw": torch.optim.AdamW(
+                parameter_groups(rest, config.weight_decay),
+                lr=config.learning_rate,
+                betas=(config.beta1, config.beta2),
+                fused=True,
+            )
+        }
+        if muon:
+            self.parts["muon"] = torch.optim.Muon(
+                muon,
+                lr=config.muon_learning_rate,
+                weight_decay=config.weight_decay,
+                momentum=MUON_MOMENTUM,
+            )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it keeps for the parameters, moments foremost."""
+        for part in self.parts.values():
+            for kept in part.state.values():
+                yield from (value for value in kept.values() if isinstance(value, Tensor))
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Sets that of AdamW, and Muon's in the same proportion to its highest."""
+        highest = {"adamw": self.config.learning_rate, "muon": self.config.muon_learning_rate}
+        for name, part in self.parts.items():
+            for group in part.param_groups:
+                group["lr"] = highest[name] * (learning_rate / self.config.learning_rate)
+
+    def step(self) -> None:
+        """One update of all parameters."""
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Drops all gradients."""
+        for part in self.parts.values():
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of AdamW alone it is torch's own; with Muon, one for each part."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        return states if len(states) > 1 else states["adamw"]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        states = state_dict if len(self.parts) > 1 else {"adamw": state_dict}
+        for name, part in self.parts.items():
+            part.load_state_dict(states[name])

@@ -1,0 +1,140 @@
+import json
+import tracemalloc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2 import tokenizer
+from gpt2.data import token_files
+from gpt2.data.sampler import Sampler, windows
+from gpt2.data.token_files import open_tokens, write_tokens
+from gpt2.errors import FileError, UserError
+from tests.conftest import TINY_TRAIN
+
+
+@given(st.text(alphabet=st.sampled_from(list("ab'1 s\n\t\r\x1c\u00a0é🙂.")), max_size=80), st.integers(1, 9))
+def test_chunks_have_the_tokens_of_the_whole_text(text, size):
+    chunks = (text[i : i + size] for i in range(0, len(text), size))
+    found = [int(token) for part in token_files.encode_chunks(chunks) for token in part]
+    assert found == tokenizer.encode(text)
+
+
+def test_a_text_without_white_space_is_still_that_text(monkeypatch):
+    monkeypatch.setattr(token_files, "MAX_PENDING_CHARACTERS", 100)
+    text = "a" * 1000
+    parts = list(token_files.encode_chunks(text[i : i + 10] for i in range(0, 1000, 10)))
+    assert len(parts) == 10  # it did not wait for the end
+    assert tokenizer.decode(int(t) for part in parts for t in part) == text
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_the_last_tenth_of_the_characters_is_held_out(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(token_files, "CHUNK_CHARACTERS", chunk)
+    text = "Über den Wolken.\n\nUnd darunter 漢字!\n" * 41 + "The end"
+    (tmp_path / "corpus.txt").write_text(text)
+    meta = write_tokens(tmp_path / "corpus.txt", tmp_path / "tokens", 0.1)
+    boundary = int(len(text) * 0.9)
+    for split, part in ("train", text[:boundary]), ("val", text[boundary:]):
+        tokens = open_tokens(tmp_path / "tokens", split)
+        assert tokens.tolist() == tokenizer.encode(part)
+        assert tokens.dtype == np.dtype("<u2")
+        assert meta["splits"][split]["bytes"] == len(part.encode())
+        assert meta["splits"][split]["tokens"] == len(tokens)
+    assert json.loads((tmp_path / "tokens/meta.json").read_text()) == meta
+
+
+def test_a_large_corpus_takes_little_memory(tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    with corpus.open("w") as file:
+        for number in range(200_000):
+            file.write(f"Line {number} of a text that is much larger than a chunk.\n")
+    tokenizer.encoding()
+    tracemalloc.start()
+    write_tokens(corpus, tmp_path / "tokens", 0.1)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    tokens = sum(len(open_tokens(tmp_path / "tokens", split)) for split in ("train", "val"))
+    # a list of all the tokens takes eight bytes for each at least
+    assert corpus.stat().st_size > 10e6
+    assert peak_bytes < 0.7 * 8 * tokens, (peak_bytes, tokens)
+
+
+def test_too_short_a_corpus_is_refused(tmp_path):
+    (tmp_path / "corpus.txt").write_text("Hello world")
+    with pytest.raises(UserError, match="the val split has 2 of the corpus's 11 characters"):
+        write_tokens(tmp_path / "corpus.txt", tmp_path / "tokens", 0.1)
+
+
+def test_token_files_that_were_cut_off_are_noticed(tokens):
+    path = tokens / "train.bin"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(FileError, match=r"train\.bin has \d+ tokens, not \d+; run the tokenize stage again"):
+        open_tokens(tokens, "train")
+    path.write_bytes(b"")
+    with pytest.raises(FileError, match=r"cannot read .*train\.bin"):
+        open_tokens(tokens, "train")
+    (tokens / "meta.json").write_text("{")
+    with pytest.raises(FileError, match=r"no readable meta\.json"):
+        open_tokens(tokens, "val")
+
+
+def sampler(num_tokens=1000, batch_size=4, gradient_accumulation_steps=2, seed=5):
+    config = replace(
+        TINY_TRAIN,
+        sequence_length=10,
+        batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        seed=seed,
+    )
+    return Sampler(np.arange(num_tokens, dtype=np.uint16), config)
+
+
+def test_targets_follow_their_inputs():
+    inputs, targets = sampler().batch(3, 1)
+    assert inputs.shape == targets.shape == (4, 10)
+    assert inputs.dtype == np.int64
+    assert (targets == inputs + 1).all()
+
+
+def test_batches_are_a_pure_function_of_seed_and_step():
+    one, other = sampler(), sampler()
+    later = [other.batch(step, 0)[0] for step in (40, 3, 17)]
+    for step, expected in zip((3, 17, 40), (later[1], later[2], later[0]), strict=True):
+        assert np.array_equal(one.batch(step, 0)[0], expected)
+    assert not np.array_equal(sampler(seed=6).batch(3, 0)[0], later[1])
+
+
+def test_an_epoch_visits_each_window_once():
+    draws = sampler(num_tokens=401, batch_size=4, gradient_accumulation_steps=1)
+    starts = [int(row[0]) for step in range(10) for row in draws.batch(step, 0)[0]]
+    assert draws.num_windows == 40
+    assert sorted(starts) == list(range(0, 400, 10))
+    again = [int(row[0]) for step in range(10, 20) for row in draws.batch(step, 0)[0]]
+    assert sorted(again) == sorted(starts)
+    assert again != starts
+
+
+def test_accumulation_sees_the_same_sequences_as_a_large_batch():
+    small, large = (
+        sampler(batch_size=4, gradient_accumulation_steps=2),
+        sampler(batch_size=8, gradient_accumulation_steps=1),
+    )
+    for step in (0, 30):
+        parts = [small.batch(step, micro_step)[0] for micro_step in (0, 1)]
+        assert np.array_equal(np.concatenate(parts), large.batch(step, 0)[0])
+
+
+def test_fewer_tokens_than_a_sequence_are_refused():
+    with pytest.raises(UserError, match="the train split has 10 tokens and a sequence needs 11"):
+        sampler(num_tokens=10)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 10, 11, 12, 95, 101])
+def test_windows_have_each_token_but_the_first_as_a_target_once(num_tokens):
+    tokens = np.arange(num_tokens, dtype=np.uint16)
+    batches = list(windows(tokens, sequence_length=10, batch_size=3))
+    assert [int(t) for _, targets in batches for t in targets.flatten()] == list(range(1, num_tokens))
+    assert all((targets == inputs + 1).all() and inputs.shape[0] <= 3 for inputs, targets in batches)

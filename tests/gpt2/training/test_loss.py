@@ -1,0 +1,88 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt2.training import loss
+from gpt2.training.loss import linear_cross_entropy
+
+V, C = 301, 24
+
+
+def example(n, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(n)
+    hidden = torch.randn(n, C, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(V, C, generator=generator).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(0, V, (n,), generator=generator)
+
+
+def reference(hidden, weight, targets, label_smoothing=0.0):
+    """The plain formula in fp64, with its gradients."""
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    value = F.cross_entropy(h @ w.t(), targets, label_smoothing=label_smoothing)
+    value.backward()
+    return value.item(), h.grad, w.grad
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 8)
+
+
+def relative_error(a, b):
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("n", [1, 8, 21])  # less than a chunk, one, several and a rest
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-6)]
+)  # 4 units of bf16's last place
+def test_loss_and_gradients_are_those_of_the_plain_formula(n, label_smoothing, dtype, tolerance):
+    hidden, weight, targets = example(n, dtype)
+    value, hidden_grad, weight_grad = reference(hidden, weight, targets, label_smoothing)
+    ours = linear_cross_entropy(hidden, weight, targets, label_smoothing=label_smoothing)
+    (3 * ours).backward()
+    assert ours.dtype == torch.float32
+    assert ours.item() == pytest.approx(value, rel=tolerance)
+    assert relative_error(hidden.grad / 3, hidden_grad) < tolerance
+    assert relative_error(weight.grad / 3, weight_grad) < tolerance
+
+
+def test_a_token_that_is_all_but_certain_keeps_its_small_gradient():
+    # softmax - 1 near 1 would be 0 or 2^-8 in bf16
+    hidden, weight = torch.ones(1, 1, dtype=torch.bfloat16), torch.zeros(3, 1, dtype=torch.bfloat16)
+    weight[0] = 8.0
+    hidden.requires_grad_()
+    linear_cross_entropy(hidden, weight, torch.tensor([0])).backward()
+    _, expected, _ = reference(hidden, weight, torch.tensor([0]))
+    assert hidden.grad.item() == pytest.approx(expected.item(), rel=0.01)
+
+
+def test_without_gradients_it_gives_the_same_loss_and_keeps_nothing():
+    hidden, weight, targets = example(21)
+    with torch.no_grad():
+        value = linear_cross_entropy(hidden, weight, targets)
+    assert not value.requires_grad
+    assert value.item() == linear_cross_entropy(hidden, weight, targets).item()
+
+
+def test_the_logits_of_all_tokens_never_exist_at_once(monkeypatch):
+    widest = 0
+
+    def spy(logits):
+        nonlocal widest
+        widest = max(widest, logits.size(0))
+        return torch.logsumexp(logits.float(), dim=1)
+
+    monkeypatch.setattr(loss, "KERNELS", (spy, *loss.KERNELS[1:]))
+    hidden, weight, targets = example(100)
+    linear_cross_entropy(hidden, weight, targets).backward()
+    assert widest == 8
+
+
+def test_extreme_logits_stay_finite():
+    hidden, weight, targets = example(4)
+    value = linear_cross_entropy(hidden * 1e4, weight, targets)
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(weight.grad).all()

@@ -1,0 +1,153 @@
+import pytest
+import torch
+
+from gpt2.model.transformer import GPT, GPTConfig, causal_attention
+from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel
+from tests.conftest import TINY, needs_compiler
+
+SMALL = GPTConfig(block_size=32, vocab_size=1000, n_layer=3, n_head=2, n_embd=64)
+
+
+def batch(config, size=(4, 32)):
+    generator = torch.Generator().manual_seed(1)
+    draw = (torch.randint(0, config.vocab_size, size, generator=generator) for _ in range(2))
+    return tuple(draw)
+
+
+def model_of(config):
+    torch.manual_seed(3)
+    return GPT(config)
+
+
+def plain(config, inputs, targets, precision=torch.float32):
+    """Loss and gradients of the model as it stands, with whole logits, in fp32."""
+    model = model_of(config)
+    _, loss = model(inputs, targets)
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def gradients(compute, inputs, targets, parts=1):
+    compute.cast_weights()
+    losses = []
+    for x, y in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
+        loss = compute.loss(x, y) / parts
+        loss.backward()
+        losses.append(loss.item())
+    return sum(losses), {name: p.grad for name, p in compute.master.named_parameters()}
+
+
+def worst_error(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert all(g.dtype == torch.float32 for g in ours.values())
+    # the bias of the keys has no gradient but rounding: it shifts all scores of a token alike
+    return max(((ours[n] - theirs[n]).norm() / (theirs[n].norm() + 1e-3)).item() for n in ours)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "loss_tolerance", "gradient_tolerance"),
+    [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 2e-3, 0.03), (torch.float16, 3e-4, 0.01)],
+)
+def test_every_format_gives_loss_and_gradients_of_plain_fp32(
+    precision, loss_tolerance, gradient_tolerance, checkpointing
+):
+    inputs, targets = batch(SMALL)
+    loss, expected = plain(SMALL, inputs, targets)
+    compute = MixedPrecisionModel(model_of(SMALL), precision, gradient_checkpointing=checkpointing)
+    for parts in (1, 4):
+        compute.master.zero_grad()
+        ours, found = gradients(compute, inputs, targets, parts)
+        assert ours == pytest.approx(loss, rel=loss_tolerance)
+        assert worst_error(found, expected) < gradient_tolerance
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("precision", "loss_tolerance", "gradient_tolerance"),
+    [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 2e-3, 0.03)],
+)
+def test_compiled_gives_loss_and_gradients_of_plain_fp32(precision, loss_tolerance, gradient_tolerance):
+    inputs, targets = batch(SMALL)
+    loss, expected = plain(SMALL, inputs, targets)
+    compute = MixedPrecisionModel(model_of(SMALL), precision)
+    before = {name: p.clone() for name, p in compute.master.named_parameters()}
+    assert compute.compile(*inputs.shape) > 0
+    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in compute.master.named_parameters())
+    ours, found = gradients(compute, inputs, targets)
+    assert ours == pytest.approx(loss, rel=loss_tolerance)
+    assert worst_error(found, expected) < gradient_tolerance
+    with torch.no_grad():
+        assert compute.loss(inputs, targets).item() == pytest.approx(loss, rel=loss_tolerance)
+        other = compute.loss(inputs[:1, :9], targets[:1, :9]).item()  # a shape that was not compiled for
+        assert other == pytest.approx(compute.compute(inputs[:1, :9], targets[:1, :9])[1].item(), rel=loss_tolerance)
+
+
+def test_without_a_compiler_everything_stays_as_it_was(monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand a long story")
+
+    inputs, targets = batch(SMALL)
+    compute = MixedPrecisionModel(model_of(SMALL), torch.float32)
+    expected = compute.loss(inputs, targets).item()
+    monkeypatch.setattr(torch, "compile", lambda function, **_: no_compiler)
+    with pytest.raises(CompileError, match=r"^InvalidCxxCompiler: No working C\+\+ compiler found$"):
+        compute.compile(*inputs.shape)
+    assert not compute.compiled
+    assert compute.loss(inputs, targets).item() == expected
+    assert all(p.grad is None for p in compute.master.parameters())
+
+
+def test_narrow_weights_follow_the_model_and_layer_norm_is_shared():
+    compute = MixedPrecisionModel(model_of(TINY), torch.bfloat16)
+    wide, narrow = compute.master, compute.compute
+    assert narrow.lm_head.weight is narrow.transformer["wte"].weight  # still tied
+    assert narrow.transformer["ln_f"].weight is wide.transformer["ln_f"].weight
+    with torch.no_grad():
+        for parameter in wide.parameters():
+            parameter += 1.0
+    assert not torch.equal(narrow.lm_head.weight, wide.lm_head.weight.bfloat16())
+    compute.cast_weights()
+    for ours, theirs in zip(narrow.parameters(), wide.parameters(), strict=True):
+        assert torch.equal(ours, theirs.to(ours.dtype))
+    assert all(p.dtype == torch.float32 for p in wide.parameters())
+
+
+def test_gradients_add_up_in_fp32():
+    # 256 + 1 is 256 in bf16
+    compute = MixedPrecisionModel(model_of(TINY), torch.bfloat16)
+    narrow = compute.compute.transformer["wpe"].weight
+    for value in (256.0, 1.0, 1.0):
+        (narrow.float().sum() * value).backward()
+    assert torch.all(compute.master.transformer["wpe"].weight.grad == 258.0)
+    assert narrow.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_short_sequences_is_that_of_pytorch(dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 17, 8).to(dtype).requires_grad_() for _ in range(3))
+    y = causal_attention(q, k, v)
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    assert (y - exact).abs().max() < (1e-6 if dtype == torch.float32 else 0.03)
+    weights = torch.randn(y.shape)
+    ours = torch.autograd.grad((y * weights).sum(), (q, k, v))
+    theirs = torch.autograd.grad((exact * weights).sum(), (q, k, v))
+    for a, b in zip(ours, theirs, strict=True):
+        assert ((a.double() - b.double()).norm() / b.double().norm()) < (1e-6 if dtype == torch.float32 else 0.02)
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_compiled_gradients_are_the_same_bits_each_time(precision):
+    torch.manual_seed(0)
+    compute = MixedPrecisionModel(GPT(TINY), precision)
+    # many of each token, so that threads would meet in its gradient
+    inputs, targets = torch.randint(0, 5, (2, 64, 32))
+    compute.compile(*inputs.shape)
+    gradients = []
+    for _ in range(20):
+        compute.loss(inputs, targets).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in compute.master.parameters()]))
+        compute.master.zero_grad()
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)

@@ -1,0 +1,428 @@
+import copy
+import io
+import math
+
+import pytest
+import torch
+
+from gpt2.data.sampler import Sampler
+from gpt2.data.token_files import open_tokens
+from gpt2.errors import DivergedError, FileError, OutOfMemoryError
+from gpt2.model.transformer import GPT
+from gpt2.training import checkpoints, mixed_precision
+from gpt2.training.mixed_precision import MixedPrecisionModel
+from gpt2.training.optimizers import Optimizer, learning_rate_at
+from gpt2.training.state import TrainState, checkpoint_content, restore_checkpoint
+from gpt2.training.trainer import Trainer
+from gpt2.training.validation import validation_loss
+from tests.conftest import TINY, needs_compiler
+
+
+class Recorder:
+    """Hooks that remember what they heard, and stop after a step if told to."""
+
+    def __init__(self, stop_after=None):
+        self.rows, self.saved, self.steps, self.warnings, self.stop_after = [], [], [], [], stop_after
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def progress(self, state, loss, tokens_per_s):
+        self.steps.append(state.step)
+
+    def save(self, step, content):
+        self.saved.append(step)
+
+    def warn(self, message):
+        self.warnings.append(message)
+
+    def should_stop(self):
+        return self.stop_after is not None and bool(self.steps) and self.steps[-1] >= self.stop_after
+
+
+class Run:
+    """A small training run."""
+
+    def __init__(self, tokens, config, precision=torch.float32, **options):
+        torch.manual_seed(config.seed)
+        self.config, self.tokens = config, tokens
+        self.model = GPT(TINY)
+        self.compute = MixedPrecisionModel(self.model, precision, **options)
+        self.optimizer = Optimizer(self.model, config)
+        self.state = TrainState.initial(precision, config.batch_size)
+
+    def go(self, callbacks, log_interval=1, **options):
+        config = self.config
+        sampler = Sampler(open_tokens(self.tokens, "train"), config)
+        validation = open_tokens(self.tokens, "val")[:200]
+        return Trainer(
+            self.compute,
+            self.optimizer,
+            sampler,
+            lambda batch_size, progress: validation_loss(
+                self.compute, validation, sequence_length=16, batch_size=batch_size, progress=progress
+            ),
+            config,
+            self.state,
+            callbacks,
+            log_interval=log_interval,
+            **options,
+        ).train()
+
+    def weights(self):
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+
+def test_training_lowers_the_loss_on_held_out_text(tokens, train_config):
+    run, callbacks = Run(tokens, train_config(max_steps=30, eval_interval=10)), Recorder()
+    assert run.go(callbacks)
+    losses = [row["val_loss"] for row in callbacks.rows if row["val_loss"] is not None]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0] < math.log(50257)
+    assert losses[-1] < 8
+    assert run.state.best_val_loss == min(losses)
+
+
+def test_what_is_logged_and_when(tokens, train_config):
+    run, callbacks = Run(tokens, train_config(max_steps=7, eval_interval=3)), Recorder()
+    run.go(callbacks, log_interval=2, checkpoint_interval=5)
+    assert callbacks.steps == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["step"] for row in callbacks.rows] == [2, 3, 4, 6, 7]
+    assert [row["step"] for row in callbacks.rows if row["val_loss"] is not None] == [3, 6, 7]  # the last step always
+    assert callbacks.saved == [5, 7]  # the interval, the end
+    assert [row["learning_rate"] for row in callbacks.rows] == [
+        learning_rate_at(row["step"] - 1, run.config) for row in callbacks.rows
+    ]
+    assert callbacks.rows[-1]["tokens"] == 7 * run.config.tokens_per_step
+    assert run.state.history == callbacks.rows
+
+
+def test_the_schedule_counts_optimizer_steps(tokens, train_config):
+    few, many = Recorder(), Recorder()
+    Run(tokens, train_config(gradient_accumulation_steps=1)).go(few)
+    Run(tokens, train_config(gradient_accumulation_steps=4)).go(many)
+    assert [row["learning_rate"] for row in few.rows] == [row["learning_rate"] for row in many.rows]
+
+
+def test_accumulation_equals_one_large_batch(tokens, train_config):
+    runs = [
+        Run(
+            tokens,
+            train_config(
+                batch_size=8 // k, gradient_accumulation_steps=k, max_steps=3, warmup_steps=1, learning_rate=1e-3
+            ),
+        )
+        for k in (1, 2, 8)
+    ]
+    callbacks = [Recorder() for _ in runs]
+    for run, recorder in zip(runs, callbacks, strict=True):
+        run.go(recorder)
+    for run, recorder in zip(runs[1:], callbacks[1:], strict=True):
+        for key in ("train_loss", "grad_norm"):
+            expected = [row[key] for row in callbacks[0].rows]
+            assert [row[key] for row in recorder.rows] == pytest.approx(expected, rel=1e-4)
+        # Adam divides by the gradient's size, which makes rounding visible where it is near 0
+        assert (run.weights() - runs[0].weights()).abs().mean() < 1e-6
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(tokens, train_config):
+    whole, parts = Run(tokens, train_config()), Run(tokens, train_config())
+    whole.go(Recorder())
+    first = Recorder(stop_after=4)
+    assert not parts.go(first)
+    assert first.saved[-1] == 4
+    file = io.BytesIO()
+    torch.save(checkpoint_content(parts.model, parts.optimizer, parts.state), file)
+    file.seek(0)
+
+    resumed = Run(tokens, train_config())
+    resumed.state = restore_checkpoint(torch.load(file, weights_only=True), resumed.model, resumed.optimizer)
+    second = Recorder()
+    assert resumed.go(second)
+    assert second.steps == [5, 6]
+    assert torch.equal(resumed.weights(), whole.weights())
+    assert [row["train_loss"] for row in resumed.state.history] == [row["train_loss"] for row in whole.state.history]
+    assert resumed.state.best_val_loss == whole.state.best_val_loss
+
+
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(tokens, train_config):
+    run, callbacks = Run(tokens, train_config()), Recorder(stop_after=2)
+    run.go(callbacks)
+    moments = copy.deepcopy(run.optimizer.state_dict()["state"])
+    with torch.no_grad():
+        run.model.transformer["wpe"].weight[0, 0] = math.nan
+    poisoned = run.weights()
+    with pytest.raises(DivergedError, match=r"diverged at step 3: loss nan.*the weights are those after step 2"):
+        run.go(Recorder())
+    assert run.state.step == 2
+    assert torch.equal(run.weights().nan_to_num(0), poisoned.nan_to_num(0))
+    assert str(run.optimizer.state_dict()["state"]) == str(moments)
+
+
+def test_a_learning_rate_that_is_far_too_high_is_divergence(tokens, train_config):
+    run = Run(tokens, train_config(learning_rate=1e20, warmup_steps=0))
+    with pytest.raises(DivergedError, match=r"smaller train\.learning_rate"):
+        run.go(Recorder())
+
+
+def test_nan_is_never_the_best(tokens, train_config, monkeypatch):
+    run, callbacks = Run(tokens, train_config()), Recorder()
+    values = iter([math.nan, 5.0])
+    monkeypatch.setitem(globals(), "validation_loss", lambda *_, **__: next(values))
+    run.go(callbacks)
+    assert [row["val_loss"] for row in callbacks.rows if row["step"] in (3, 6)] == [None, 5.0]
+    assert (run.state.best_val_loss, run.state.best_step) == (5.0, 6)
+
+
+def test_a_checkpoint_holds_what_the_old_project_read(tokens, train_config):
+    run = Run(tokens, train_config())
+    content = checkpoint_content(run.model, run.optimizer, run.state)
+    assert content["config"] == TINY.to_dict()
+    assert {"model_state_dict", "optimizer_state_dict"} <= content.keys()
+
+
+# The first losses of TINY on our text, in plain fp32; a change that is not meant to change numbers keeps them.
+GOLDEN_LOSSES = {
+    "adamw": [10.8035, 10.74836, 10.61715, 10.39738, 10.16737, 9.94699, 9.75452, 9.6486, 9.52162, 9.47794],
+    "muon": [10.8035, 10.75476, 10.62205, 10.3955, 10.16723, 9.94373, 9.74557, 9.64114, 9.52515, 9.48433],
+}
+
+
+@pytest.mark.parametrize("optimizer", GOLDEN_LOSSES)
+def test_the_first_losses_are_what_they_were(tokens, train_config, optimizer):
+    run, callbacks = Run(tokens, train_config(max_steps=10, optimizer=optimizer)), Recorder()
+    run.go(callbacks)
+    assert [row["train_loss"] for row in callbacks.rows] == pytest.approx(GOLDEN_LOSSES[optimizer], abs=2e-4)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
+def test_narrow_formats_learn_as_fp32_does(tokens, train_config, precision, tolerance):
+    config = train_config(max_steps=30, eval_interval=30)
+    wide, narrow = Run(tokens, config), Run(tokens, config, precision)
+    wide.go(Recorder())
+    narrow.go(Recorder())
+    assert narrow.state.best_val_loss == pytest.approx(wide.state.best_val_loss, abs=tolerance)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_kind_of_run_resumes_exactly(tokens, train_config, optimizer, precision):
+    config = train_config(optimizer=optimizer, schedule="wsd", label_smoothing=0.1)
+    whole, parts = Run(tokens, config, precision), Run(tokens, config, precision)
+    whole.go(Recorder())
+    assert not parts.go(Recorder(stop_after=3))
+    file = io.BytesIO()
+    torch.save(checkpoint_content(parts.model, parts.optimizer, parts.state), file)
+    file.seek(0)
+    resumed = Run(tokens, config, precision)
+    resumed.state = restore_checkpoint(torch.load(file, weights_only=True), resumed.model, resumed.optimizer)
+    assert resumed.go(Recorder())
+    assert torch.equal(resumed.weights(), whole.weights())
+
+
+@needs_compiler
+def test_a_compiled_run_resumes_exactly(tokens, train_config):
+    def compiled_run():
+        run = Run(tokens, train_config(max_steps=4), torch.bfloat16)
+        run.compute.compile(4, 16)
+        return run
+
+    whole, parts, resumed = compiled_run(), compiled_run(), compiled_run()
+    whole.go(Recorder())
+    parts.go(Recorder(stop_after=2))
+    content = copy.deepcopy(checkpoint_content(parts.model, parts.optimizer, parts.state))
+    resumed.state = restore_checkpoint(content, resumed.model, resumed.optimizer)
+    assert resumed.go(Recorder())
+    assert torch.equal(resumed.weights(), whole.weights())
+
+
+def test_gradients_that_overflow_in_float16_lower_the_scale_and_change_nothing(tokens, train_config):
+    run, callbacks = Run(tokens, train_config(max_steps=3), torch.float16), Recorder(stop_after=1)
+    run.state.loss_scale = 2.0**40
+    before = run.weights()
+    run.go(callbacks)
+    assert run.state.loss_scale == 2.0**39
+    assert torch.equal(run.weights(), before)
+    assert callbacks.rows[0]["grad_norm"] is None
+    assert math.isfinite(callbacks.rows[0]["train_loss"])
+
+
+def test_a_float16_run_that_no_scale_can_save_is_divergence(tokens, train_config, monkeypatch):
+    run = Run(tokens, train_config(max_steps=100), torch.float16)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    with pytest.raises(DivergedError, match="at step 27"):  # from 2^16 down to 2^-10
+        run.go(Recorder())
+
+
+def test_utilisation_is_the_speed_in_flops_over_the_peak(tokens, train_config):
+    run, callbacks = Run(tokens, train_config()), Recorder()
+    run.go(callbacks, peak_flops=1e12)
+    row = callbacks.rows[-1]
+    assert row["mfu"] == pytest.approx(row["tokens_per_s"] * TINY.flops_per_token(16) / 1e12)
+    assert row["peak_memory_bytes"] > 1e7
+    assert run.state.elapsed_s > run.state.data_s + run.state.log_s > 0
+
+
+def test_an_error_while_reading_batches_is_raised(tokens, train_config, monkeypatch):
+    def fail(self, step, micro_step):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(Sampler, "batch", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        Run(tokens, train_config()).go(Recorder())
+
+
+def out_of_memory_above(run, sequences):
+    """Lets the run's memory be enough for so many sequences at a time."""
+    original, sizes = run.compute.loss, []
+
+    def loss(inputs, targets, **options):
+        sizes.append(len(inputs))
+        if len(inputs) > sequences and torch.is_grad_enabled():
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return original(inputs, targets, **options)
+
+    run.compute.loss = loss
+    return sizes
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(tokens, train_config):
+    whole, short = Run(tokens, train_config(batch_size=8)), Run(tokens, train_config(batch_size=8))
+    expected, callbacks = Recorder(), Recorder()
+    whole.go(expected)
+    sizes = out_of_memory_above(short, 2)
+    assert short.go(callbacks)
+    assert sizes[:3] == [8, 4, 2]
+    assert short.state.micro_batch_size == 2
+    assert len(callbacks.warnings) == 2
+    assert (
+        "with a micro-batch of 8: continuing with a micro-batch of 4 and 2 times the gradient accumulation"
+        in callbacks.warnings[0]
+    )
+    for key in ("train_loss", "grad_norm", "tokens"):
+        assert [row[key] for row in callbacks.rows] == pytest.approx([row[key] for row in expected.rows], rel=1e-4)
+
+
+def test_a_run_that_was_short_of_memory_resumes_exactly(tokens, train_config):
+    config = train_config(batch_size=8)
+    whole, parts, resumed = (Run(tokens, config) for _ in range(3))
+    for run in (whole, parts):
+        out_of_memory_above(run, 4)
+    whole.go(Recorder())
+    parts.go(Recorder(stop_after=3))
+    content = copy.deepcopy(checkpoint_content(parts.model, parts.optimizer, parts.state))
+    resumed.state = restore_checkpoint(content, resumed.model, resumed.optimizer)
+    sizes = out_of_memory_above(resumed, 4)
+    assert resumed.go(Recorder())
+    assert max(sizes) == 4
+    assert torch.equal(resumed.weights(), whole.weights())
+
+
+def test_memory_for_not_even_one_sequence_is_an_error_with_advice(tokens, train_config):
+    run = Run(tokens, train_config())
+    out_of_memory_above(run, 0)
+    with pytest.raises(OutOfMemoryError, match=r"one sequence of 16 tokens.*gradient_checkpointing: true") as raised:
+        run.go(Recorder())
+    assert raised.value.exit_code == 74
+
+
+def test_other_errors_are_not_taken_for_a_want_of_memory(tokens, train_config):
+    run = Run(tokens, train_config())
+
+    def fail(*_, **__):
+        raise RuntimeError("shapes do not match")
+
+    run.compute.loss = fail
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run.go(Recorder())
+
+
+class StopsAt(Recorder):
+    """Says stop at the question of a number."""
+
+    def __init__(self, question):
+        super().__init__()
+        self.left = question
+
+    def should_stop(self):
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_stop_at_any_moment_loses_nothing(tokens, train_config, precision):
+    config = train_config(max_steps=5, eval_interval=2)
+    whole = Run(tokens, config, precision)
+    whole.go(Recorder())
+    stopped_in_evaluation = 0
+    for question in range(200):
+        first, second = Run(tokens, config, precision), Run(tokens, config, precision)
+        callbacks = StopsAt(question)
+        if first.go(callbacks):
+            break
+        assert callbacks.saved == [first.state.step]
+        stopped_in_evaluation += first.state.pending_row is not None
+        content = copy.deepcopy(checkpoint_content(first.model, first.optimizer, first.state))
+        second.state = restore_checkpoint(content, second.model, second.optimizer)
+        assert second.go(Recorder())
+        assert torch.equal(second.weights(), whole.weights())
+        for key in ("step", "train_loss", "val_loss", "grad_norm", "learning_rate"):
+            assert [row[key] for row in second.state.history] == [row[key] for row in whole.state.history]
+        assert second.state.best_weights.keys() == whole.state.best_weights.keys()
+        assert all(torch.equal(w, whole.state.best_weights[n]) for n, w in second.state.best_weights.items())
+    assert question > 20  # between micro-batches, steps, and batches of an evaluation
+    assert stopped_in_evaluation > 3
+
+
+def test_checkpoints_are_due_by_time_and_never_take_more_than_a_fiftieth(tokens, train_config, monkeypatch):
+    now_s = [0.0]
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now_s[0])
+
+    class Clock(Recorder):
+        def progress(self, state, loss, tokens_per_s):
+            super().progress(state, loss, tokens_per_s)
+            now_s[0] += 25.0
+
+        def save(self, step, content):
+            super().save(step, content)
+            now_s[0] += 3.0  # so 150 s have to pass until the next
+
+    callbacks = Clock()
+    Run(tokens, train_config(max_steps=16, eval_interval=100)).go(callbacks)
+    assert callbacks.saved == [3, 9, 15, 16]
+
+
+def test_a_save_that_fails_is_tried_again_and_the_third_failure_ends_the_run(tokens, train_config):
+    class Full(Recorder):
+        def __init__(self, failures):
+            super().__init__()
+            self.failures = failures
+
+        def save(self, step, content):
+            if step in self.failures:
+                raise FileError(f"cannot write {step}")
+            super().save(step, content)
+
+    callbacks = Full({1, 2, 4})
+    assert Run(tokens, train_config(max_steps=6)).go(callbacks, checkpoint_interval=1)
+    assert callbacks.saved == [3, 5, 6]
+    assert len(callbacks.warnings) == 3
+    for failures, told in (({2, 3, 4}, "cannot write 4"), ({6}, "cannot write 6")):
+        with pytest.raises(FileError, match=told):
+            Run(tokens, train_config(max_steps=6)).go(Full(failures), checkpoint_interval=1)
+
+
+def test_the_loss_scale_rises_again(tokens, train_config, monkeypatch):
+    monkeypatch.setattr(mixed_precision, "LOSS_SCALE_GROWTH_INTERVAL", 3)
+    run = Run(tokens, train_config(max_steps=7), torch.float16)
+    run.state.loss_scale = 2.0**8
+    run.go(Recorder())
+    assert (run.state.loss_scale, run.state.steps_since_overflow) == (2.0**10, 1)
+
+
+def test_a_checkpoint_of_another_format_is_refused(tokens, train_config):
+    run = Run(tokens, train_config())
+    content = checkpoint_content(run.model, run.optimizer, run.state)
+    for version in (2, 4, None, "3"):
+        with pytest.raises(FileError, match="delete its folder to start anew"):
+            restore_checkpoint({**content, "format_version": version}, run.model, run.optimizer)

@@ -1,0 +1,155 @@
+import math
+import sys
+import threading
+from itertools import pairwise
+from types import ModuleType
+
+import pytest
+
+from gpt2 import tokenizer
+from gpt2.errors import BusyError, UserError
+from gpt2.inference.engine import Engine, generate
+from gpt2.inference.quantization import quantize
+from gpt2.inference.request import Request
+from space import service
+from space.model_files import load_model
+
+
+@pytest.fixture
+def desk(folder):
+    engine = Engine(
+        quantize(load_model(folder), "fp32"), context_length=16, slots=2, max_queue_size=2, serving_thread=True
+    )
+    thread = threading.Thread(target=engine.serve)
+    thread.start()
+    yield service.RequestRegistry(engine)
+    engine.close()
+    thread.join()
+
+
+GOOD = {**service.DEFAULTS, "prompt": "The miller", "max_new_tokens": 20, "seed": 3}
+
+
+def test_text_streams_and_is_that_of_the_engine(desk, folder):
+    (request,) = service.requests_for(service.validate_settings(GOOD))
+    steps = list(desk.answer([request]))
+    texts = ["".join(token.text for token in step.samples[0]) for step in steps]
+    (expected,) = generate(Engine(quantize(load_model(folder), "fp32"), context_length=16), [request])
+    assert [token.id for token in steps[-1].samples[0]] == [token.id for token in expected]
+    assert steps[-1].reasons == ["length"]
+    assert steps[-1].told().startswith("Done: 20 tokens, ")
+    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
+
+
+def test_several_samples_have_seeds_of_their_own(desk):
+    requests = service.requests_for(service.validate_settings({**GOOD, "samples": 3}))
+    assert [request.seed for request in requests] == [3, 4, 5]
+    *_, last = desk.answer(requests)
+    assert len({tuple(token.id for token in sample) for sample in last.samples}) == 3
+
+
+def test_an_empty_prompt_and_broken_characters_are_fine(desk):
+    for prompt in ("", "\ud800 half a character", "🙂\x00"):
+        *_, last = desk.answer(service.requests_for(service.validate_settings({**GOOD, "prompt": prompt})))
+        assert last.told().startswith("Done")
+
+
+def test_no_seed_draws_one():
+    seeds = {service.validate_settings({**GOOD, "seed": None})["seed"] for _ in range(5)}
+    assert len(seeds) > 1
+    assert all(0 <= seed <= service.MAX_SEED for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("prompt", None),
+        ("prompt", ["a"]),
+        ("prompt", "a" * 10_001),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 501),
+        ("max_new_tokens", 2.5),
+        ("max_new_tokens", "7"),
+        ("max_new_tokens", True),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", -0.1),
+        ("temperature", None),
+        ("top_k", -1),
+        ("top_k", 10**9),
+        ("top_k", 10**400),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", [1]),
+        ("samples", 5),
+        ("samples", 0),
+        ("stop", 5),
+        ("stop", "a" * 101),
+        ("seed", -1),
+        ("seed", 2**31),
+        ("seed", {}),
+    ],
+)
+def test_what_is_out_of_range_is_refused(key, value):
+    with pytest.raises(UserError, match=r"expected|must be text"):
+        service.validate_settings({**GOOD, key: value})
+
+
+LONG = Request(tokenizer.encode("a"), 100_000, stop_token_ids=frozenset())
+
+
+def test_a_visitor_who_stops_listening_frees_the_slots(desk):
+    for _ in range(3):
+        answer = desk.answer([LONG, LONG])
+        next(answer)
+        answer.close()
+    assert desk.engine._running == []
+
+
+def test_stop_ends_a_text_with_all_that_is_there(desk):
+    answer = desk.answer([LONG], "somebody")
+    while not next(answer).num_tokens:
+        pass
+    desk.stop("nobody")
+    assert next(answer).reasons == [None]
+    desk.stop("somebody")
+    *_, last = answer
+    assert last.reasons == ["cancelled"]
+    assert last.told().startswith("Stopped after ")
+    assert last.num_tokens > 0
+
+
+def test_a_visitor_writes_one_thing_at_a_time(desk):
+    first, second = desk.answer([LONG], "somebody"), desk.answer([LONG], "somebody")
+    next(first)
+    next(second)
+    *_, last = first
+    assert last.reasons == ["cancelled"]
+    second.close()
+
+
+def test_those_in_line_are_told_their_place(desk):
+    service = [desk.answer([LONG]) for _ in range(4)]
+    steps = [next(answer) for answer in service]
+    steps = [next(answer) for answer in service]
+    assert [step.queue_position for step in steps] == [-1, -1, 0, 1]
+    assert steps[3].told() == "In line: 2. to be answered"
+    with pytest.raises(BusyError, match="in the queue"):
+        next(desk.answer([LONG]))
+    for answer in service:
+        answer.close()
+    assert desk.engine._running == []
+
+
+def test_on_zero_gpu_the_answer_is_decorated_and_needs_no_thread(folder, monkeypatch):
+    decorated = []
+    spaces = ModuleType("spaces")
+    spaces.GPU = lambda duration: lambda function: decorated.append(duration) or function
+    monkeypatch.setitem(sys.modules, "spaces", spaces)
+    model = load_model(folder)
+    monkeypatch.setattr(type(model), "to", lambda self, device: self)  # there is no GPU here
+    answer = service.on_zero_gpu(model, 16)
+    *_, last = answer(service.requests_for(service.validate_settings({**GOOD, "samples": 2})), None)
+    assert decorated == [60]
+    assert [len(sample) for sample in last.samples] == [20, 20]
