@@ -66,7 +66,7 @@ def test_a_divergence_names_its_step_and_the_last_good_checkpoint(tmp_path, trai
         r"error: training diverged at step \d+: loss .*The last good checkpoint is .*step-00000\d$", told[0]
     )
     assert told[1] == told[0]
-    assert "So it went 2 times, and would again" in told[2]
+    assert "This happened 2 times at the same step" in told[2]
 
 
 def test_tracking_that_fails_changes_nothing(tmp_path, trained):

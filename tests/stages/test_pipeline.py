@@ -111,8 +111,8 @@ def test_the_exported_space_serves_itself_alone(project, tmp_path):
     program = (
         "import app, sys, threading; from space import page; built, engine = page.build()\n"
         "threading.Thread(target=engine.serve, daemon=True).start()\n"
-        "requests = page.requests_for(page.checked({**page.DEFAULTS, 'prompt': 'A', 'max_new_tokens': 9, 'seed': 3}))\n"
-        "print([step.told() for step in page.Desk(engine).answer(requests)][-1])\n"
+        "requests = page.requests_for(page.validate_settings({**page.DEFAULTS, 'prompt': 'A', 'max_new_tokens': 9, 'seed': 3}))\n"
+        "print([step.told() for step in page.RequestRegistry(engine).answer(requests)][-1])\n"
         "print(sorted(name for name in sys.modules if name in ('stages', 'mlflow', 'dvc', 'safetensors.torch')))"
     )
     environment = {**os.environ, "PYTHONPATH": "", "GRADIO_ANALYTICS_ENABLED": "False"}
@@ -202,7 +202,7 @@ def test_a_killed_experiment_goes_on_wherever_it_ran(tmp_path, way):
     for each in EXPERIMENTS[way]:
         output = project.run(*each)
     if way != "queued":  # the output of queued ones is in their logs
-        assert re.search(r"going on from step \d+ of 900", output)
+        assert re.search(r"resuming from step \d+ of 900", output)
     rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 901))
     assert sorted(path.name for path in run.glob("step-*")) == ["step-000900"]
@@ -229,7 +229,7 @@ def test_an_interrupted_training_is_not_recorded_and_goes_on(project, number):
     step = int(re.search(r"checkpoint of step (\d+)", rest).group(1))
 
     again = subprocess.Popen(command, cwd=project.folder, env=project.environment, stderr=subprocess.PIPE, text=True)
-    assert f"going on from step {step} of 4000" in again.stderr.readline()
+    assert f"resuming from step {step} of 4000" in again.stderr.readline()
     again.send_signal(number)
     again.stderr.read()
     assert again.wait(timeout=60) == 128 + number
