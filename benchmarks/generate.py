@@ -1,11 +1,12 @@
-"""Tokens/s and first-token latency of text from GPT-2 124M: ours in each format, and others', side by side.
+"""Tokens/s and time to first token of GPT-2 124M: ours in each dtype, and other implementations, side by side.
 
     python -m benchmarks.generate                   about a quarter of an hour on two cores
-    python -m benchmarks.generate --only ours       some of the contenders; the others keep their numbers
+    python -m benchmarks.generate --only ours       some of the contenders; the others keep their results
 
-All have the same random weights and the same prompt, and take the likeliest token. Each runs in a process of its own,
-in turns, ROUNDS times; the best counts. Peers that are not installed are left out: pip install ctranslate2 gguf
-llama-cpp-python (the last one needs a C++ compiler). Writes reports/benchmarks/generate.{json,md,png}.
+All use the same random weights, the same prompt and greedy decoding. Each runs in its own process, in turns, ROUNDS
+times; the best result counts. Peers that are not installed are skipped: pip install ctranslate2 gguf llama-cpp-python
+(the last one needs a C++ compiler). The baseline is the generation loop of the Space that this project is a remake of:
+no KV cache. Writes reports/benchmarks/generate.{json,md,png}.
 """
 
 import argparse
@@ -28,7 +29,7 @@ TASKS = {
     "8 x 100": (8, 100),
     "8 x 400": (8, 400),
 }
-FIRST = f"first token after {LONG_PROMPT}, ms"
+FIRST = f"time to first token after {LONG_PROMPT}, ms"
 CONTENDERS = {
     "ours, fp32": ("ours", "fp32"),
     "ours, bf16": ("ours", "bf16"),
@@ -40,10 +41,10 @@ CONTENDERS = {
     "llama.cpp, f32": ("llama_cpp", "f32"),
     "llama.cpp, bf16": ("llama_cpp", "bf16"),
     "llama.cpp, q8_0": ("llama_cpp", "q8_0"),
-    "the old Space's loop, fp32": ("loop", "float32"),
+    "baseline loop, fp32": ("loop", "float32"),
 }
 Generate = Callable[[list[int], int, int], Any]
-"""Writes for a prompt: this many texts at once, this many tokens each."""
+"""Generates, given a prompt, a batch size and a number of tokens per sequence."""
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def main() -> None:
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     reason = (done.stderr.strip() or "no output").splitlines()[-1]
-                    print(f"{name}: left out ({reason}, exit code {done.returncode})", flush=True)
+                    print(f"{name}: skipped ({reason}, exit code {done.returncode})", flush=True)
                     continue
                 found = json.loads(done.stdout.splitlines()[-1])
                 best = results.setdefault(name, {})
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 def report(results: dict[str, dict[str, float]]) -> None:
-    """Writes what is known after a round."""
+    """Writes the results after a round."""
     import torch
 
     from gpt2.device import device_name
@@ -92,7 +93,7 @@ def report(results: dict[str, dict[str, float]]) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """The same weights for everybody."""
+    """The same weights for all contenders."""
     import torch
 
     from gpt2.config import PRESETS
@@ -217,7 +218,7 @@ def llama_cpp(folder: Path, precision: str) -> tuple[Generate, bool]:
 
 
 def write_gguf(folder: Path, path: Path, precision: str) -> None:
-    """The model as llama.cpp reads it. (For files of your own use llama.cpp's converter, on dist/hf.)"""
+    """The model as a GGUF file. (For your own models use llama.cpp's converter on dist/hf.)"""
     import gguf
     import numpy as np
 
@@ -262,7 +263,7 @@ def write_gguf(folder: Path, path: Path, precision: str) -> None:
 
 
 def loop(folder: Path, precision: str) -> tuple[Generate, bool]:
-    """What the old Space did: all logits of the whole context for each token, the likeliest 50, one drawn."""
+    """The baseline: all logits of the whole context for each token, top-k 50."""
     import torch
 
     from gpt2.model.storage import load_folder
@@ -288,12 +289,12 @@ def write_table(machine: str, results: dict[str, dict[str, float]]) -> None:
     """reports/benchmarks/generate.md."""
     columns = [*TASKS, FIRST]
     lines = [
-        "# Text from GPT-2 124M, side by side",
+        "# Generation with GPT-2 124M, side by side",
         "",
         "Made by `python -m benchmarks.generate`; the numbers are in generate.json.",
         "",
-        f"{machine}. Tokens/s of new text after a prompt of {len(PROMPT)} tokens, its reading included; `8 x 100` is "
-        "eight texts at once, 100 tokens each, all eight counted. Random weights, the likeliest token.",
+        f"{machine}. New tokens/s after a prompt of {len(PROMPT)} tokens, prefill included; `8 x 100` is "
+        "a batch of eight, 100 tokens each, all eight counted. Random weights, greedy decoding.",
         "",
         "| | " + " | ".join(columns) + " | to ours, int8 (1 x 100) |",
         "|---|" + "---:|" * (len(columns) + 1),
@@ -310,16 +311,15 @@ def draw(results: dict[str, dict[str, float]]) -> None:
     """reports/benchmarks/generate.png."""
     from matplotlib.figure import Figure
 
+    from benchmarks import charts
+
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     names = list(reversed(results))
     for axes, task in zip(figure.subplots(1, 2, sharey=True), ("1 x 100", "8 x 100"), strict=True):
         values = [results[name].get(task, 0) for name in names]
-        bars = axes.barh(names, values, color=["#c2410c" if name.startswith("ours") else "#94a3b8" for name in names])
-        axes.bar_label(bars, [f"{value:,.0f}" if value else "" for value in values], padding=3, fontsize=8)
-        axes.set_title(f"{task} tokens: tokens/s", fontsize=10)
-        axes.tick_params(labelsize=8)
-        axes.margins(x=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
+        labels = [f"{value:,.0f}" if value else "" for value in values]
+        colors = [charts.OURS if name.startswith("ours") else charts.PEER for name in names]
+        charts.draw_bars(axes, names, values, labels, colors, f"{task} tokens: tokens/s")
     figure.savefig(REPORT / "generate.png", dpi=110, metadata={"Software": None})
 
 

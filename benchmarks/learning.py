@@ -1,9 +1,10 @@
-"""Loss against steps and against seconds: the old script's recipe, tuned AdamW and Muon, on the same model and batches.
+"""Loss against steps and against seconds: the baseline recipe, tuned AdamW and Muon, on the same model and batches.
 
     python -m benchmarks.learning                   three seeds, about 25 minutes on two cores
 
-Takes the model and the batch of params.yaml and the tokens of the last pipeline run. The old script's seconds are those
-of its own step (fp32, not compiled), timed in the same run. Writes reports/benchmarks/learning.{json,md,png}.
+Uses the model and the batch of the preset laptop and the tokens of the last pipeline run. The baseline is the plain
+fp32 training script that this project is a remake of; its own step (not compiled) is timed in the same run. Writes
+reports/benchmarks/learning.{json,md,png}.
 """
 
 import argparse
@@ -19,14 +20,14 @@ EVAL_INTERVAL = 20
 VALIDATION_TOKENS = 9217
 """The first quarter of the held-out text of Tiny Shakespeare."""
 RECIPES: dict[str, dict[str, Any]] = {
-    "the old script's recipe": {},  # that of presets/seed.yaml
+    "baseline recipe": {},  # that of presets/seed.yaml
     "tuned AdamW": {"optimizer": "adamw", "learning_rate": 1.0e-3, "min_learning_rate": 1.0e-4, "schedule": "cosine"},
     "Muon": {},  # that of presets/laptop.yaml
 }
-COLORS = {"the old script's recipe": "#64748b", "tuned AdamW": "#2563eb", "Muon": "#c2410c"}
+COLORS = {"baseline recipe": "#64748b", "tuned AdamW": "#2563eb", "Muon": "#c2410c"}
 
 
-class Silent:
+class SilentCallbacks:
     """Callbacks of a training run that only needs its history."""
 
     def log(self, row: Any) -> None:
@@ -39,7 +40,7 @@ class Silent:
         """Nothing."""
 
     def warn(self, message: str) -> None:
-        """For the person who runs the benchmark."""
+        """Prints it."""
         print(message)
 
     def should_stop(self) -> bool:
@@ -57,10 +58,10 @@ def main() -> None:
 
     laptop, seed = (load_params(Path(f"presets/{name}.yaml")) for name in ("laptop", "seed"))
     if arguments.steps <= seed.train.warmup_steps or arguments.seeds < 1:
-        parser.error(f"at least one seed, and more steps than the old recipe's warm-up, {seed.train.warmup_steps}")
+        parser.error(f"at least one seed, and more steps than the baseline recipe's warm-up, {seed.train.warmup_steps}")
     taken = ("optimizer", "learning_rate", "min_learning_rate", "schedule", "warmup_steps", "weight_decay")
-    recipes = {**RECIPES, "the old script's recipe": {name: getattr(seed.train, name) for name in taken}}
-    old_step_s = time_old_step(laptop)
+    recipes = {**RECIPES, "baseline recipe": {name: getattr(seed.train, name) for name in taken}}
+    baseline_step_s = time_baseline_step(laptop)
     runs = []
     for number in range(arguments.seeds):
         for name, recipe in recipes.items():
@@ -74,7 +75,7 @@ def main() -> None:
             curve = run(laptop, config)
             runs.append({"recipe": name, "seed": config.seed, **curve})
             print(f"{name}, seed {config.seed}: best {min(curve['val_loss']):.3f}, {curve['seconds'][-1]:.0f} s")
-    result = {"date": time.strftime("%Y-%m-%d"), "old_step_s": old_step_s, "runs": runs}
+    result = {"date": time.strftime("%Y-%m-%d"), "baseline_step_s": baseline_step_s, "runs": runs}
     REPORT.mkdir(parents=True, exist_ok=True)
     (REPORT / "learning.json").write_text(json.dumps(result) + "\n")
     write_table(result)
@@ -82,7 +83,7 @@ def main() -> None:
 
 
 def run(params: Any, config: Any) -> dict[str, list[float]]:
-    """The validation losses of a training run, and the steps and seconds of training at which they were reached."""
+    """The validation losses of a training run, with their steps and seconds of training."""
     import torch
 
     from gpt2.data.sampler import Sampler
@@ -121,7 +122,7 @@ def run(params: Any, config: Any) -> dict[str, list[float]]:
         return loss
 
     optimizer = Optimizer(model, config)
-    Trainer(compute, optimizer, sampler, validate, config, state, Silent(), log_interval=10**9).train()
+    Trainer(compute, optimizer, sampler, validate, config, state, SilentCallbacks(), log_interval=10**9).train()
     return {
         "step": [float(row["step"] or 0) for row in state.history],
         "val_loss": [float(row["val_loss"] or 0) for row in state.history],
@@ -129,8 +130,8 @@ def run(params: Any, config: Any) -> dict[str, list[float]]:
     }
 
 
-def time_old_step(params: Any) -> float:
-    """Seconds of the old script's step: fp32, not compiled, whole logits."""
+def time_baseline_step(params: Any) -> float:
+    """Seconds of the baseline's step: fp32, not compiled, all logits at once."""
     import torch
 
     from benchmarks.plain import PlainGPT, plain_step
@@ -150,22 +151,23 @@ def time_old_step(params: Any) -> float:
 
 
 def reached(curve: dict[str, Any], loss: float, axis: str) -> float:
-    """Where on an axis a curve is first as low as this loss; not a number if nowhere."""
+    """Where on an axis a curve first reaches a loss; NaN if it never does."""
     return next((x for x, y in zip(curve[axis], curve["val_loss"], strict=True) if y <= loss), float("nan"))
 
 
 def write_table(result: dict[str, Any]) -> None:
     """reports/benchmarks/learning.md."""
     runs = result["runs"]
-    old = {run["seed"]: run for run in runs if run["recipe"] == "the old script's recipe"}
+    baseline = {run["seed"]: run for run in runs if run["recipe"] == "baseline recipe"}
     lines = [
         "# Learning, side by side",
         "",
         f"Made by `python -m benchmarks.learning` ({result['date']}); the curves are in learning.json. Each line is "
-        "the mean over the seeds, with the least and the most. The goal is the old recipe's best validation loss.",
+        "the mean over the seeds, with the least and the most. The target is the best validation loss of the baseline "
+        "recipe.",
         "",
-        "| | best validation loss | steps to the goal | of the old recipe's | seconds to the goal "
-        "| of the old recipe's | of the old script's |",
+        "| | best validation loss | steps to the target | of the baseline's | seconds to the target "
+        "| of the baseline recipe's | of the baseline script's |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
 
@@ -174,20 +176,24 @@ def write_table(result: dict[str, Any]) -> None:
 
     for recipe in RECIPES:
         of_recipe = [run for run in runs if run["recipe"] == recipe]
-        goals = [min(old[run["seed"]]["val_loss"]) for run in of_recipe]
-        pairs = list(zip(of_recipe, goals, strict=True))
-        steps, seconds = ([reached(run, goal, axis) for run, goal in pairs] for axis in ("step", "seconds"))
-        old_steps, old_s = (
-            [reached(old[run["seed"]], goal, axis) for run, goal in pairs] for axis in ("step", "seconds")
+        targets = [min(baseline[run["seed"]]["val_loss"]) for run in of_recipe]
+        pairs = list(zip(of_recipe, targets, strict=True))
+        steps, seconds = ([reached(run, target, axis) for run, target in pairs] for axis in ("step", "seconds"))
+        baseline_steps, baseline_s = (
+            [reached(baseline[run["seed"]], target, axis) for run, target in pairs] for axis in ("step", "seconds")
         )
-        old_script_s = [step * result["old_step_s"] for step in old_steps]
+        baseline_script_s = [step * result["baseline_step_s"] for step in baseline_steps]
         lines.append(
             f"| {recipe} | {shown([min(run['val_loss']) for run in of_recipe], '.3f')} | {shown(steps, '.0f')} "
-            f"| {statistics.mean(steps) / statistics.mean(old_steps):.0%} | {shown(seconds, '.0f')} "
-            f"| {statistics.mean(seconds) / statistics.mean(old_s):.0%} "
-            f"| {statistics.mean(seconds) / statistics.mean(old_script_s):.0%} |"
+            f"| {statistics.mean(steps) / statistics.mean(baseline_steps):.0%} | {shown(seconds, '.0f')} "
+            f"| {statistics.mean(seconds) / statistics.mean(baseline_s):.0%} "
+            f"| {statistics.mean(seconds) / statistics.mean(baseline_script_s):.0%} |"
         )
-    lines += ["", f"The old script's step takes {result['old_step_s']:.3f} s; all three recipes ran in our own loop."]
+    lines += [
+        "",
+        f"The baseline's step takes {result['baseline_step_s']:.3f} s; all three recipes ran in this project's training "
+        "loop.",
+    ]
     (REPORT / "learning.md").write_text("\n".join(lines) + "\n")
 
 
@@ -204,11 +210,11 @@ def draw(result: dict[str, Any]) -> None:
         labelled.add(recipe)
         by_step.plot(curve["step"], curve["val_loss"], color=COLORS[recipe], linewidth=1.3, label=label)
         by_time.plot(curve["seconds"], curve["val_loss"], color=COLORS[recipe], linewidth=1.3)
-        if recipe == "the old script's recipe":
-            old_s = [step * result["old_step_s"] for step in curve["step"]]
-            label = None if "own" in labelled else "the same, in the old script's step"
+        if recipe == "baseline recipe":
+            baseline_s = [step * result["baseline_step_s"] for step in curve["step"]]
+            label = None if "own" in labelled else "the same, in the baseline's step"
             labelled.add("own")
-            by_time.plot(old_s, curve["val_loss"], color=COLORS[recipe], linewidth=1.0, linestyle=":", label=label)
+            by_time.plot(baseline_s, curve["val_loss"], color=COLORS[recipe], linewidth=1.0, linestyle=":", label=label)
     by_step.set(xlabel="step", ylabel="validation loss, nats per token", ylim=(None, 7.5))
     by_time.set(xlabel="seconds of training")
     for axes in (by_step, by_time):

@@ -1,4 +1,4 @@
-"""GPT-2 training as it is usually written: the peers of the benchmarks. Written here, to be measured against."""
+"""Plain GPT-2 training on standard PyTorch parts: the baseline and the nanoGPT-style peers of the benchmarks."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class PlainBlock(nn.Module):
-    """A block on PyTorch's own pieces."""
+    """A transformer block on PyTorch's own parts."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """Logits of all tokens, then their loss."""
+    """A GPT-2 that computes all logits at once, then their loss."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def plain_step(
     precision: torch.dtype,
     device: torch.device,
 ) -> Callable[[], None]:
-    """An optimizer step in the usual way: autocast in a narrow format, gradients accumulated, clipped, fused AdamW."""
+    """A standard optimizer step: autocast, gradient accumulation, clipping, fused AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     autocast = contextlib.nullcontext() if precision == torch.float32 else torch.autocast(device.type, dtype=precision)
 

@@ -1,12 +1,12 @@
-"""Tokens/s, utilisation and peak memory of a training step: ours in each format, and others', side by side.
+"""Tokens/s, MFU and peak memory of a training step: ours and those of other implementations, side by side.
 
     python -m benchmarks.train                      all cases, about a quarter of an hour on two cores
     python -m benchmarks.train --case laptop        one of them
     python -m benchmarks.train --device cuda
 
-Each contender runs in a process of its own, one after the other, on the same random tokens; the median of its steps
-counts. Peers run as they are, without our settings of the C library's memory, but for the one that says so. Writes
-reports/benchmarks/train.{json,md,png}.
+Each contender runs in its own process, one after the other, on the same random tokens; the result is the median step.
+Peers run as their users run them, without our allocator settings, except where the name says so. The baseline is the
+plain fp32 training script that this project is a remake of. Writes reports/benchmarks/train.{json,md,png}.
 """
 
 import argparse
@@ -32,20 +32,25 @@ CASES: dict[str, tuple[dict[str, int], int, int, int]] = {
     "gpt2-gpu": (GPT2, 32, 1024, 2),
 }
 OURS = {
-    "ours, {narrow}": {"precision": "narrow", "compile": True},
-    "ours, {narrow}, not compiled": {"precision": "narrow", "compile": False},
-    "ours, {narrow}, gradient checkpointing": {"precision": "narrow", "compile": True, "checkpointing": True},
+    "ours, {reduced}": {"precision": "reduced", "compile": True},
+    "ours, {reduced}, not compiled": {"precision": "reduced", "compile": False},
+    "ours, {reduced}, gradient checkpointing": {"precision": "reduced", "compile": True, "checkpointing": True},
     "ours, fp32": {"precision": "fp32", "compile": True},
 }
 PEERS = {
-    "nanoGPT's way, {narrow} autocast, compiled": {"peer": "plain", "precision": "narrow", "compile": True},
-    "nanoGPT's way, our memory settings": {"peer": "plain", "precision": "narrow", "compile": True, "prepared": True},
-    "Transformers, {narrow} autocast, compiled": {"peer": "transformers", "precision": "narrow", "compile": True},
-    "Transformers, {narrow} autocast": {"peer": "transformers", "precision": "narrow", "compile": False},
-    "the old script, fp32": {"peer": "plain", "precision": "fp32", "compile": False},
+    "nanoGPT-style, {reduced} autocast, compiled": {"peer": "plain", "precision": "reduced", "compile": True},
+    "nanoGPT-style, our allocator settings": {
+        "peer": "plain",
+        "precision": "reduced",
+        "compile": True,
+        "prepared": True,
+    },
+    "Transformers, {reduced} autocast, compiled": {"peer": "transformers", "precision": "reduced", "compile": True},
+    "Transformers, {reduced} autocast": {"peer": "transformers", "precision": "reduced", "compile": False},
+    "baseline, fp32": {"peer": "plain", "precision": "fp32", "compile": False},
 }
 CONTENDERS: dict[str, dict[str, Any]] = {
-    "matrix products alone, {narrow}": {"bound": True, "precision": "narrow"},
+    "matrix products alone, {reduced}": {"bound": True, "precision": "reduced"},
     **OURS,
     **PEERS,
 }
@@ -79,12 +84,12 @@ def main() -> None:
                 print(f"{case}: {name} failed with exit code {worker.returncode}", file=sys.stderr)
                 continue
             row = json.loads(worker.stdout.splitlines()[-1])
-            row = {"contender": name.format(narrow=row["narrow"]), **contender, **row}
+            row = {"contender": name.format(reduced=row["reduced"]), **contender, **row}
             rows = [*(other for other in rows if other["contender"] != row["contender"]), row]
             print(
                 f"{case}: {row['contender']}: {row['tokens_per_s']:,.0f} tokens/s, {row['peak_gb']:.2f} GB", flush=True
             )
-        order = [name.format(narrow=rows[0]["narrow"]) for name in CONTENDERS]
+        order = [name.format(reduced=rows[0]["reduced"]) for name in CONTENDERS]
         rows.sort(key=lambda row: order.index(row["contender"]))
         results[case] = {"date": time.strftime("%Y-%m-%d"), "machine": rows[0]["machine"], "rows": rows}
         REPORT.mkdir(parents=True, exist_ok=True)
@@ -117,8 +122,8 @@ def work(contender: dict[str, Any], device_name: str) -> dict[str, Any]:
     from gpt2.device import device_name as name_of
 
     device = choose_device(device_name)  # type: ignore[arg-type]
-    narrow = choose_precision(device, "auto")
-    precision = narrow if contender["precision"] == "narrow" else torch.float32
+    reduced = choose_precision(device, "auto")
+    precision = reduced if contender["precision"] == "reduced" else torch.float32
     sizes, batch_size, length, accumulation = CASES[contender["case"]]
     config = GPTConfig(vocab_size=GPT2_VOCAB_SIZE, **sizes)
     torch.manual_seed(0)
@@ -146,7 +151,7 @@ def work(contender: dict[str, Any], device_name: str) -> dict[str, Any]:
     tokens = batch_size * length * accumulation
     tokens_per_s = tokens / statistics.median(seconds)
     return {
-        "narrow": {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[narrow],
+        "reduced": {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[reduced],
         "machine": f"{name_of(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "tokens_per_s": tokens_per_s,
         "seconds": seconds,
@@ -253,10 +258,10 @@ def write_table(results: dict[str, Any]) -> None:
             f"## {case}: {sizes['n_layer']} layers x {sizes['n_embd']}, {batch_size} x {length} tokens, "
             f"accumulation {accumulation}",
             "",
-            f"{result['machine']}, {result['date']}. Utilisation is of the highest speed that a product of two "
-            "large matrices reached here in the same format.",
+            f"{result['machine']}, {result['date']}. MFU is relative to the fastest product of two large "
+            "matrices here in the same dtype.",
             "",
-            "| | tokens/s | to the best peer | to the products alone | utilisation | peak memory, GB "
+            "| | tokens/s | to the best peer | to matrix products alone | MFU | peak memory, GB "
             "| set-up and first step, s |",
             "|---|---:|---:|---:|---:|---:|---:|",
         ]
@@ -273,17 +278,15 @@ def draw(results: dict[str, Any]) -> None:
     """reports/benchmarks/train.png."""
     from matplotlib.figure import Figure
 
+    from benchmarks import charts
+
     figure = Figure(figsize=(9, 2.6 * len(results)), layout="constrained")
     for axes, (case, result) in zip(figure.subplots(len(results), squeeze=False)[:, 0], results.items(), strict=True):
         rows = sorted(result["rows"], key=lambda r: r["tokens_per_s"])
-        colors = ["#cbd5e1" if r.get("bound") else "#94a3b8" if "peer" in r else "#c2410c" for r in rows]
-        bars = axes.barh([r["contender"] for r in rows], [r["tokens_per_s"] for r in rows], color=colors)
+        colors = [charts.BOUND if r.get("bound") else charts.PEER if "peer" in r else charts.OURS for r in rows]
         labels = [f"{r['tokens_per_s']:,.0f}  ({r['peak_gb']:.1f} GB)" for r in rows]
-        axes.bar_label(bars, labels, padding=3, fontsize=8)
-        axes.set_title(f"{case}: tokens/s (peak memory)", fontsize=10)
-        axes.tick_params(labelsize=8)
-        axes.margins(x=0.18)
-        axes.spines[["top", "right"]].set_visible(False)
+        names, values = [r["contender"] for r in rows], [r["tokens_per_s"] for r in rows]
+        charts.draw_bars(axes, names, values, labels, colors, f"{case}: tokens/s (peak memory)")
     figure.savefig(REPORT / "train.png", dpi=110, metadata={"Software": None})
 
 
