@@ -5,9 +5,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH :=
 export MLFLOW_DISABLE_TELEMETRY := true
 INSTALLED := .venv/installed
+# Two processes with one torch thread each.
+TEST := OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow check format lock ui space preset bench tuning screenshots soak soak-space sync
+.PHONY: help setup repro test test-slow docs check format lock ui space preset bench tuning screenshots soak soak-space sync
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,15 +27,18 @@ repro: setup ## run the pipeline: fetch, tokenize, train, evaluate, export-to-sp
 	dvc repro
 
 test: setup ## run the tests
-	python -m pytest -m "not slow"
+	$(TEST) -m "not slow"
 
 test-slow: setup ## run the tests that take minutes
-	python -m pytest -m slow
+	$(TEST) -m slow
 
-soak: setup ## hurt runs in every way for twenty minutes, and print a table (docs/reliability.md)
+docs: setup ## build the documentation site in site/
+	mkdocs build --strict --quiet
+
+soak: setup ## inject faults for twenty minutes, and print a table (docs/reliability.md)
 	python -m tests.faults.soak
 
-soak-space: setup ## visitors of every kind at a Space of GPT-2 124M, for a quarter of an hour
+soak-space: setup ## load-test a Space of GPT-2 124M, for a quarter of an hour
 	python -m tests.space.soak
 
 check: setup ## format, lint, types and known vulnerabilities, without changing anything
@@ -43,14 +48,14 @@ check: setup ## format, lint, types and known vulnerabilities, without changing 
 	python -m tools.lint
 	python -m tools.audit
 
-format: setup ## format, and mend what the linter can
+format: setup ## format, and apply the linter's fixes
 	ruff format .
 	ruff check --fix .
 
 ui: setup ## MLflow's page on http://127.0.0.1:5000
 	mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port 5000
 
-sync: setup ## bring to MLflow what it could not be told during the runs
+sync: setup ## deliver records that MLflow does not have yet
 	python -m stages.sync
 
 space: setup ## serve dist/space on http://127.0.0.1:7860
@@ -69,7 +74,7 @@ bench: setup ## measure speed and learning beside other implementations (about a
 tuning: setup ## reports/tuning.md from MLflow's records of the experiments tune-...
 	python -m tools.tuning
 
-screenshots: setup ## make the README's pictures anew from the last run (needs a Chromium)
+screenshots: setup ## retake the pictures of the docs from the last run (needs a Chromium)
 	python -m tools.screenshots
 
 lock: setup ## compile requirements.txt from pyproject.toml

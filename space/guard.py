@@ -1,6 +1,6 @@
-"""What is let in: a middleware in front of Gradio that knows the few addresses the page needs.
+"""An ASGI middleware in front of Gradio that allows only the endpoints that the page needs.
 
-Gradio takes uploads, serves files and reads bodies of any size, whatever the page is made of.
+Gradio accepts uploads, serves files and reads bodies of any size, whatever the page contains.
 """
 
 import json
@@ -24,16 +24,16 @@ FIELDS = {
     "event_id": (str, type(None)),
     "event_data": (dict, type(None)),
 }
-"""What Gradio's clients send beside the values, and of what type."""
+"""Fields that Gradio's clients send besides the values, and their types."""
 
 Scope = dict[str, Any]
 
 
 class Guard:
-    """An ASGI application that answers 404, 413 or 422 itself, and hands on what is left."""
+    """An ASGI application that rejects requests with 404, 413 or 422, and forwards the rest."""
 
     def __init__(self, app: Any, num_inputs: Mapping[int | str | None, int]) -> None:
-        """num_inputs: of each function that may be called, by its number and by its name in the API."""
+        """num_inputs: number of inputs of each callable function, by index and by API name."""
         self.app, self.num_inputs = app, num_inputs
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
@@ -42,14 +42,14 @@ class Guard:
             await self._serve(scope, receive, send)
         elif scope["type"] == "lifespan":
             await self.app(scope, receive, send)
-        # a web socket, which nobody here expects, is closed
+        # web sockets are not used, and closed
 
     async def _serve(self, scope: Scope, receive: Any, send: Any) -> None:
         path: str = scope["path"]
         path = path[len(PREFIX) :] if path.startswith(PREFIX + "/") else path
         allowed = POST if scope["method"] == "POST" else GET if scope["method"] in ("GET", "HEAD") else None
         if allowed is None or not allowed.fullmatch(path):
-            await refuse(send, 404, "there is nothing here")
+            await refuse(send, 404, "not found")
         elif scope["method"] == "POST":
             await self._take(path, scope, receive, send)
         else:
@@ -60,7 +60,7 @@ class Guard:
         if body is None:
             await refuse(send, 413, f"more than {MAX_BODY_BYTES:,} bytes")
             return
-        if reason := self.wrong_in(path, body):
+        if reason := self.find_problem(path, body):
             await refuse(send, 422, reason)
             return
 
@@ -75,7 +75,7 @@ class Guard:
 
     @staticmethod
     async def _body(scope: Scope, receive: Any) -> bytes | None:
-        """The whole body; None if it is too large, which is found out before it is read where it says its length."""
+        """The whole body; None if it is too large. A Content-Length over the limit is rejected before reading."""
         for name, value in scope["headers"]:
             if name == b"content-length" and not (value.isdigit() and int(value) <= MAX_BODY_BYTES):
                 return None
@@ -87,8 +87,8 @@ class Guard:
                 return body if len(body) <= MAX_BODY_BYTES else None
         return None
 
-    def wrong_in(self, path: str, body: bytes) -> str:
-        """What a call is refused for; empty if it is one that Gradio's own clients could send."""
+    def find_problem(self, path: str, body: bytes) -> str:
+        """Why a call is rejected; empty if it is one that Gradio's own clients could send."""
         try:
             sent = json.loads(body)
         except (ValueError, RecursionError):
@@ -97,7 +97,7 @@ class Guard:
             return "expected a JSON object"
         for key, types in FIELDS.items():
             if type(sent.get(key)) not in types:
-                return f"{key} is not of its type"
+                return f"{key} has the wrong type"
         if path in ("/cancel", "/reset"):
             return ""
         match = POST.fullmatch(path)
@@ -105,7 +105,7 @@ class Guard:
         function = sent["fn_index"] if sent.get("fn_index") is not None else named
         num_inputs = self.num_inputs.get(function)
         if num_inputs is None:
-            return "there is no such function"
+            return "unknown function"
         data = sent.get("data")
         if not isinstance(data, list) or len(data) != num_inputs:
             return f"expected a list of {num_inputs} values as data"
@@ -115,7 +115,7 @@ class Guard:
 
 
 async def refuse(send: Any, status: int, reason: str) -> None:
-    """Answers with a status and one line."""
+    """Sends a status and one line."""
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": json.dumps({"detail": reason}).encode()})

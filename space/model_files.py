@@ -1,6 +1,6 @@
-"""The model's files in a Space's folder, which may be anything: missing, damaged, or made to do harm.
+"""Loads the model files of a Space, which may be missing, damaged or malicious.
 
-Nothing in them is ever run, and nothing is unpacked that is larger than its configuration says.
+Nothing in them is executed, and nothing is unpacked that is larger than the configuration allows.
 """
 
 import json
@@ -21,12 +21,12 @@ from gpt2.files import sha256_of
 from gpt2.model.transformer import GPT
 
 WEIGHTS, CONFIG, MANIFEST = "gpt_model.pt", "gpt_config.pt", "manifest.json"
-AGAIN = "Export or upload it again"
+EXPORT_AGAIN = "Export or upload it again"
 MAX_SMALL_FILE_BYTES = 4_000_000
 MAX_OVERHEAD_BYTES = 4_000_000  # names and directories of an archive of tensors
 MAX_LAYERS = 1000
 TEXT, NUMBER = (str,), (int, float)
-FACTS: Mapping[str, tuple[type, ...]] = {
+METADATA: Mapping[str, tuple[type, ...]] = {
     "title": TEXT,
     "examples": (list,),
     "parameters": NUMBER,
@@ -47,36 +47,36 @@ FACTS: Mapping[str, tuple[type, ...]] = {
     "dtype_losses": (dict,),
     "target": TEXT,
 }
-"""What manifest.json has to say about the model, and of what type."""
+"""Required entries of manifest.json about the model, and their types."""
 
 
-def load_facts(folder: Path) -> dict[str, Any]:
-    """What manifest.json says about the model. Raises FileError if a file is missing or is not what was exported."""
+def load_metadata(folder: Path) -> dict[str, Any]:
+    """The model metadata in manifest.json. Raises FileError if a file is missing or is not the exported one."""
     try:
         if (folder / MANIFEST).stat().st_size > MAX_SMALL_FILE_BYTES:
-            raise FileError(f"{MANIFEST} is far too large. {AGAIN}")
+            raise FileError(f"{MANIFEST} is far too large. {EXPORT_AGAIN}")
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        facts: dict[str, Any] = manifest["model"]
+        metadata: dict[str, Any] = manifest["model"]
         for name in (WEIGHTS, CONFIG):
             if sha256_of(folder / name) != manifest["sha256"][name]:
-                raise FileError(f"{name} is damaged: it is not the file that was exported. {AGAIN}")
-        for name, types in FACTS.items():
-            value = facts[name]
+                raise FileError(f"{name} is damaged: it is not the file that was exported. {EXPORT_AGAIN}")
+        for name, types in METADATA.items():
+            value = metadata[name]
             if not isinstance(value, types) or isinstance(value, bool) or not _is_finite(value):
-                raise FileError(f"{MANIFEST} says {name} is {str(value)[:40]!r}. {AGAIN}")
-        if facts["context"] < 1 or not all(
-            type(loss) is float and _is_finite(loss) for loss in facts["dtype_losses"].values()
+                raise FileError(f"{MANIFEST} says {name} is {str(value)[:40]!r}. {EXPORT_AGAIN}")
+        if metadata["context"] < 1 or not all(
+            type(loss) is float and _is_finite(loss) for loss in metadata["dtype_losses"].values()
         ):
-            raise FileError(f"{MANIFEST} has no context or no losses. {AGAIN}")
-        if not facts["examples"] or not all(isinstance(example, str) for example in facts["examples"]):
-            raise FileError(f"{MANIFEST} has no examples. {AGAIN}")
+            raise FileError(f"{MANIFEST} has no context length or no losses. {EXPORT_AGAIN}")
+        if not metadata["examples"] or not all(isinstance(example, str) for example in metadata["examples"]):
+            raise FileError(f"{MANIFEST} has no examples. {EXPORT_AGAIN}")
     except FileNotFoundError as error:
-        raise FileError(f"{Path(error.filename).name} is missing. {AGAIN}") from None
+        raise FileError(f"{Path(error.filename).name} is missing. {EXPORT_AGAIN}") from None
     except KeyError as error:
-        raise FileError(f"{MANIFEST} does not say {error}. {AGAIN}") from None
+        raise FileError(f"{MANIFEST} lacks {error}. {EXPORT_AGAIN}") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise FileError(f"{MANIFEST} cannot be read ({str(error)[:200]}). {AGAIN}") from None
-    return facts
+        raise FileError(f"{MANIFEST} cannot be read ({str(error)[:200]}). {EXPORT_AGAIN}") from None
+    return metadata
 
 
 def _is_finite(value: Any) -> bool:
@@ -102,9 +102,9 @@ def load_model(folder: Path) -> GPT:
             _check(name, weights.get(name), expected)
         model.load_state_dict(weights, assign=True)
     except (FileError, UserError) as error:
-        raise FileError(f"The model cannot be loaded: {error}. {AGAIN}") from None
+        raise FileError(f"The model cannot be loaded: {error}. {EXPORT_AGAIN}") from None
     except FileNotFoundError as error:
-        raise FileError(f"{Path(error.filename).name} is missing. {AGAIN}") from None
+        raise FileError(f"{Path(error.filename).name} is missing. {EXPORT_AGAIN}") from None
     except (
         OSError,
         RuntimeError,
@@ -117,7 +117,7 @@ def load_model(folder: Path) -> GPT:
         zipfile.BadZipFile,
         pickle.UnpicklingError,
     ) as error:
-        raise FileError(f"The model cannot be loaded: {' '.join(str(error).split())[:300]}. {AGAIN}") from None
+        raise FileError(f"The model cannot be loaded: {' '.join(str(error).split())[:300]}. {EXPORT_AGAIN}") from None
     model.transformer["wte"].weight = model.lm_head.weight  # tied
     return model.requires_grad_(False).eval()
 

@@ -1,4 +1,4 @@
-"""What a visitor may ask, and the answer as it comes: settings that are checked, requests, and how far they are."""
+"""From a user's settings to generated text: validation, requests, and their progress."""
 
 import math
 import random
@@ -23,7 +23,7 @@ MAX_SAMPLES = 4
 MAX_STOP_CHARACTERS = 100
 MAX_SEED = 2**31 - 1
 MAX_DRAWN_SEED = 1_000_000  # short enough to be read out
-DEADLINE_S = 120.0
+TIMEOUT_S = 120.0
 NUM_TOP_LOGPROBS = 5
 UPDATE_S = 0.1
 QUIET_S = 0.5
@@ -38,11 +38,11 @@ DEFAULTS: dict[str, Any] = {
     "stop": "",
     "seed": None,
 }
-"""What a visitor may say, in the order of the page's inputs and of the API's arguments."""
+"""The settings, in the order of the inputs of the page and of the arguments of the API."""
 
 
 def validate_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> float:
-    """A number that arrived from outside. Raises UserError if it is none, or out of range."""
+    """A number from outside. Raises UserError if it is not a number or out of range."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high or (whole and value != int(value)):  # a NaN is in no range
         kind = "a whole number" if whole else "a number"
@@ -51,12 +51,12 @@ def validate_number(name: str, value: Any, low: float, high: float, *, whole: bo
 
 
 def validate_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings that arrived from outside, with a seed. Raises UserError for what is wrong."""
+    """Settings from outside, with a seed drawn if there is none. Raises UserError if one is invalid."""
     prompt, stop = values["prompt"], values["stop"]
     if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT_CHARACTERS:
         raise UserError(f"the prompt must be text of at most {MAX_PROMPT_CHARACTERS:,} characters")
     if stop is not None and (not isinstance(stop, str) or len(stop) > MAX_STOP_CHARACTERS):
-        raise UserError(f"the text to stop at must be text of at most {MAX_STOP_CHARACTERS} characters")
+        raise UserError(f"the stop string must be text of at most {MAX_STOP_CHARACTERS} characters")
     seed = values["seed"]
     return {
         "prompt": prompt.encode(errors="replace").decode(),  # half a character becomes a question mark
@@ -74,7 +74,7 @@ def validate_settings(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def requests_for(settings: dict[str, Any]) -> list[Request]:
-    """A request for each sample; their seeds follow each other."""
+    """One request for each sample, with consecutive seeds."""
     sampling = Sampling(
         temperature=settings["temperature"],
         top_k=settings["top_k"] or None,
@@ -89,15 +89,15 @@ def requests_for(settings: dict[str, Any]) -> list[Request]:
             seed=settings["seed"] + number,
             stop=(settings["stop"],) if settings["stop"] else (),
             top_logprobs=NUM_TOP_LOGPROBS,
-            timeout_s=DEADLINE_S,
+            timeout_s=TIMEOUT_S,
         )
         for number in range(settings["samples"])
     ]
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far an answer is. queue_position: 0 is next; -1 if it has started. reasons: why each sample ended."""
+class GenerationProgress:
+    """How far a generation is. queue_position: -1 if it has started. reasons: finish reason of each sample."""
 
     samples: list[list[Token]]
     queue_position: int
@@ -106,92 +106,92 @@ class Progress:
 
     @property
     def num_tokens(self) -> int:
-        """All tokens so far."""
+        """Number of tokens generated so far."""
         return sum(map(len, self.samples))
 
-    def told(self) -> str:
-        """A line for people."""
+    def status_line(self) -> str:
+        """One line for the user."""
         if self.queue_position >= 0 and not self.num_tokens:
-            return f"In line: {self.queue_position + 1}. to be answered"
+            return f"Queued: position {self.queue_position + 1}"
         rate = f"{self.num_tokens} tokens, {self.num_tokens / max(self.seconds, 1e-9):.0f} tokens/s"
         if None in self.reasons:
             return rate
         if "cancelled" in self.reasons:
             return f"Stopped after {rate}"
-        late = f"; it took longer than {DEADLINE_S:.0f} s" if "timeout" in self.reasons else ""
+        late = f"; time limit of {TIMEOUT_S:.0f} s reached" if "timeout" in self.reasons else ""
         return f"Done: {rate}{late}"
 
 
-Generate = Callable[[Sequence[Request], str | None], Iterator[Progress]]
-"""Answers requests: how far it is, several times a second, and at the end. Given with whose session it is for."""
+Generate = Callable[[Sequence[Request], str | None], Iterator[GenerationProgress]]
+"""Generates for requests of a session: yields the progress several times a second, and at the end."""
 
 
 class RequestRegistry:
-    """Answers visitors with an engine, and knows what is being written for whom."""
+    """Runs requests on an engine, and knows which session each belongs to."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._replies: dict[str, list[Completion]] = {}
+        self._completions: dict[str, list[Completion]] = {}
         self._lock = threading.Lock()
 
-    def answer(self, requests: Sequence[Request], session: str | None = None) -> Iterator[Progress]:
-        """Raises BusyError if the line is full. Whoever stops listening frees the slots."""
-        replies: list[Completion] = []
+    def generate(self, requests: Sequence[Request], session: str | None = None) -> Iterator[GenerationProgress]:
+        """Yields the progress. Raises BusyError if the queue is full. Closing the iterator frees the slots."""
+        completions: list[Completion] = []
         try:
             for request in requests:
-                replies.append(self.engine.submit(request))
+                completions.append(self.engine.submit(request))
             if session is not None:
-                self.stop(session)  # a visitor writes one thing at a time
+                self.stop(session)  # one generation per session
                 with self._lock:
-                    self._replies[session] = replies
-            yield from stream_progress(self.engine, replies)
+                    self._completions[session] = completions
+            yield from stream_progress(self.engine, completions)
         finally:
-            for reply in replies:
-                reply.cancel()
+            for completion in completions:
+                completion.cancel()
             with self._lock:
-                if session is not None and self._replies.get(session) is replies:
-                    del self._replies[session]
+                if session is not None and self._completions.get(session) is completions:
+                    del self._completions[session]
 
     def stop(self, session: str | None) -> None:
-        """Ends what is being written for a session."""
+        """Cancels the generation of a session."""
         with self._lock:
-            replies = self._replies.pop(session, []) if session is not None else []
-        for reply in replies:
-            reply.cancel()
+            completions = self._completions.pop(session, []) if session is not None else []
+        for completion in completions:
+            completion.cancel()
 
 
-def stream_progress(engine: Engine, replies: Sequence[Completion]) -> Iterator[Progress]:
-    """How far replies are, every UPDATE_S while they change and every QUIET_S otherwise, until all have ended."""
-    samples: list[list[Token]] = [[] for _ in replies]
+def stream_progress(engine: Engine, completions: Sequence[Completion]) -> Iterator[GenerationProgress]:
+    """The progress of completions until all have ended: every UPDATE_S while it changes, every QUIET_S otherwise."""
+    samples: list[list[Token]] = [[] for _ in completions]
     started_s: float | None = None
     shown, shown_s = (-2, 0), 0.0
     while True:
-        ended = all(reply.finish_reason for reply in replies)  # before their last tokens are taken
-        for sample, reply in zip(samples, replies, strict=True):
-            sample += reply.new_tokens(timeout_s=0)
+        ended = all(completion.finish_reason for completion in completions)  # before their last tokens are taken
+        for sample, completion in zip(samples, completions, strict=True):
+            sample += completion.new_tokens(timeout_s=0)
         if started_s is None and any(samples):
-            started_s = min(reply.started_s or math.inf for reply in replies)
-        place = max(reply.queue_position for reply in replies)
-        reasons = [reply.finish_reason if ended else None for reply in replies]
+            started_s = min(completion.started_s or math.inf for completion in completions)
+        position = max(completion.queue_position for completion in completions)
+        reasons = [completion.finish_reason if ended else None for completion in completions]
         now_s = time.monotonic()
-        progress = Progress(samples, place, now_s - started_s if started_s is not None else 0.0, reasons)
-        if ended or (place, progress.num_tokens) != shown or now_s > shown_s + QUIET_S:
-            shown, shown_s = (place, progress.num_tokens), now_s
+        progress = GenerationProgress(samples, position, now_s - started_s if started_s is not None else 0.0, reasons)
+        if ended or (position, progress.num_tokens) != shown or now_s > shown_s + QUIET_S:
+            shown, shown_s = (position, progress.num_tokens), now_s
             yield progress
         if ended:
             return
         engine.wait(UPDATE_S if any(samples) else UPDATE_S / 4)
 
 
-def on_zero_gpu(model: GPT, context: int) -> Generate:
-    """Answers on Hugging Face's ZeroGPU, where a GPU is lent to a process of its own for each call."""
+def on_zero_gpu(model: GPT, context_length: int) -> Generate:
+    """Generation on Hugging Face's ZeroGPU, which lends a GPU to a separate process for each call."""
     import spaces  # only there
 
-    writer = quantize(model.to("cuda"), "bf16")
+    quantized = quantize(model.to("cuda"), "bf16")
 
     @spaces.GPU(duration=60)  # type: ignore[untyped-decorator, unused-ignore]
-    def answer(requests: Sequence[Request], session: str | None = None) -> Iterator[Progress]:
-        engine = Engine(writer, context_length=context, slots=len(requests))
+    def generate(requests: Sequence[Request], session: str | None = None) -> Iterator[GenerationProgress]:
+        engine = Engine(quantized, context_length=context_length, slots=len(requests))
         yield from stream_progress(engine, [engine.submit(request) for request in requests])
 
-    return cast(Generate, answer)
+    return cast(Generate, generate)

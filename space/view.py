@@ -1,4 +1,4 @@
-"""What visitors see of a model and of the tokens that it wrote, as HTML in which nothing from outside is markup."""
+"""HTML about the model and its tokens, in which all text from outside is escaped."""
 
 import base64
 import math
@@ -23,14 +23,14 @@ document.addEventListener("keydown", (event) => {
 </script>"""
 CSS = """
 .gradio-container {max-width: 1180px !important; margin: auto}
-.written textarea {font-family: ui-monospace, monospace; line-height: 1.5}
+.generated textarea {font-family: ui-monospace, monospace; line-height: 1.5}
 #status {min-height: 1.6em}
-#facts, #facts a {overflow-wrap: anywhere}
-#facts table {width: 100%}
-#facts table, #facts tr, #facts td {border: 0 !important}
-#facts td {padding: .15em .5em .15em 0 !important; vertical-align: top}
-#facts td:first-child {color: var(--body-text-color-subdued); white-space: nowrap}
-#facts img {width: 100%; border-radius: 6px; background: white}
+#model, #model a {overflow-wrap: anywhere}
+#model table {width: 100%}
+#model table, #model tr, #model td {border: 0 !important}
+#model td {padding: .15em .5em .15em 0 !important; vertical-align: top}
+#model td:first-child {color: var(--body-text-color-subdued); white-space: nowrap}
+#model img {width: 100%; border-radius: 6px; background: white}
 .tokens {font-family: ui-monospace, monospace; line-height: 1.9; white-space: pre-wrap; overflow-wrap: anywhere}
 .tokens span {position: relative; border-radius: 3px;
   background: color-mix(in srgb, var(--primary-500) calc(var(--surprise) * 1%), transparent)}
@@ -46,31 +46,32 @@ CSS = """
 """
 
 
-def model_table(facts: dict[str, Any], precision: str, folder: Path) -> str:
-    """What the model is: a table, and the loss curve where there is one."""
-    losses = facts["dtype_losses"].get(precision)
-    measured = f", loss {losses:.4f} in it" if isinstance(losses, int | float) and math.isfinite(losses) else ""
+def model_table(metadata: dict[str, Any], dtype: str, folder: Path) -> str:
+    """A table about the model, and its loss curve if there is one."""
+    quantized = " (quantized)" if dtype == "int8" else ""
+    losses = metadata["dtype_losses"].get(dtype)
+    measured = f", loss {losses:.4f}" if isinstance(losses, int | float) and math.isfinite(losses) else ""
     rows = {
-        "parameters": f"{facts['parameters']:,}",
-        "layers × heads × width": f"{facts['n_layer']} × {facts['n_head']} × {facts['n_embd']}",
-        "corpus": f"{facts['corpus']}, {facts['corpus_characters']:,} characters",
-        "training": f"{facts['steps']:,} steps, {facts['tokens']:,} tokens",
-        "validation loss": f"{facts['validation_loss']} nats per token",
-        "perplexity": facts["perplexity"],
-        "bits per byte": facts["bits_per_byte"],
-        "looks back on": f"{facts['context']:,} tokens",
-        "computes in": precision + measured,
-        "MLflow run": facts["mlflow_run_id"],
-        "git commit": str(facts["git_commit"])[:12],
+        "parameters": f"{metadata['parameters']:,}",
+        "layers × heads × width": f"{metadata['n_layer']} × {metadata['n_head']} × {metadata['n_embd']}",
+        "corpus": f"{metadata['corpus']}, {metadata['corpus_characters']:,} characters",
+        "training": f"{metadata['steps']:,} steps, {metadata['tokens']:,} tokens",
+        "validation loss": f"{metadata['validation_loss']} nats per token",
+        "perplexity": metadata["perplexity"],
+        "bits per byte": metadata["bits_per_byte"],
+        "context length": f"{metadata['context']:,} tokens",
+        "dtype": dtype + quantized + measured,
+        "MLflow run": metadata["mlflow_run_id"],
+        "git commit": str(metadata["git_commit"])[:12],
     }
     lines = "".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in rows.items())
-    note = facts["fallback_reason"]
+    note = metadata["fallback_reason"]
     warning = f"<p><b>A fallback corpus was used:</b> {escape(note)}</p>" if note else ""
     return f"<h3>This model</h3>{warning}<table>{lines}</table>{_picture(folder / LOSS_CURVE)}"
 
 
 def _picture(path: Path) -> str:
-    """A picture inside the page, as no files are served."""
+    """A picture as a data URL: the Space serves no files."""
     try:
         data = path.read_bytes() if path.stat().st_size <= MAX_PICTURE_BYTES else b""
     except OSError:
@@ -88,7 +89,7 @@ def percent(logprob: float) -> str:
 
 
 def probabilities_html(samples: Sequence[Sequence[Token]]) -> str:
-    """Each token on a colour that is the stronger, the less likely it was, with what else could have come."""
+    """Tokens coloured by probability, with the likeliest alternatives on hover."""
     if not any(samples):
         return ""
     parts = []
@@ -99,23 +100,23 @@ def probabilities_html(samples: Sequence[Sequence[Token]]) -> str:
 
 
 def _token(token: Token) -> str:
-    # 0 for what was certain, 70 for one in a thousand or less
+    # 0 for a certain token, 70 for a probability of 0.001 or less
     surprise = min(70.0, 70 * token.logprob / math.log(0.001))
     others = "\n".join(f"{percent(logprob):>11}  {_shown(token_id)}" for token_id, logprob in token.top_logprobs)
-    tip = f"{_shown(token.id)}: {percent(token.logprob)}\n\nThe likeliest here:\n{others}"
+    tip = f"{_shown(token.id)}: {percent(token.logprob)}\n\nLikeliest tokens:\n{others}"
     text = escape(token.text).replace("\n", "⏎\n") or ("▪" if token.id == tokenizer.END_OF_TEXT else "")
     return f'<span style="--surprise:{surprise:.0f}" data-tip="{escape(tip, quote=True)}">{text}</span>'
 
 
 def _shown(token_id: int) -> str:
     if token_id == tokenizer.END_OF_TEXT:
-        return "(end of the text)"
+        return "(end of text)"
     text = tokenizer.decode([token_id])
     return text.replace(" ", "␣").replace("\n", "⏎") if text.strip(" \n") != text else text
 
 
 def link(settings: dict[str, Any]) -> str:
-    """A link that writes the same text again."""
+    """A link that generates the same text again."""
     address = "?" + urlencode({name: value for name, value in settings.items() if value not in ("", None)})
     if len(address) > MAX_LINK_CHARACTERS:
         return ""

@@ -31,7 +31,7 @@ SERVING_FILES = (
         f"gpt2/inference/{name}.py"
         for name in ("__init__", "detokenizer", "engine", "kv_cache", "quantization", "request", "sampling")
     ),
-    *(f"space/{name}.py" for name in ("guard", "model_files", "page", "service", "view")),
+    *(f"space/{name}.py" for name in ("guard", "handlers", "model_files", "page", "server", "service", "view")),
 )
 """The part of the repository that a Space needs: its page, and what that imports."""
 MEASURED_TOKENS = 65_536
@@ -202,8 +202,8 @@ def check_space(model: "GPT") -> float:
     tokens = torch.arange(min(CHECK_TOKENS, model.config.block_size))[None]
     result = paths.SPACE / ".logits.pt"
     program = (
-        "import sys, torch; from pathlib import Path; from space.model_files import load_facts, load_model;"
-        "load_facts(Path()); model = load_model(Path());"
+        "import sys, torch; from pathlib import Path; from space.model_files import load_metadata, load_model;"
+        "load_metadata(Path()); model = load_model(Path());"
         f"torch.save(model(torch.arange({tokens.size(1)})[None])[0].detach(), sys.argv[1])"
     )
     try:

@@ -190,7 +190,11 @@ def test_the_readme_names_what_there_is():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", readme):
         assert (ROOT / picture).is_file(), picture
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert set(re.findall(r"\]\(docs/([a-z-]+\.md)\)", readme)) == pages - {"index.md"}
+    architecture = (ROOT / "docs/architecture.md").read_text()
     for stage in STAGES:
-        assert f"`{stage}`" in readme
-    for room in ("gpt2", "stages", "space", "presets", "benchmarks", "tests", "tools", "reports", "docs"):
-        assert f"`{room}/`" in readme
+        assert f"`{stage}`" in architecture
+    for package in (*PACKAGES, "stages", "space", "presets", "benchmarks", "tests", "tools"):
+        assert re.search(rf"`(gpt2/)?{package}/`", architecture), package
+    assert len(readme.splitlines()) <= 170

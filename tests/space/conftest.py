@@ -70,7 +70,7 @@ class Server:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "log"
-        program = f"import pathlib; from space.page import main; main(pathlib.Path({str(folder)!r}))"
+        program = f"import pathlib; from space.server import main; main(pathlib.Path({str(folder)!r}))"
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),

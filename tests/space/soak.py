@@ -13,7 +13,7 @@ import torch
 from gpt2.config import PRESETS
 from gpt2.hub.export import save_space_model
 from gpt2.model.transformer import GPT
-from space.page import SLOTS
+from space.server import SLOTS
 from tests.space import visitors
 from tests.space.conftest import FACTS, Server, write_manifest
 

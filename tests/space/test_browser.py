@@ -59,7 +59,7 @@ def test_a_person_writes_and_sees_it_stream(visit):
         page = open_page()
         assert page.input_value("#prompt textarea") == "The miller"
         page.fill("#prompt textarea", "Old Tobias")
-        set_number(page, "Length", 500)
+        set_number(page, "Max new tokens", 500)
         page.click("#generate")
         page.wait_for_function(f"{STATUS}.includes('tokens/s') && !{STATUS}.startsWith('Done')")
         early = page.input_value(TEXT)
@@ -67,11 +67,11 @@ def test_a_person_writes_and_sees_it_stream(visit):
         late = page.input_value(TEXT)
         assert early.startswith("Old Tobias")
         assert len(early) < len(late)
-        page.get_by_role("tab", name="How sure it was").click()
+        page.get_by_role("tab", name="Token probabilities").click()
         token = page.locator(".tokens span").nth(4)
         token.hover()
         tip = token.evaluate("element => getComputedStyle(element, '::after').content")
-        assert "The likeliest here:" in tip
+        assert "Likeliest tokens:" in tip
         assert page.locator(".tokens span").count() == 500
 
     visit(person)
@@ -80,7 +80,7 @@ def test_a_person_writes_and_sees_it_stream(visit):
 def test_a_person_stops_and_keeps_what_is_there(visit):
     def person(open_page):
         page = open_page()
-        set_number(page, "Length", 500)
+        set_number(page, "Max new tokens", 500)
         set_number(page, "Samples", 4)
         for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
             page.click("#generate")
@@ -100,7 +100,7 @@ def test_a_link_writes_the_same_text_and_so_does_the_keyboard(visit):
     def person(open_page):
         page = open_page()
         page.fill("#prompt textarea", 'A "quoted" <b> & 100 %')
-        set_number(page, "Length", 40)
+        set_number(page, "Max new tokens", 40)
         page.focus("#prompt textarea")
         page.keyboard.press("Control+Enter")
         page.wait_for_function(f"{STATUS}.startsWith('Done')")
@@ -121,7 +121,7 @@ def test_an_example_fills_the_beginning(visit):
     visit(person)
 
 
-def test_wrong_input_is_told(visit):
+def test_find_problemput_is_told(visit):
     def person(open_page):
         page = open_page("?seed=1&max_new_tokens=99999")
         page.get_by_text("The link cannot be read").wait_for()
@@ -141,7 +141,7 @@ def test_two_visitors_at_once(visit):
         pages = [open_page(), open_page()]
         for number, page in enumerate(pages):
             page.fill("#prompt textarea", f"Visitor {number}")
-            set_number(page, "Length", 300)
+            set_number(page, "Max new tokens", 300)
             page.click("#generate")
         for number, page in enumerate(pages):
             page.wait_for_function(f"{STATUS}.startsWith('Done: 300 tokens')")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gpt2.errors import FileError
-from space import model_files, page
-from space.model_files import load_facts, load_model
+from space import model_files, server
+from space.model_files import load_metadata, load_model
 from tests.conftest import TINY
 from tests.space.conftest import FACTS, write_manifest
 
@@ -20,7 +20,7 @@ def test_the_model_comes_back(folder, tiny_model):
     torch.manual_seed(0)
     assert torch.equal(found(idx)[0], type(tiny_model)(TINY)(idx)[0])
     assert found.lm_head.weight is found.transformer["wte"].weight
-    assert load_facts(folder) == FACTS
+    assert load_metadata(folder) == FACTS
 
 
 def changed(folder, change):
@@ -98,9 +98,9 @@ def test_what_is_wrong_is_said_in_a_line_and_soon(folder, name):
     with pytest.raises(FileError, match=told) as error:
         load_model(folder)
     assert "\n" not in str(error.value)
-    text = json.dumps(page.build(folder)[0].get_config_file(), default=str)
+    text = json.dumps(server.build(folder)[0].get_config_file(), default=str)
     assert "The model could not be loaded" in text
-    assert "Write" not in text
+    assert "Generate" not in text
     assert time.monotonic() - start_s < 5
 
 
@@ -111,7 +111,7 @@ def test_a_file_that_is_not_the_exported_one_is_not_even_opened(folder, name):
     else:
         (folder / CONFIG).write_bytes(b"other")
     with pytest.raises(FileError, match=f"{name} is damaged"):
-        load_facts(folder)
+        load_metadata(folder)
 
 
 MANIFESTS = {
@@ -119,8 +119,8 @@ MANIFESTS = {
     "a list": ("[]", "cannot be read"),
     "no JSON": ("{", "cannot be read"),
     "deep": ("[" * 100_000, "cannot be read"),
-    "no model": ('{"sha256": {}}', "does not say 'model'"),
-    "no sums": (json.dumps({"model": FACTS}), "does not say 'sha256'"),
+    "no model": ('{"sha256": {}}', "lacks 'model'"),
+    "no sums": (json.dumps({"model": FACTS}), "lacks 'sha256'"),
     "no UTF-8": (b"\xff\xfe", "cannot be read"),
     "large": ("[" + "1," * 3_000_000 + "1]", "far too large"),
 }
@@ -133,16 +133,16 @@ def test_a_manifest_that_is_none_is_said(folder, name):
     if content is not None:
         (folder / MANIFEST).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(FileError, match=told):
-        load_facts(folder)
+        load_metadata(folder)
 
 
-@pytest.mark.parametrize("key", sorted(FACTS.keys() & model_files.FACTS.keys()))
+@pytest.mark.parametrize("key", sorted(FACTS.keys() & model_files.METADATA.keys()))
 @pytest.mark.parametrize("value", [object, [1], float("nan")])
 def test_facts_of_another_kind_are_refused(folder, key, value):
     facts = {k: v for k, v in FACTS.items() if k != key} if value is object else {**FACTS, key: value}
     write_manifest(folder, facts)
     with pytest.raises(FileError, match=key if key != "examples" else "examples|cannot"):
-        load_facts(folder)
+        load_metadata(folder)
 
 
 @pytest.mark.parametrize(
@@ -152,4 +152,4 @@ def test_facts_of_another_kind_are_refused(folder, key, value):
 def test_facts_that_cannot_be_are_refused(folder, wrong):
     write_manifest(folder, {**FACTS, **wrong})
     with pytest.raises(FileError, match=r"manifest\.json has no"):
-        load_facts(folder)
+        load_metadata(folder)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from space import page
+from space import server
 from space.model_files import load_model
 from tests.space.conftest import FACTS, write_manifest
 
@@ -17,17 +17,17 @@ from tests.space.conftest import FACTS, write_manifest
     ],
 )
 def test_int8_is_for_those_whom_it_costs_little(folder, monkeypatch, losses, among):
-    monkeypatch.setattr(page, "fastest_dtype", lambda model, among: among)
-    assert page.writing_format(load_model(folder), {**FACTS, "dtype_losses": losses}) == among
+    monkeypatch.setattr(server, "fastest_dtype", lambda model, among: among)
+    assert server.choose_dtype(load_model(folder), {**FACTS, "dtype_losses": losses}) == among
 
 
 def test_the_page_says_what_the_model_is(folder):
-    text = json.dumps(page.build(folder)[0].get_config_file(), default=str)
+    text = json.dumps(server.build(folder)[0].get_config_file(), default=str)
     for fact in ("A tiny model", f"{FACTS['parameters']:,}", "12,345", "5.5 nats", "abc123", "0123456789ab"):
         assert fact in text
 
 
 def test_a_title_is_no_markup(folder):
     write_manifest(folder, {**FACTS, "title": "<script>alert(1)</script>"})
-    parts = page.build(folder)[0].get_config_file()["components"]
+    parts = server.build(folder)[0].get_config_file()["components"]
     assert all("<script>alert" not in str(part["props"].get("value")) for part in parts)

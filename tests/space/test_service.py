@@ -16,7 +16,7 @@ from space.model_files import load_model
 
 
 @pytest.fixture
-def desk(folder):
+def registry(folder):
     engine = Engine(
         quantize(load_model(folder), "fp32"), context_length=16, slots=2, max_queue_size=2, serving_thread=True
     )
@@ -30,28 +30,28 @@ def desk(folder):
 GOOD = {**service.DEFAULTS, "prompt": "The miller", "max_new_tokens": 20, "seed": 3}
 
 
-def test_text_streams_and_is_that_of_the_engine(desk, folder):
+def test_text_streams_and_is_that_of_the_engine(registry, folder):
     (request,) = service.requests_for(service.validate_settings(GOOD))
-    steps = list(desk.answer([request]))
+    steps = list(registry.generate([request]))
     texts = ["".join(token.text for token in step.samples[0]) for step in steps]
     (expected,) = generate(Engine(quantize(load_model(folder), "fp32"), context_length=16), [request])
     assert [token.id for token in steps[-1].samples[0]] == [token.id for token in expected]
     assert steps[-1].reasons == ["length"]
-    assert steps[-1].told().startswith("Done: 20 tokens, ")
+    assert steps[-1].status_line().startswith("Done: 20 tokens, ")
     assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
 
 
-def test_several_samples_have_seeds_of_their_own(desk):
+def test_several_samples_have_seeds_of_their_own(registry):
     requests = service.requests_for(service.validate_settings({**GOOD, "samples": 3}))
     assert [request.seed for request in requests] == [3, 4, 5]
-    *_, last = desk.answer(requests)
+    *_, last = registry.generate(requests)
     assert len({tuple(token.id for token in sample) for sample in last.samples}) == 3
 
 
-def test_an_empty_prompt_and_broken_characters_are_fine(desk):
+def test_an_empty_prompt_and_broken_characters_are_fine(registry):
     for prompt in ("", "\ud800 half a character", "🙂\x00"):
-        *_, last = desk.answer(service.requests_for(service.validate_settings({**GOOD, "prompt": prompt})))
-        assert last.told().startswith("Done")
+        *_, last = registry.generate(service.requests_for(service.validate_settings({**GOOD, "prompt": prompt})))
+        assert last.status_line().startswith("Done")
 
 
 def test_no_seed_draws_one():
@@ -99,29 +99,29 @@ def test_what_is_out_of_range_is_refused(key, value):
 LONG = Request(tokenizer.encode("a"), 100_000, stop_token_ids=frozenset())
 
 
-def test_a_visitor_who_stops_listening_frees_the_slots(desk):
+def test_a_visitor_who_stops_listening_frees_the_slots(registry):
     for _ in range(3):
-        answer = desk.answer([LONG, LONG])
+        answer = registry.generate([LONG, LONG])
         next(answer)
         answer.close()
-    assert desk.engine._running == []
+    assert registry.engine._running == []
 
 
-def test_stop_ends_a_text_with_all_that_is_there(desk):
-    answer = desk.answer([LONG], "somebody")
+def test_stop_ends_a_text_with_all_that_is_there(registry):
+    answer = registry.generate([LONG], "somebody")
     while not next(answer).num_tokens:
         pass
-    desk.stop("nobody")
+    registry.stop("nobody")
     assert next(answer).reasons == [None]
-    desk.stop("somebody")
+    registry.stop("somebody")
     *_, last = answer
     assert last.reasons == ["cancelled"]
-    assert last.told().startswith("Stopped after ")
+    assert last.status_line().startswith("Stopped after ")
     assert last.num_tokens > 0
 
 
-def test_a_visitor_writes_one_thing_at_a_time(desk):
-    first, second = desk.answer([LONG], "somebody"), desk.answer([LONG], "somebody")
+def test_a_visitor_writes_one_thing_at_a_time(registry):
+    first, second = registry.generate([LONG], "somebody"), registry.generate([LONG], "somebody")
     next(first)
     next(second)
     *_, last = first
@@ -129,17 +129,17 @@ def test_a_visitor_writes_one_thing_at_a_time(desk):
     second.close()
 
 
-def test_those_in_line_are_told_their_place(desk):
-    service = [desk.answer([LONG]) for _ in range(4)]
+def test_those_in_line_are_told_their_place(registry):
+    service = [registry.generate([LONG]) for _ in range(4)]
     steps = [next(answer) for answer in service]
     steps = [next(answer) for answer in service]
     assert [step.queue_position for step in steps] == [-1, -1, 0, 1]
-    assert steps[3].told() == "In line: 2. to be answered"
+    assert steps[3].status_line() == "Queued: position 2. to be answered"
     with pytest.raises(BusyError, match="in the queue"):
-        next(desk.answer([LONG]))
+        next(registry.generate([LONG]))
     for answer in service:
         answer.close()
-    assert desk.engine._running == []
+    assert registry.engine._running == []
 
 
 def test_on_zero_gpu_the_answer_is_decorated_and_needs_no_thread(folder, monkeypatch):

@@ -34,7 +34,7 @@ def test_alternatives_are_told_with_their_probabilities():
     html = view.probabilities_html([[Token(war, " war", math.log(0.004), ((the, math.log(0.18)), end))]])
     assert "␣war: 0.4 %" in html
     assert "18 %  ␣the" in html
-    assert "under 0.1 %  (end of the text)" in html
+    assert "under 0.1 %  (end of text)" in html
 
 
 def test_samples_have_headings_if_there_are_several():

@@ -45,7 +45,7 @@ def test_repro_makes_what_the_stages_promise(project):
     names = {path.relative_to(folder / "dist/space").as_posix() for path in (folder / "dist/space").rglob("*.*")}
     assert names >= {
         "loss.png",
-        "space/page.py",
+        "space/server.py",
         "gpt2/inference/engine.py",
         "app.py",
         "requirements.txt",
@@ -109,10 +109,11 @@ def test_a_complete_run_is_taken_from_its_checkpoint(project):
 def test_the_exported_space_serves_itself_alone(project, tmp_path):
     copy = shutil.copytree(project.folder / "dist/space", tmp_path / "elsewhere")
     program = (
-        "import app, sys, threading; from space import page; built, engine = page.build()\n"
+        "import app, sys, threading; from space import server, service; built, engine = server.build()\n"
         "threading.Thread(target=engine.serve, daemon=True).start()\n"
-        "requests = page.requests_for(page.validate_settings({**page.DEFAULTS, 'prompt': 'A', 'max_new_tokens': 9, 'seed': 3}))\n"
-        "print([step.told() for step in page.RequestRegistry(engine).answer(requests)][-1])\n"
+        "settings = {**service.DEFAULTS, 'prompt': 'A', 'max_new_tokens': 9, 'seed': 3}\n"
+        "requests = service.requests_for(service.validate_settings(settings))\n"
+        "print([step.status_line() for step in service.RequestRegistry(engine).generate(requests)][-1])\n"
         "print(sorted(name for name in sys.modules if name in ('stages', 'mlflow', 'dvc', 'safetensors.torch')))"
     )
     environment = {**os.environ, "PYTHONPATH": "", "GRADIO_ANALYTICS_ENABLED": "False"}
