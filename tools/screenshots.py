@@ -62,7 +62,7 @@ def free_port() -> int:
 
 
 def picture_space(browser: Browser) -> None:
-    """docs/space.png: the page after texts were written; docs/probabilities.png: how likely their tokens were."""
+    """docs/space.png: the page after a generation; docs/probabilities.png: its token probabilities."""
     port = free_port()
     environment = {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONDONTWRITEBYTECODE": "1"}
     with served([sys.executable, "app.py"], port, Path("dist/space"), **environment) as url:
@@ -71,7 +71,7 @@ def picture_space(browser: Browser) -> None:
         done = "document.querySelector('#status')?.innerText.startsWith('Done')"
         page.wait_for_function(done, timeout=60_000)
         page.screenshot(path=DOCS / "space.png")
-        page.get_by_role("tab", name="How sure it was").click()
+        page.get_by_role("tab", name="Token probabilities").click()
         page.hover(".tokens span:nth-child(15)")
         page.wait_for_timeout(500)
         page.screenshot(path=DOCS / "probabilities.png", clip={"x": 60, "y": 380, "width": 620, "height": 460})

@@ -14,7 +14,7 @@ from gpt2.config import PRESETS
 from gpt2.hub.export import save_space_model
 from gpt2.model.transformer import GPT
 from space.server import SLOTS
-from tests.space import visitors
+from tests.space import clients
 from tests.space.conftest import FACTS, Server, write_manifest
 
 REPORT = Path("reports/benchmarks/space.json")
@@ -43,7 +43,7 @@ def main() -> None:
         start_s = time.monotonic()
         server = Server(folder)
         with httpx.Client(base_url=server.url, timeout=60) as client:
-            next(part for part in visitors.answers(client, visitors.GOOD) if part["texts"][0])
+            next(part for part in clients.answers(client, clients.GOOD) if part["texts"][0])
         tell("seconds from start to first token", time.monotonic() - start_s)
         let_in(server, tell, minutes)
     REPORT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -51,20 +51,20 @@ def main() -> None:
 
 def let_in(server: Server, tell: Callable[[str, float | str], None], minutes: float) -> None:
     """Everything that visitors do to a server, and what it said."""
-    visitors.visit(server.url, SLOTS, 20)  # every slot has been used
+    clients.visit(server.url, SLOTS, 20)  # every slot has been used
     before = server.resident_bytes()
-    for name, value in visitors.visit(server.url, SLOTS, 60 * minutes).items():
+    for name, value in clients.visit(server.url, SLOTS, 60 * minutes).items():
         tell(f"{SLOTS} visitors, {minutes:g} minutes: {name}", value)
     tell("after the visitors: more memory, MB", (server.resident_bytes() - before) / 1e6)
-    freed = [visitors.seconds_to_free_slots(server.url, SLOTS) for _ in range(5)]
+    freed = [clients.seconds_to_free_slots(server.url, SLOTS) for _ in range(5)]
     tell("all slots abandoned: seconds to a new first token", max(freed))
-    fuzzed = visitors.fuzz(server.url, FUZZED_CALLS)
+    fuzzed = clients.fuzz(server.url, FUZZED_CALLS)
     tell(f"{FUZZED_CALLS} fuzzed calls", ", ".join(f"{key} {value}" for key, value in sorted(fuzzed.items())))
-    flooded = visitors.flood(server.url, POSTS)
+    flooded = clients.flood(server.url, POSTS)
     tell(f"{POSTS} calls as a flood, by status", ", ".join(f"{key}: {value}" for key, value in sorted(flooded.items())))
     drained_s = time.monotonic()
     with httpx.Client(base_url=server.url, timeout=600) as client:
-        while client.post(visitors.CALL, json={"data": visitors.GOOD}).status_code == visitors.QUEUE_FULL:
+        while client.post(clients.CALL, json={"data": clients.GOOD}).status_code == clients.QUEUE_FULL:
             time.sleep(0.5)
     tell("seconds until there is room in line again", time.monotonic() - drained_s)
     tell("more memory in the end, MB", (server.resident_bytes() - before) / 1e6)

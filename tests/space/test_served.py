@@ -5,8 +5,8 @@ import json
 import httpx
 import pytest
 
-from tests.space import visitors
-from tests.space.visitors import GOOD
+from tests.space import clients
+from tests.space.clients import GOOD
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_the_api_is_documented_and_answers(server):
 
 
 def test_an_answer_streams(client):
-    parts = list(visitors.answers(client, ["Nobody", 500, *GOOD[2:]]))
+    parts = list(clients.answers(client, ["Nobody", 500, *GOOD[2:]]))
     assert len(parts) > 2
     assert parts[-1]["finish_reasons"] == ["length"]
 
@@ -44,13 +44,13 @@ def test_uploads_files_and_large_bodies_are_refused(client):
     assert client.post("/gradio_api/upload", files={"files": b"x"}).status_code == 404
     assert client.get("/gradio_api/file=/etc/passwd").status_code == 404
     assert client.get("/gradio_api/file=gpt_model.pt").status_code == 404
-    for path in ("/gradio_api/queue/join", visitors.CALL):
+    for path in ("/gradio_api/queue/join", clients.CALL):
         assert client.post(path, content=b" " * 64_001).status_code == 413
         assert client.post(path, content=iter([b" " * 1000] * 100)).status_code == 413
 
 
 def test_odd_calls_are_answered_or_refused(server):
-    found = visitors.fuzz(server.url, 200)
+    found = clients.fuzz(server.url, 200)
     assert found["answered"] > 0
     assert found["told"] > 0
     assert found["unfinished"] == 0
@@ -58,14 +58,14 @@ def test_odd_calls_are_answered_or_refused(server):
 
 
 def test_a_flood_is_refused_but_for_those_who_fit_in_line(server, client):
-    found = visitors.flood(server.url, 100)
-    assert set(found) <= {200, visitors.QUEUE_FULL}
+    found = clients.flood(server.url, 100)
+    assert set(found) <= {200, clients.QUEUE_FULL}
     assert client.get("/config").status_code == 200
-    assert visitors.answer_when_there_is_room(client, GOOD, 60)["finish_reasons"] == ["length"]
+    assert clients.answer_when_there_is_room(client, GOOD, 60)["finish_reasons"] == ["length"]
 
 
 def test_many_visitors_are_answered_alike(server):
-    found = visitors.visit(server.url, 4, 3)
+    found = clients.visit(server.url, 4, 3)
     assert found["errors"] == 0
     assert found["replies"] >= 4
 

@@ -134,7 +134,7 @@ def test_those_in_line_are_told_their_place(registry):
     steps = [next(answer) for answer in service]
     steps = [next(answer) for answer in service]
     assert [step.queue_position for step in steps] == [-1, -1, 0, 1]
-    assert steps[3].status_line() == "Queued: position 2. to be answered"
+    assert steps[3].status_line() == "Queued: position 2"
     with pytest.raises(BusyError, match="in the queue"):
         next(registry.generate([LONG]))
     for answer in service:

@@ -46,7 +46,14 @@ def test_samples_have_headings_if_there_are_several():
 
 def test_the_facts_stand_in_the_table_and_are_no_markup(tmp_path):
     html = view.model_table({**FACTS, "corpus": "<b>bold</b>", "fallback_reason": "<i>"}, "int8", tmp_path)
-    for fact in (f"{FACTS['parameters']:,}", "12,345", "5.5 nats", "abc123", "0123456789ab", "int8, loss 5.5000"):
+    for fact in (
+        f"{FACTS['parameters']:,}",
+        "12,345",
+        "5.5 nats",
+        "abc123",
+        "0123456789ab",
+        "int8 (quantized), loss 5.5000",
+    ):
         assert fact in html
     assert "<b>bold" not in html
     assert "<i>" not in html
