@@ -1,8 +1,8 @@
-"""What can be configured, as frozen dataclasses without defaults, and the arithmetic that follows from the sizes.
+"""Configurations as frozen dataclasses without defaults, and the arithmetic of model sizes.
 
-They stand here rather than beside the code they configure because that code imports torch, and a typo in a parameter
-is to be reported at once. The types are annotated with their ranges; whoever reads a file of values (the stages)
-checks them. The rules across fields hold for every instance.
+They are here, and not beside the code that they configure, because that code imports torch, and an invalid value should
+be reported at once. The types are annotated with their ranges, which the stages check when they load params.yaml. The
+rules across fields are checked for every instance.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,34 +16,34 @@ from gpt2.errors import UserError
 GPT2_VOCAB_SIZE = 50257
 """Number of tokens of GPT-2's encoding: 256 bytes, 50,000 merges and `<|endoftext|>`."""
 DTYPES = ("fp32", "bf16", "int8")
-"""The number formats that a model can write in."""
+"""Dtypes for inference; int8 is quantized."""
 PositiveInt = Annotated[int, Gt(0)]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What has to hold between fields. told: what to say if not, with {0} for the first value, and so on."""
+    """A condition across fields. message: the error, with {0} for the first value, and so on."""
 
     fields: tuple[str, ...]
     holds: Callable[..., bool]
-    told: str
+    message: str
 
 
 def violations(rules: Iterable[Rule], values: Mapping[str, Any]) -> list[str]:
-    """What to say of values, by field. A rule is left out if one of its fields is not among them."""
-    told = []
+    """The messages of violated rules. Rules with a field that is not in `values` are skipped."""
+    messages = []
     for rule in rules:
         if all(name in values for name in rule.fields):
             needed = [values[name] for name in rule.fields]
             if not rule.holds(*needed):
-                told.append(rule.told.format(*needed))
-    return told
+                messages.append(rule.message.format(*needed))
+    return messages
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The five sizes that define a GPT-2; the same five keys as `gpt_config.pt`.
+    """The five sizes that define a GPT-2, with the keys of `gpt_config.pt`.
 
     block_size: context length in tokens. n_embd: width. n_embd is a multiple of n_head.
     """
@@ -153,7 +153,7 @@ class TokenizeConfig:
 class TrainConfig:
     """A training run. A step is an optimizer step: `gradient_accumulation_steps` micro-batches.
 
-    init_from: "scratch", or a Hugging Face GPT-2 (a name such as "gpt2", or a local folder) to start from.
+    init_from: "scratch", or a Hugging Face GPT-2 to start from: a name such as "gpt2", or a local folder.
     batch_size: sequences in a micro-batch. sequence_length: tokens in a sequence.
     optimizer: with "muon", Muon at muon_learning_rate trains the matrices of the blocks and AdamW the rest.
     learning_rate is reached after warmup_steps and falls to min_learning_rate at max_steps: along a cosine, in a
@@ -215,7 +215,7 @@ class EvaluateConfig:
 
     batch_size: validation windows at a time. passage_tokens: length of the passage whose loss is drawn.
     prompts: one sample for each, drawn with max_new_tokens, temperature (0 is greedy), top_k, top_p and seed. None
-    takes the beginnings of three lines of the validation text.
+    takes the first words of three lines of the validation text.
     """
 
     batch_size: PositiveInt

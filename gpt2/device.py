@@ -1,4 +1,4 @@
-"""Which device computes, how fast it multiplies matrices, in which number format, and how memory is taken."""
+"""Device, precision, peak FLOP/s and memory of this machine."""
 
 import ctypes
 import json
@@ -21,13 +21,13 @@ PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROBE_SIZE = {"cuda": 8192, "mps": 2048, "cpu": 2048}
 MIN_BF16_SPEEDUP = {256: 1.0, 1024: 1.5}
-"""How many times as fast bf16 has to be on a CPU, for products of matrices of these sizes."""
+"""Minimum speed-up of bf16 over fp32 on a CPU, by matrix size."""
 
 
 def choose_device(name: DeviceName) -> torch.device:
-    """The device of this name; `auto` is the first of CUDA, MPS and CPU that is there.
+    """The device of this name; `auto` is the first available of CUDA, MPS and CPU.
 
-    Raises UserError if it is not there.
+    Raises UserError if it is not available.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -43,7 +43,7 @@ def choose_device(name: DeviceName) -> torch.device:
 
 
 def choose_precision(device: torch.device, name: PrecisionName) -> torch.dtype:
-    """The format of matrix products: torch.float32, torch.bfloat16 or torch.float16.
+    """The dtype of matrix products: torch.float32, torch.bfloat16 or torch.float16.
 
     `auto` on a CPU takes bfloat16 where a short measurement shows it to be at least 1.5 times as fast; many processors
     accept it and are slower at it. On CUDA it takes bfloat16 where the hardware has it, and float16 otherwise.
@@ -62,7 +62,7 @@ def choose_precision(device: torch.device, name: PrecisionName) -> torch.dtype:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Floating-point operations a second of a product of two square matrices of this size: the best of five."""
+    """FLOP/s of a product of two square matrices of this size: the best of five."""
     a = torch.ones(size, size, dtype=dtype, device=device)
     seconds = []
     for _ in range(6):  # the first one sets up
@@ -82,9 +82,9 @@ def _synchronize(device: torch.device) -> None:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, cache: Path) -> float:
-    """The most operations a second that this machine's matrix products reach in a format.
+    """The peak FLOP/s of matrix products on this machine in a dtype.
 
-    Measured once for each machine, number of threads, format and version of torch; kept in the JSON file `cache`.
+    Measured once for each machine, number of threads, dtype and version of torch; kept in the JSON file `cache`.
     """
     key = f"{device_name(device)}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}"
     try:
@@ -99,7 +99,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, cache: Path) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device is called."""
+    """The name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -110,7 +110,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: on the GPU by tensors, on the CPU by the whole process."""
+    """Peak memory so far: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -120,7 +120,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def configure_device(device: torch.device) -> None:
-    """Settings of torch and of the C library that make this process compute faster."""
+    """Faster settings of torch and of the C library, for this process."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for products that are left in fp32
     if device.type == "cpu":

@@ -1,8 +1,8 @@
-"""Writing files so that a reader finds the old content or the new, whole, whatever happens in between.
+"""Atomic file writes: a reader finds the old content or the new, complete, whatever interrupts the writer.
 
-All files that outlive a process are written here. A file is written beside its target, brought to the disk (fsync) and
-renamed, and the folder is brought to the disk. A folder is *published*: its files are written in a staging folder,
-then a manifest with their SHA-256 sums, then the staging folder is renamed. Whoever reads it checks the sums.
+All files that outlive a process are written here. A file is written beside its target, synced (fsync) and renamed, and
+its folder is synced. A folder is written as a staging folder, with a manifest of SHA-256 sums last, and then renamed.
+Readers verify the sums.
 """
 
 import errno
@@ -57,7 +57,7 @@ class _UnbufferedFile(io.RawIOBase):
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file becomes `path` when the block ends, and disappears if it raises."""
+    """A temporary path whose file is renamed to `path` when the block ends, and deleted if it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     temporary = path.with_name(f".{os.getpid()}{TEMPORARY}.{path.name}")  # keeps the suffix that some look at
@@ -74,7 +74,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes what processes that were killed had begun to write in the place of a file."""
+    """Deletes temporary files of killed processes."""
     for leftover in path.parent.glob(f".*{TEMPORARY}.{path.name}"):
         pid = leftover.name.removeprefix(".").partition(TEMPORARY)[0]
         if pid.isdigit() and not _is_alive(int(pid)):
@@ -94,7 +94,7 @@ def _is_alive(pid: int) -> bool:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that becomes `path` when the block ends, and disappears if it raises."""
+    """A binary file that is renamed to `path` when the block ends, and deleted if it raises."""
     with atomic_path(path) as temporary, _new_file(temporary) as file:
         yield file
 
@@ -107,11 +107,11 @@ def _new_file(path: Path) -> Iterator[IO[bytes]]:
         yield file
         file.flush()
     except Exception:
-        if raw.failure is not None:  # torch has words of its own for it
+        if raw.failure is not None:  # torch would raise an error of its own
             raise raw.failure from None
         raise
     finally:
-        raw.close()  # without another attempt to write what could not be written
+        raw.close()  # without flushing again after a failure
 
 
 def write_text(path: Path, text: str) -> None:
@@ -121,7 +121,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON for people and for git: indented, and valid (NaN raises ValueError)."""
+    """Writes indented JSON. Raises ValueError for NaN and infinities, which are not JSON."""
     write_text(path, _json(content))
 
 
@@ -136,25 +136,25 @@ def atomic_save(path: Path, save: Callable[[str], object]) -> None:
 
 
 class JsonLines:
-    """A file of JSON lines that grows. A line is there for other processes at once, but not safe from a loss of power.
+    """An append-only JSON lines file. Other processes see a line at once; it is not synced to the disk.
 
-    The last line may be cut off; `read_lines` leaves such a line out.
+    The last line may be truncated; `read_json_lines` skips such a line.
     """
 
     def __init__(self, path: Path, lines: list[dict[str, Any]]) -> None:
-        """The file begins anew, with these lines."""
+        """Replaces the file by these lines."""
         with atomic_write(path) as file:
             file.writelines(map(_json_line, lines))
         self._file = _UnbufferedFile(path, os.O_APPEND)
 
     def append(self, content: dict[str, Any]) -> None:
-        """Adds a line. Raises OSError."""
+        """Appends a line. Raises OSError."""
         data = _json_line(content)
         if self._file.write(data) != len(data):
             raise OSError(f"the disk is full: {self._file.name}")
 
     def close(self) -> None:
-        """No more lines."""
+        """Closes the file."""
         self._file.close()
 
 
@@ -163,7 +163,7 @@ def _json_line(content: dict[str, Any]) -> bytes:
 
 
 def read_json_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of a file of JSON lines from a byte offset on, and the offset after them."""
+    """The complete lines of a JSON lines file from a byte offset on, and the offset after them."""
     with path.open("rb") as file:
         file.seek(offset)
         data = file.read()
@@ -172,7 +172,7 @@ def read_json_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], 
 
 
 def fsync(path: Path) -> None:
-    """Brings a file, or the names in a folder, to the disk (Windows, and some mounts, cannot do it for a folder)."""
+    """Syncs a file, or the entries of a folder, to the disk. Windows and some mounts cannot sync folders."""
     is_folder = path.is_dir()
     if is_folder and os.name != "posix":
         return
@@ -196,7 +196,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fingerprint(facts: dict[str, Any], sources: Iterable[Path]) -> str:
-    """A name for all that decides a run's numbers: facts (params, sums of the data) and source files."""
+    """A hash of everything that determines the numbers of a run: params, checksums of the data, source files."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for path in sorted(sources):
         digest.update(f"\0{path.as_posix()}\0".encode() + path.read_bytes())
@@ -204,9 +204,9 @@ def fingerprint(facts: dict[str, Any], sources: Iterable[Path]) -> str:
 
 
 def write_folder(folder: Path, files: Mapping[str, Callable[[IO[bytes]], object]], facts: dict[str, Any]) -> None:
-    """Makes a folder with files, each written by a function, and a manifest: `facts`, and the files' sums.
+    """Writes a folder with files, each by a function, and a manifest: `facts`, and the SHA-256 of each file.
 
-    The folder appears whole or not at all; nothing may be there before. Raises OSError, or what a function raises.
+    The folder appears complete or not at all; it must not exist. Raises OSError, or what a function raises.
     """
     staging = folder.with_name(folder.name + TEMPORARY)
     delete_folder(staging)
@@ -228,7 +228,7 @@ def write_folder(folder: Path, files: Mapping[str, Callable[[IO[bytes]], object]
 
 
 def verify_folder(folder: Path) -> dict[str, Any]:
-    """The manifest of a published folder. Raises FileError that says what is wrong, if anything at all is."""
+    """The manifest of a folder that `write_folder` wrote. Raises FileError if anything in it is missing or changed."""
     try:
         text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
         manifest: dict[str, Any] = json.loads(text)
@@ -250,7 +250,7 @@ def verify_folder(folder: Path) -> dict[str, Any]:
 
 
 def delete_folder(folder: Path) -> None:
-    """Deletes a published folder, or what is left of one: first the manifest, so that no half of it looks whole."""
+    """Deletes such a folder, or the rest of one: the manifest first, so that no partial folder looks complete."""
     if not folder.is_dir():
         return
     if (folder / MANIFEST_FILE).exists():
@@ -263,7 +263,7 @@ def delete_folder(folder: Path) -> None:
 
 @contextmanager
 def file_lock(lock: Path, *, wait_s: float = 0, what: str | None = None) -> Iterator[None]:
-    """Holds a lock file for the block; the system lets go of it when the process ends in whatever way.
+    """Holds a lock file for the block. The system releases it whenever the process ends.
 
     If another process has it for longer than `wait_s`: raises BusyError, which names the holder, and `what` it holds
     (the lock's folder if None). Without fcntl (Windows), or on a file system without locks, nothing is locked.

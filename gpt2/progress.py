@@ -1,10 +1,10 @@
-"""How long work tells how far it is."""
+"""Progress callbacks."""
 
 from collections.abc import Callable
 
 ProgressCallback = Callable[[int], object]
-"""Called with the number of bytes, or tokens, that have just been done; a progress bar's `update`."""
+"""Called with the number of bytes or tokens since the last call, like the `update` of a progress bar."""
 
 
 def no_progress(_: int) -> None:
-    """Nobody looks."""
+    """Ignores progress."""

@@ -71,7 +71,7 @@ def decode(ids: Iterable[int]) -> str:
 
 
 def decode_stream(ids: Iterable[int]) -> Iterator[str]:
-    """The text of each token as it comes; a character that several tokens make up comes with its last one."""
+    """The text of each token; a character of several tokens is returned with its last one."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for i in ids:
         yield decoder.decode(token_bytes(i))
@@ -80,5 +80,5 @@ def decode_stream(ids: Iterable[int]) -> Iterator[str]:
 
 
 def token_bytes(token: int) -> bytes:
-    """The bytes that a token stands for; none for an id beyond the encoding."""
+    """The bytes of a token; empty for an id beyond the encoding."""
     return encoding().decode_single_token_bytes(token) if token < GPT2_VOCAB_SIZE else b""

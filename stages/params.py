@@ -122,18 +122,18 @@ def load_params(path: Path) -> Params:
                 problems.append(_describe(problem))
     wrong = {place for place, _ in problems}
     # a misspelt key is one mistake, not also a missing one
-    told = [text for place, text in problems if not (text.endswith(" is missing") and _is_meant(place, problems))]
-    told += _broken_rules(content, wrong)
-    if params is not None and not told:
+    messages = [text for place, text in problems if not (text.endswith(" is missing") and _is_meant(place, problems))]
+    messages += _broken_rules(content, wrong)
+    if params is not None and not messages:
         return params
-    if len(told) == 1:
-        raise UserError(f"{path}: {told[0]}")
-    raise UserError(f"{path} has {len(told)} problems:\n  " + "\n  ".join(told))
+    if len(messages) == 1:
+        raise UserError(f"{path}: {messages[0]}")
+    raise UserError(f"{path} has {len(messages)} problems:\n  " + "\n  ".join(messages))
 
 
 def _broken_rules(content: Any, wrong: set[tuple[str, ...]]) -> list[str]:
     """The rules within and across sections that do not hold, as far as the values they need are right."""
-    told = []
+    messages = []
     values: dict[str, Any] = {}
     for section in fields(Params):
         given = content.get(section.name) if isinstance(content, dict) else None
@@ -141,9 +141,9 @@ def _broken_rules(content: Any, wrong: set[tuple[str, ...]]) -> list[str]:
             continue
         right = {key: value for key, value in given.items() if (section.name, key) not in wrong}
         assert isinstance(section.type, type)
-        told += [f"{section.name}: {text}" for text in violations(getattr(section.type, "RULES", ()), right)]
+        messages += [f"{section.name}: {text}" for text in violations(getattr(section.type, "RULES", ()), right)]
         values |= {f"{section.name}.{key}": value for key, value in right.items()}
-    return told + violations(RULES, values)
+    return messages + violations(RULES, values)
 
 
 def _describe(problem: Any) -> tuple[tuple[str, ...], str]:

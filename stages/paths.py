@@ -36,7 +36,7 @@ def database() -> Path:
 
 
 def outbox() -> Path:
-    """What MLflow is to be told, and may not know yet."""
+    """Records for MLflow that are not delivered yet."""
     return real_root() / "mlflow-outbox"
 
 

@@ -1,4 +1,4 @@
-"""A stage as a process: its exit code, its one line when something is wrong, and the signals it hears."""
+"""A stage as a process: exit codes, error messages and signals."""
 
 import ctypes
 import os
@@ -19,7 +19,7 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SI
 OS_ERROR_EXIT_CODE = 74
 PR_SET_PDEATHSIG = 1
 DVC_FOLDER = Path(".dvc")
-SIGNALS_TO_GIVE_UP = 3
+MAX_SIGNALS = 3
 SECRETS = (
     (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@"),  # user and password in an address
     (re.compile(r"(\w+://[^\s?#]+\?)\S+?(?=[:;,.)'\"]*(\s|$))"), r"\1***"),  # its query
@@ -28,30 +28,30 @@ SECRETS = (
 
 
 def redact_secrets(text: str) -> str:
-    """A text without what may be secret: passwords and queries in addresses, tokens."""
+    """A text without secrets: passwords and queries in addresses, tokens of Hugging Face."""
     for pattern, shown in SECRETS:
         text = pattern.sub(shown, text)
     return text
 
 
 def echo(message: str) -> None:
-    """A line for the person at the terminal; beside progress bars, on standard error."""
+    """Prints a line on standard error, like progress bars."""
     print(redact_secrets(message), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
-    """A line that should not be overlooked."""
+    """Prints a warning."""
     echo(f"WARNING: {message}")
 
 
 class StopSignal:
-    """Whether somebody wants this process to end: a signal does no more than say so here.
+    """Whether this process should stop. A signal only sets this flag.
 
-    Every loop asks, and ends at a moment of its own choice. The third signal of a kind ends the process at once.
+    Every loop checks it, and stops at a consistent point. The third signal of a kind ends the process at once.
     """
 
     def __init__(self) -> None:
-        """From now on the stop signals are heard here, but for those that the process was started to ignore (nohup)."""
+        """Handles the stop signals, except those that the process was started to ignore (nohup)."""
         self.signal_number: int | None = None
         self._counts: dict[int, int] = {}
         self._exits_immediately = False
@@ -65,7 +65,7 @@ class StopSignal:
         self._counts[number] = self._counts.get(number, 0) + 1
         if self._exits_immediately:
             os.write(2, f"error: {_interruption(number)}\n".encode())
-        if self._exits_immediately or self._counts[number] >= SIGNALS_TO_GIVE_UP:
+        if self._exits_immediately or self._counts[number] >= MAX_SIGNALS:
             os._exit(128 + number)
 
     def __bool__(self) -> bool:
@@ -74,14 +74,14 @@ class StopSignal:
         return self.signal_number is not None
 
     def check(self) -> None:
-        """Raises Interrupted if it is time to end."""
+        """Raises Interrupted if the process should stop."""
         if self:
             assert self.signal_number is not None
             raise Interrupted(_interruption(self.signal_number), self.signal_number)
 
     @contextmanager
     def exit_immediately(self) -> Iterator[None]:
-        """For imports and compilation, which take long and cannot ask: a signal ends the process at once."""
+        """For imports and compilation, which take long and cannot check the flag: a signal ends the process at once."""
         self.check()
         self._exits_immediately = True
         try:
@@ -90,7 +90,7 @@ class StopSignal:
             self._exits_immediately = False
 
     def wrap(self, progress: ProgressCallback) -> ProgressCallback:
-        """A progress callback that checks as well."""
+        """A progress callback that also checks the flag."""
 
         def report(count: int) -> None:
             self.check()
@@ -100,7 +100,7 @@ class StopSignal:
 
 
 def _is_gone(parent: int) -> bool:
-    """Whether this process has another parent now; or had already when it started, which is then in another session."""
+    """Whether the parent process has ended: there is another parent now, or one in another session."""
     now = os.getppid()
     return now != parent or (hasattr(os, "getsid") and os.getsid(now) != os.getsid(0))
 
@@ -109,8 +109,8 @@ def _interruption(number: int) -> str:
     return f"interrupted by {signal.Signals(number).name}; run the same command again"
 
 
-class _Unbreakable:
-    """Standard error, which may have gone: a closed terminal, or `| head`. The work goes on without it."""
+class _SafeStream:
+    """Standard error that ignores a closed terminal or pipe."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -129,16 +129,16 @@ class _Unbreakable:
 
 
 def run_stage(main: Callable[[StopSignal], None]) -> None:
-    """Runs a stage and ends the process with the exit code that says how it went.
+    """Runs a stage, and ends the process with its exit code.
 
-    0 done; 2 the user's params or text are wrong; 3 training diverged; 74 files, disk or memory; 75 another process has
-    this folder or this run; 129, 130 or 143 interrupted. Each but 0 comes with one line.
+    0 success; 2 invalid params or text; 3 training diverged; 74 files, disk or memory; 75 another process uses this
+    folder or run; 129, 130 or 143 interrupted. Each but 0 prints one line.
     """
     stop = StopSignal()
     die_with_dvc()
-    sys.stderr = _Unbreakable(sys.stderr)
+    sys.stderr = _SafeStream(sys.stderr)
     try:
-        # two stages that write the same folders would spoil each other's results, also if their runs differ
+        # two stages in one folder would overwrite each other's results, even if their runs differ
         lock = DVC_FOLDER / "tmp/stage.lock"
         with file_lock(lock, what=str(Path.cwd())) if DVC_FOLDER.is_dir() else nullcontext():
             main(stop)
@@ -157,6 +157,6 @@ def run_stage(main: Callable[[StopSignal], None]) -> None:
 
 
 def die_with_dvc() -> None:
-    """Asks Linux for a SIGTERM when DVC, our parent, is killed; `Stop` notices by itself, but only when it is asked."""
+    """Requests a SIGTERM from Linux when DVC, the parent, is killed; `StopSignal` detects it only when checked."""
     if sys.platform == "linux" and "DVC_STAGE" in os.environ:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

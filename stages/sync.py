@@ -1,7 +1,7 @@
-"""`python -m stages.sync`: brings to MLflow what is in the outbox, each step once, however often it is tried.
+"""`python -m stages.sync`: uploads the outbox to MLflow; idempotent, so that each step arrives once.
 
-With `--follow` it is the process beside a stage that delivers a record as it grows. Nothing but this module knows
-MLflow's client.
+With `--follow` it is the uploader of a running stage, and follows its record as it grows. No other module uses MLflow's
+client.
 """
 
 import argparse
@@ -33,16 +33,16 @@ POLL_S = 1.0
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 METRICS_AT_ONCE = 1000
 """As many as MLflow takes."""
-# Each attempt should end; and MLflow should not repeat by itself what may have arrived.
-IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+# Attempts end soon, and MLflow does not repeat requests that may have arrived.
+SHORT_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
-class Store:
-    """MLflow's client, and the experiment of ours in its store."""
+class MlflowStore:
+    """MLflow's client, and the experiment of this project."""
 
     def __init__(self) -> None:
-        """Makes database and experiment if they are not there. Raises whatever MLflow comes up with."""
-        for variable, value in IMPATIENCE.items():
+        """Creates the database and the experiment if they are missing. Raises any error of MLflow."""
+        for variable, value in SHORT_TIMEOUTS.items():
             os.environ.setdefault(variable, value)
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -71,7 +71,7 @@ def _artifacts() -> str | None:
 
 
 def _create_database() -> None:
-    """Beside its place; so whoever kills us leaves no half of it there."""
+    """Creates the database under a temporary name, so that a kill leaves no partial database."""
     import mlflow
 
     temporary = paths.database().with_name(f"{paths.database().name}.new")
@@ -80,18 +80,18 @@ def _create_database() -> None:
     temporary.replace(paths.database())
 
 
-class Mirror:
-    """The way of one record into MLflow."""
+class Uploader:
+    """Uploads one record to MLflow."""
 
-    def __init__(self, folder: Path, store: Store) -> None:
-        """Finds the record's run, or makes it."""
+    def __init__(self, folder: Path, store: MlflowStore) -> None:
+        """Finds or creates the run of the record."""
         self.folder, self.client = folder, store.client
         self.record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
         self.status: str | None = None
         self._offset = 0
         self._logged: dict[str, dict[int, float]] = {}
         self.run_id = self._find_or_create(store.experiment_id)
-        _tell(run=self.run_id)
+        _send(run=self.run_id)
         self.client.update_run(self.run_id, status="RUNNING")
 
     def _find_or_create(self, experiment_id: str) -> str:
@@ -118,7 +118,7 @@ class Mirror:
         return str(run.info.run_id)
 
     def deliver(self) -> None:
-        """Brings over what has come since the last time, in its order."""
+        """Uploads the events since the last call, in order."""
         from mlflow.entities import RunTag
 
         events, end = read_json_lines(self.folder / "events.jsonl", self._offset)
@@ -164,7 +164,7 @@ class Mirror:
         return known is None or (self.record["stage"] != "train" and known != value)
 
     def close(self) -> None:
-        """Everything is delivered: the record goes, unless a new session of the stage writes it again."""
+        """Deletes the delivered record, unless a new session of the stage writes to it."""
         with file_lock(paths.outbox() / "lock", wait_s=PATIENCE_S):
             try:
                 with file_lock(self.folder / "writer"):
@@ -180,20 +180,20 @@ def _agrees(run: "Run", params: dict[str, str]) -> bool:
 
 
 def records(run_id: str = "*") -> list[Path]:
-    """What is in the outbox, the oldest first."""
+    """The records in the outbox, the oldest first."""
     found = [path.parent for path in paths.outbox().glob(f"{run_id}.*/record.json")]
     return sorted(found, key=lambda folder: (folder / "record.json").stat().st_mtime)
 
 
 def sync() -> int:
-    """Delivers all records that no other process delivers; gives how many could not be."""
+    """Uploads all records that no other process uploads. Returns the number of failures."""
     todo = records()
     if not todo:
         echo("MLflow has everything")
         return 0
     try:
-        store = Store()
-    except Exception as error:  # whatever MLflow comes up with
+        store = MlflowStore()
+    except Exception as error:  # any error of MLflow
         warn(f"MLflow does not answer ({describe(error)}); {len(todo)} records wait in {paths.outbox()}")
         return len(todo)
     failures = 0
@@ -202,9 +202,9 @@ def sync() -> int:
             with file_lock(folder / "writer", what=folder.name):  # it is not being written
                 pass
             with file_lock(folder / "lock", what=folder.name):
-                mirror = Mirror(folder, store)
-                mirror.deliver()
-            mirror.close()
+                uploader = Uploader(folder, store)
+                uploader.deliver()
+            uploader.close()
             echo(f"{folder.name}: delivered")
         except BusyError as error:
             echo(str(error))
@@ -215,42 +215,42 @@ def sync() -> int:
 
 
 def follow(folder: Path) -> int:
-    """Delivers a record, and older ones of its run, until the stage that writes it has closed our standard input."""
+    """Uploads a record, and older ones of its run, until its stage closes our standard input."""
     stage_ended = threading.Event()
     threading.Thread(target=_watch, args=[stage_ended], daemon=True).start()
     pause_s = SHORTEST_PAUSE_S
     failed = is_last = False
-    store: Store | None = None
-    mirror: Mirror | None = None
+    store: MlflowStore | None = None
+    uploader: Uploader | None = None
     monitor: Any = None
     with file_lock(folder / "lock", wait_s=PREPARATION_PATIENCE_S):
         while not is_last:
             is_last = stage_ended.is_set()
             try:
-                store = store or Store()
-                if mirror is None:
+                store = store or MlflowStore()
+                if uploader is None:
                     _deliver_older(folder, store)
-                    mirror = Mirror(folder, store)
-                    if mirror.record["system_metrics"]:
-                        monitor = _monitor(mirror.run_id)
-                mirror.deliver()
+                    uploader = Uploader(folder, store)
+                    if uploader.record["system_metrics"]:
+                        monitor = _monitor(uploader.run_id)
+                uploader.deliver()
                 failed, pause_s = False, SHORTEST_PAUSE_S
-            except Exception as error:  # whatever MLflow comes up with
+            except Exception as error:  # any error of MLflow
                 if not failed:
-                    _tell(failed=describe(error))
+                    _send(failed=describe(error))
                 failed, pause_s = True, min(2 * pause_s, LONGEST_PAUSE_S)
             if not is_last:
                 stage_ended.wait(pause_s if failed else POLL_S)
     if monitor is not None:
         monitor.finish()
-    if failed or mirror is None:
+    if failed or uploader is None:
         return UNDELIVERED_EXIT_CODE
-    mirror.close()
+    uploader.close()
     return 0
 
 
 def _watch(stage_ended: threading.Event) -> None:
-    """Notices the end of the stage, whatever way it ended. From then on nobody waits for us long."""
+    """Detects the end of the stage. After that, the time for uploading is limited."""
     sys.stdin.buffer.read()
     stage_ended.set()
     deadline = time.monotonic() + PREPARATION_PATIENCE_S
@@ -260,15 +260,15 @@ def _watch(stage_ended: threading.Event) -> None:
     os._exit(UNDELIVERED_EXIT_CODE)
 
 
-def _deliver_older(folder: Path, store: Store) -> None:
-    """What earlier stages of the same run could not deliver."""
+def _deliver_older(folder: Path, store: MlflowStore) -> None:
+    """Uploads undelivered records of earlier stages of the same run."""
     for older in records(folder.name.partition(".")[0]):
         if older != folder:
             try:
                 with file_lock(older / "lock"):
-                    mirror = Mirror(older, store)
-                    mirror.deliver()
-                mirror.close()
+                    uploader = Uploader(older, store)
+                    uploader.deliver()
+                uploader.close()
             except BusyError:
                 continue
 
@@ -283,11 +283,11 @@ def _monitor(run_id: str) -> Any:
 
 
 def _prepared() -> None:
-    """From now on it is up to the store how long things take. And training comes first."""
+    """Marks the end of the preparation, and lowers the priority of this process: training comes first."""
     global _is_preparing
     if _to_stage is not None and _is_preparing:
         os.nice(10)
-        _tell(preparing=False)
+        _send(preparing=False)
     _is_preparing = False
 
 
@@ -295,8 +295,8 @@ _to_stage: TextIO | None = None
 _is_preparing = True
 
 
-def _tell(**message: Any) -> None:
-    """A line for the stage that we follow, if we do."""
+def _send(**message: Any) -> None:
+    """Sends a message to the stage, if there is one."""
     if _to_stage is not None:
         with suppress(OSError):  # it has ended
             print(json.dumps(message), file=_to_stage, flush=True)
@@ -311,7 +311,7 @@ def main() -> int:
     """Gives the exit code: 0, or 74 if not everything could be delivered."""
     global _to_stage
     parser = argparse.ArgumentParser(
-        prog="python -m stages.sync", description="Bring to MLflow what it does not have yet."
+        prog="python -m stages.sync", description="Upload to MLflow what it does not have yet."
     )
     parser.add_argument("--follow", metavar="RECORD", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

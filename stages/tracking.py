@@ -1,13 +1,12 @@
-"""What a stage has to tell MLflow. It is written to files here, and another process brings it to MLflow.
+"""Tracking with an outbox: a stage appends events to a record on the disk, and another process uploads it to MLflow.
 
     mlflow-outbox/<run>.<stage>/record.json    params and tags
-                                events.jsonl   metrics, tags, artifacts and the end, one after the other
+                                events.jsonl   metrics, tags, artifacts and the final status, in order
                                 artifacts/
 
-Nothing that happens to MLflow can so hurt or hold up a stage. `stages.sync` is that other process: it is started here
-and follows the record as it grows; what it cannot deliver stays in the outbox, and `python -m stages.sync` delivers it
-later. One run for each pipeline run: `train` begins it and writes its names to models/run.json; the later stages go on
-with it.
+So no failure of MLflow can delay or break a stage. `stages.sync` is the uploader: it is started here and follows the
+record as it grows. Undelivered events stay in the outbox, and `python -m stages.sync` delivers them later. A pipeline
+run is one MLflow run: `train` starts it and writes its ids to models/run.json; the later stages continue it.
 """
 
 import json
@@ -34,22 +33,22 @@ CODE = Path(__file__).absolute().parents[1]
 MAX_PARAM_CHARACTERS = 6000
 """MLflow refuses longer ones."""
 PATIENCE_S = 4.0
-"""How long a stage waits in all for MLflow, most of it at its end."""
+"""Total time that a stage waits for MLflow, mostly at its end."""
 PREPARATION_PATIENCE_S = 60.0
-"""The same while MLflow is imported, or a database made, which takes seconds of this machine's own time."""
-LATER = "`python -m stages.sync` brings it there later; the results are in reports/ as well"
+"""The same while MLflow is imported or its database created, which takes seconds of CPU time."""
+LATER = "`make sync` delivers it later; the results are in reports/ as well"
 
 
 @dataclass(frozen=True)
 class RunIds:
-    """What a pipeline run is called: by us, and by MLflow (None if MLflow was not there)."""
+    """The ids of a pipeline run: our own, and MLflow's (None if MLflow was not available)."""
 
     run_id: str
     mlflow_run_id: str | None
 
 
 class Run:
-    """A record that grows. What goes wrong with it, or with MLflow, is one warning."""
+    """A growing record. A failure of the record or of MLflow is one warning."""
 
     def __init__(self, ids: RunIds, stop: StopSignal) -> None:
         self._stop = stop
@@ -57,7 +56,7 @@ class Run:
         self._found_id: str | None = None
         self._events: JsonLines | None = None
         self._folder: Path | None = None
-        self._mirror: subprocess.Popen[bytes] | None = None
+        self._uploader: subprocess.Popen[bytes] | None = None
         self._unread = b""
         self._failure: str | None = None
         self._is_preparing = True
@@ -66,7 +65,7 @@ class Run:
         self._waited_s = self._preparation_s = 0.0
 
     def begin(self, stage: str, record: dict[str, Any], events: list[dict[str, Any]]) -> None:
-        """Starts the record, and the process that follows it."""
+        """Starts the record and its uploader."""
         try:
             outbox = paths.outbox()
             with file_lock(outbox / "lock", wait_s=PATIENCE_S):
@@ -74,19 +73,19 @@ class Run:
                 self._held.enter_context(file_lock(self._folder / "writer"))
                 write_json(self._folder / "record.json", record)
                 self._events = JsonLines(self._folder / "events.jsonl", events)
-            self._mirror = subprocess.Popen(
+            self._uploader = subprocess.Popen(
                 [sys.executable, "-m", "stages.sync", "--follow", self._folder.name],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for us; the mirror ends when we have ended
+                start_new_session=True,  # Ctrl-C is for the stage; the uploader ends after it
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH")))),
                 },
             )
-            assert self._mirror.stdout is not None
-            os.set_blocking(self._mirror.stdout.fileno(), False)
+            assert self._uploader.stdout is not None
+            os.set_blocking(self._uploader.stdout.fileno(), False)
         except (OSError, BusyError) as error:
             self._give_up(error)
 
@@ -108,7 +107,7 @@ class Run:
                 self._give_up(error)
 
     def metrics(self, step: int, values: dict[str, float | None]) -> None:
-        """Values at a step; those that are None or not finite are left out."""
+        """Logs values at a step, without those that are None or not finite."""
         self._append(metrics_event(step, values))
 
     def tags(self, values: dict[str, str]) -> None:
@@ -131,32 +130,32 @@ class Run:
             self._append({"artifact": file.name, "folder": folder})
 
     def ids(self) -> RunIds:
-        """What the run is called; waits a little for MLflow's name."""
+        """The ids of the run; waits briefly for MLflow's."""
         self._wait(lambda: self._found_id is not None or self._failure is not None)
         return RunIds(self.run_id, self._found_id or self.mlflow_run_id)
 
     def end(self, status: str) -> None:
-        """The last event. Waits a little until MLflow has everything, unless the stage was interrupted."""
+        """Appends the final status. Waits briefly for the uploader, unless the stage was interrupted."""
         self._append({"status": status})
         if self._events is not None:
             self._events.close()
         self._held.close()
-        if self._mirror is None:
+        if self._uploader is None:
             return
-        assert self._mirror.stdin is not None
+        assert self._uploader.stdin is not None
         with suppress(OSError):
-            self._mirror.stdin.close()  # so it knows that nothing more comes
-        done = self._wait(lambda: self._mirror is None or self._mirror.poll() is not None)
-        if self._stop:  # it ends by itself
+            self._uploader.stdin.close()  # no more events
+        done = self._wait(lambda: self._uploader is None or self._uploader.poll() is not None)
+        if self._stop:  # the uploader ends by itself
             return
         if not done:
-            self._mirror.kill()
-            self._mirror.wait()
-        if self._mirror.returncode:
+            self._uploader.kill()
+            self._uploader.wait()
+        if self._uploader.returncode:
             self._warn(f"MLflow does not have everything of this run ({self._failure or 'it is slow'}); {LATER}")
 
     def _wait(self, condition: Callable[[], bool]) -> bool:
-        """Waits for a condition, as long as there is hope and patience."""
+        """Waits for a condition while the uploader lives, up to a time limit."""
         now_s = time.monotonic()
         while True:
             self._listen()
@@ -165,16 +164,16 @@ class Run:
                 self._preparation_s += now_s - before_s
             else:
                 self._waited_s += now_s - before_s
-            hopeless = self._stop or self._mirror is None or self._mirror.poll() is not None
+            hopeless = self._stop or self._uploader is None or self._uploader.poll() is not None
             if condition() or hopeless or self._waited_s > PATIENCE_S or self._preparation_s > PREPARATION_PATIENCE_S:
                 return condition()
             time.sleep(0.02)
 
     def _listen(self) -> None:
-        """Takes in what the mirror has said."""
-        if self._mirror is None or self._mirror.stdout is None:
+        """Reads messages of the uploader."""
+        if self._uploader is None or self._uploader.stdout is None:
             return
-        self._unread += self._mirror.stdout.read() or b""
+        self._unread += self._uploader.stdout.read() or b""
         *lines, self._unread = self._unread.split(b"\n")
         for line in lines:
             message = json.loads(line)
@@ -192,7 +191,7 @@ def metrics_event(step: int, values: dict[str, float | None]) -> dict[str, Any]:
 
 
 def read_run_ids() -> RunIds:
-    """The run that trained the model."""
+    """The ids of the run that trained the model."""
     try:
         content = json.loads(paths.RUN.read_text(encoding="utf-8"))
         mlflow_run_id = content["mlflow_run_id"]
@@ -202,7 +201,7 @@ def read_run_ids() -> RunIds:
 
 
 def new_run_ids() -> RunIds:
-    """Those of a new run."""
+    """Ids of a new run."""
     return RunIds(uuid.uuid4().hex, None)
 
 
@@ -216,7 +215,7 @@ def start_run(
     events: list[dict[str, Any]] | None = None,
     system_metrics: bool = False,
 ) -> Iterator[Run]:
-    """The record of a stage. events: of earlier sessions of it, which MLflow may have or not."""
+    """The record of a stage. events: of its earlier sessions, which MLflow may already have."""
     run = Run(ids, stop)
     record = {
         **asdict(ids),

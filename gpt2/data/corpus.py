@@ -25,7 +25,7 @@ KNOWN = (*DOWNLOADS, PYTHON_DOCS)
 
 @dataclass(frozen=True)
 class CorpusInfo:
-    """What was written: `source` as it was found, and the sizes of the corpus file."""
+    """The resolved source, and the size of the corpus file."""
 
     source: str
     licence: str

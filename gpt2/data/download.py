@@ -16,7 +16,7 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Download:
-    """A corpus on the web. sha256: None for one that we do not know."""
+    """A corpus on the web. sha256: None if it is not pinned."""
 
     url: str
     sha256: str | None

@@ -20,7 +20,7 @@ class BatchLoader:
         self.seek(start_step)
 
     def seek(self, step: int) -> None:
-        """Goes on with the first micro-batch of `step`."""
+        """Continues with the first micro-batch of `step`."""
         self._places = self._places_from(step)
         self._prepared = self._prepare_next()
 

@@ -1,4 +1,4 @@
-"""From a corpus to token files, and from token files to batches.
+"""From a corpus to token files.
 
 A token file is a bare array of unsigned 16-bit little-endian integers, memory-mapped when read, so that neither the
 corpus nor its tokens need to fit into memory. `meta.json` beside them says what they hold.
@@ -133,7 +133,7 @@ def _write_split(path: Path, chunks: Iterator[str], progress: ProgressCallback) 
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What meta.json says. Raises FileError if it cannot be read, or does not describe both splits."""
+    """The content of meta.json. Raises FileError if it cannot be read, or does not describe both splits."""
     try:
         meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""A trained model in the forms that others read: Hugging Face's folder, and the original project's two files."""
+"""Exports: a Hugging Face folder, and gpt_model.pt with gpt_config.pt for a Space."""
 
 import json
 import shutil
@@ -82,5 +82,5 @@ def largest_difference(ours: Tensor, theirs: Tensor, what: str, tolerance: float
     """The largest absolute difference of two tensors. Raises FileError if it is over the tolerance or not finite."""
     difference = float((ours.float().cpu() - theirs.float().cpu()).abs().max())
     if not difference <= tolerance:
-        raise FileError(f"{what} gives other logits than the trained model: they differ by {difference:.3g}")
+        raise FileError(f"{what} has other logits than the trained model: they differ by {difference:.3g}")
     return difference

@@ -1,4 +1,4 @@
-"""A Space and a model, put on the Hugging Face Hub."""
+"""Uploads a Space and a model to the Hugging Face Hub."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ FAILED = ("BUILD_ERROR", "CONFIG_ERROR", "NO_APP_FILE", "RUNTIME_ERROR", "APP_ST
 
 
 class HubError(GPT2Error):
-    """The Hugging Face Hub refused, or could not be reached."""
+    """The Hugging Face Hub refused a request, or is unreachable."""
 
     exit_code = 1
 
@@ -75,14 +75,14 @@ def _hardware(target: Target) -> dict[str, str]:
 
 
 def _wait(api: Any, repo: str, commit: str, say: Callable[[str], object], wait_s: float) -> None:
-    """Returns when the Space runs this commit."""
-    deadline_s, told, pause_s = time.monotonic() + wait_s, None, 0.2
+    """Waits until the Space runs this commit."""
+    deadline_s, last_stage, pause_s = time.monotonic() + wait_s, None, 0.2
     while True:
         runtime = _call_hub(api.get_space_runtime, api, repo)
         stage = str(getattr(runtime.stage, "value", runtime.stage))
-        if stage != told:
+        if stage != last_stage:
             say(f"the Space is {stage.lower().replace('_', ' ')}")
-            told = stage
+            last_stage = stage
         is_current = runtime.raw.get("sha", commit) == commit
         if is_current and stage == "RUNNING":
             return
@@ -95,7 +95,7 @@ def _wait(api: Any, repo: str, commit: str, say: Callable[[str], object], wait_s
 
 
 def _call_hub(question: Callable[..., Any], api: Any, *arguments: Any, **options: Any) -> Any:
-    """What the Hub answers. Raises HubError with one line that says what to do."""
+    """Calls the Hub. Raises HubError with one line that says what to do."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     try:

@@ -1,7 +1,7 @@
-"""The number formats that a model can write in: fp32, bf16, and int8.
+"""Models for inference in fp32, bf16 or int8 (quantized), and which of them is fastest on this machine.
 
-Writing a token reads every weight once, so that on a CPU the bytes of the weights decide the speed. After them come the
-calls themselves, hundreds for a token: here the layers are plain callables, as those of nn.Module take a tenth of it.
+Decoding a token reads every weight once, so on a CPU the size of the weights limits the speed. Call overhead is next,
+with hundreds of calls per token: these layers are plain callables, because calling nn.Module takes a tenth of the time.
 """
 
 import copy
@@ -21,9 +21,9 @@ from gpt2.model.transformer import GPT, Linear
 
 INT8_MAX = 127
 UINT8_ZERO = 128
-"""Inputs are unsigned, around this: signed ones have fast products only on CPUs with AMX."""
+"""Zero point of the inputs, which are unsigned: signed inputs have fast kernels only on CPUs with AMX."""
 PROBE_PARAMETERS = 64_000_000
-PROBE_SECONDS = 0.25  # for each format
+PROBE_SECONDS = 0.25  # per dtype
 FEW_ROWS = 16
 
 
@@ -31,16 +31,16 @@ class CastLinear:
     """A linear layer in fp32 or bf16: (..., in_features) to (..., out_features)."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
-        """Takes over the weights of a layer."""
+        """Copies or casts the weights of a layer."""
         self.weight = linear.weight.detach().to(dtype)
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
         self.out_dtype = dtype
-        self.is_slow_for_a_row = dtype == torch.bfloat16 and self.weight.device.type == "cpu"
+        self.uses_mv = dtype == torch.bfloat16 and self.weight.device.type == "cpu"
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
         x = x.to(self.weight.dtype)
-        if self.is_slow_for_a_row and x.numel() == x.size(-1):  # the product with a vector takes two thirds of the time
+        if self.uses_mv and x.numel() == x.size(-1):  # mv takes two thirds of the time of F.linear
             y = self.weight.mv(x.view(-1)).view(*x.shape[:-1], -1)
             return y if self.bias is None else y.add_(self.bias)
         return F.linear(x, self.weight, self.bias)
@@ -50,7 +50,7 @@ class InferenceLayerNorm:
     """A LayerNorm, (..., C) to (..., C)."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
-        """Takes over the weights of a layer."""
+        """Copies or casts the weights of a layer."""
         self.weight, self.bias, self.shape = norm.weight.detach(), norm.bias.detach(), norm.normalized_shape
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -62,23 +62,23 @@ class Int8Linear:
     """A linear layer that multiplies 8-bit integers: (..., in_features) to (..., out_features).
 
     Each output channel of the weights and each row of the input has its own scale, max|v| / 127: the vector-wise
-    quantisation of LLM.int8(), https://arxiv.org/abs/2208.07339, section 3.1, without its outlier columns. Sums of
-    integers are exact, so a row comes out the same to the bit whatever rows are computed beside it.
+    quantisation of LLM.int8(), https://arxiv.org/abs/2208.07339, section 3.1, without its outlier columns. Integer
+    sums are exact, so the result of a row is bitwise independent of the other rows in the batch.
 
-    Where the CPU has no exact 8-bit products, only the weights are 8-bit, and the input is bf16.
+    On CPUs without exact 8-bit products only the weights are 8-bit, and the input is bf16.
     """
 
     def __init__(self, linear: nn.Linear, out_dtype: torch.dtype = torch.float32) -> None:
-        """Takes over the weights of a layer."""
+        """Copies or casts the weights of a layer."""
         self.out_dtype = out_dtype
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / INT8_MAX
         rounded = (weight / scale[:, None]).round_().to(torch.int8)
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         self.is_exact = has_exact_int8_matmul()
-        # the 127 that the input is multiplied by goes into the weights' scale
+        # includes the factor 127 of the input scale
         self.scale = scale / INT8_MAX if self.is_exact else scale.bfloat16()
-        self.zero = torch.tensor(UINT8_ZERO + 0.5)  # with a half, so that cutting off rounds
+        self.zero = torch.tensor(UINT8_ZERO + 0.5)  # the half makes truncation round
         self.zeros = torch.zeros(len(scale), dtype=torch.long)
         self.weight = torch.ops.onednn.qlinear_prepack(rounded, None) if self.is_exact else rounded
 
@@ -111,9 +111,9 @@ _QLINEAR: Any = torch.ops.onednn.qlinear_pointwise.default if hasattr(torch.ops.
 
 @cache
 def has_exact_int8_matmul() -> bool:
-    """Whether this CPU and this torch multiply 8-bit integers exactly, at the largest values too.
+    """Whether 8-bit products are exact with this CPU and this torch, also at the largest values.
 
-    Those without VNNI add up pairs of products in 16 bits, where they saturate.
+    CPUs without VNNI add pairs of products in 16 bits, which saturates.
     """
     rows, ones, zeros = torch.full((2, 192), INT8_MAX), torch.ones(32), torch.zeros(32).long()
     rows[1] *= -1
@@ -129,46 +129,46 @@ def has_exact_int8_matmul() -> bool:
 
 @cache
 def attention_dtype() -> torch.dtype:
-    """The format of attention beside int8: it reads keys and values of half the size where the CPU computes in bf16."""
+    """The dtype of attention in an int8 model: bf16, with half the KV cache, where the CPU is faster in bf16."""
     return choose_precision(torch.device("cpu"), "auto")
 
 
 def quantize(model: GPT, name: str) -> GPT:
-    """A copy of the model to write with, in a format: "fp32", "bf16" or "int8".
+    """A copy of the model for inference in "fp32", "bf16" or "int8".
 
-    LayerNorm and the residual stream are fp32, as is the embedding but for bf16; what stays as it is, is shared.
-    Attention beside int8 is bf16 where that is faster. The copy can neither be trained nor saved. Raises UserError for
-    int8 off the CPU.
+    LayerNorm and the residual stream stay fp32; the embedding too, except in bf16. Unchanged weights are shared with
+    `model`. In int8, attention is bf16 where that is faster. The copy cannot be trained or saved. Raises UserError for
+    an unknown dtype, and for int8 on other devices than the CPU.
     """
     if name not in DTYPES:
-        raise UserError(f"no number format {name!r}; there are: {', '.join(DTYPES)}")
+        raise UserError(f"no dtype {name!r}; available: {', '.join(DTYPES)}")
     if name == "int8" and model.device.type != "cpu":
         raise UserError(f"int8 is for the CPU; on {model.device.type} use bf16 or fp32")
     dtype = torch.bfloat16 if name == "bf16" else torch.float32
-    writer = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    for module in list(writer.modules()):
+    quantized = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for module in list(quantized.modules()):
         for child_name, child in list(module.named_children()):
-            plain: Any = child
+            layer: Any = child
             if isinstance(child, Linear):
                 if name != "int8":
-                    plain = CastLinear(child, dtype)
+                    layer = CastLinear(child, dtype)
                 else:
-                    plain = Int8Linear(child, attention_dtype() if child_name == "c_attn" else torch.float32)
+                    layer = Int8Linear(child, attention_dtype() if child_name == "c_attn" else torch.float32)
             elif isinstance(child, nn.LayerNorm):
-                plain = InferenceLayerNorm(child)
+                layer = InferenceLayerNorm(child)
             elif isinstance(child, nn.Embedding) and name == "bf16":
                 child.weight = nn.Parameter(child.weight.detach().to(dtype), requires_grad=False)
             if not isinstance(module, nn.ModuleDict | nn.ModuleList):
-                if plain is not child:
+                if layer is not child:
                     delattr(module, child_name)
-                vars(module)[child_name] = plain  # found at once, rather than by nn.Module.__getattr__
-    return writer
+                vars(module)[child_name] = layer  # avoids nn.Module.__getattr__
+    return quantized
 
 
 def fastest_dtype(model: GPT, among: tuple[str, ...] = DTYPES) -> str:
-    """The format among these in which this machine writes a token fastest, by a measurement of about a second.
+    """The dtype in `among` that decodes fastest on this machine, by a measurement of about a second.
 
-    On CUDA it is bf16, or fp32 where the hardware has none; on MPS fp32.
+    On CUDA: bf16, or fp32 without hardware support. On MPS: fp32.
     """
     if model.device.type != "cpu":
         has_bf16 = model.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -179,9 +179,9 @@ def fastest_dtype(model: GPT, among: tuple[str, ...] = DTYPES) -> str:
 
 @torch.inference_mode()
 def seconds_per_token(model: GPT, among: tuple[str, ...] = DTYPES) -> dict[str, float]:
-    """Seconds that the linear layers and the rest but attention need for one token, in each format.
+    """Seconds per decoded token in each dtype, without attention.
 
-    Of a model with many parameters the first blocks are measured, and the head.
+    For large models only the first blocks and the head are measured.
     """
     blocks: Any = model.transformer["h"]
     block_parameters = sum(p.numel() for p in blocks[0].parameters())
@@ -201,7 +201,7 @@ def _time_token(model: GPT, blocks_ratio: float) -> float:
         middle_s = time.perf_counter()
         model.lm_head(hidden)
         end_s = time.perf_counter()
-        if round_:  # the first one sets up
+        if round_:  # the first round warms up
             best_blocks, best_head = min(best_blocks, middle_s - start_s), min(best_head, end_s - middle_s)
             if end_s > deadline_s:
                 break

@@ -32,7 +32,7 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are computed with the loss: after it, only their scale is unknown."""
+    """Computes the gradients together with the loss; backward only scales them."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -88,17 +88,17 @@ def _log_sum_exp(logits: Tensor) -> Tensor:
 
 
 def _softmax_(logits: Tensor, log_sum: Tensor, less: float, scale: float) -> Tensor:
-    """(softmax - less) * scale of logits, (n, V), in their place."""
+    """(softmax - less) * scale of logits, (n, V), in place."""
     return logits.copy_((torch.exp(logits.float() - log_sum[:, None]) - less) * scale)
 
 
 def _add_(total: Tensor, part: Tensor) -> Tensor:
-    """Adds a narrower format to a wider one."""
+    """Adds a bf16 or fp16 tensor to an fp32 one."""
     return total.add_(part)
 
 
 def _transposed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The transpose, laid out anew."""
+    """The contiguous transpose."""
     return matrix.t().to(dtype).contiguous()
 
 

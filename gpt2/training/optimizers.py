@@ -1,4 +1,4 @@
-"""The optimizers and their learning rate."""
+"""AdamW, Muon, and the learning rate schedule."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -31,7 +31,7 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and embeddings, which decay, and vectors (biases, LayerNorm), which do not."""
+    """Weight decay for matrices and embeddings; none for vectors (biases, LayerNorm)."""
     parameters = list(parameters)
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -40,15 +40,15 @@ def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) ->
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix of a block: those are what Muon is for, not embeddings and the head."""
+    """Whether Muon trains a parameter: the matrices of the blocks, not embeddings and head."""
     return ".h." in name and parameter.dim() == 2
 
 
 class Optimizer:
     """AdamW (https://arxiv.org/abs/1711.05101), or Muon (https://kellerjordan.github.io/posts/muon/) with AdamW.
 
-    Muon makes the update of a matrix orthogonal, and so uses each of its directions alike; it takes a learning rate of
-    its own, scaled by sqrt(max(1, rows / columns)), and the same decay.
+    Muon orthogonalizes the update of a matrix. It has its own learning rate, scaled by sqrt(max(1, rows / columns)),
+    and the same weight decay.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -74,13 +74,13 @@ class Optimizer:
             )
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that it keeps for the parameters, moments foremost."""
+        """The optimizer state, mostly moments."""
         for part in self.parts.values():
             for kept in part.state.values():
                 yield from (value for value in kept.values() if isinstance(value, Tensor))
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Sets that of AdamW, and Muon's in the same proportion to its highest."""
+        """Sets the learning rate of AdamW, and scales that of Muon by the same factor of its peak."""
         highest = {"adamw": self.config.learning_rate, "muon": self.config.muon_learning_rate}
         for name, part in self.parts.items():
             for group in part.param_groups:
@@ -97,12 +97,12 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of AdamW alone it is torch's own; with Muon, one for each part."""
+        """torch's own for AdamW alone; with Muon, one state dict for each optimizer."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
         return states if len(states) > 1 else states["adamw"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
+        """Loads what `state_dict` returned."""
         states = state_dict if len(self.parts) > 1 else {"adamw": state_dict}
         for name, part in self.parts.items():
             part.load_state_dict(states[name])

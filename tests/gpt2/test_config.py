@@ -11,7 +11,7 @@ def test_from_dict_takes_the_five_keys():
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"n_layers": 2}, "n_layers"),
         ({"n_head": 3}, "not a multiple"),
@@ -21,8 +21,8 @@ def test_from_dict_takes_the_five_keys():
         ({"vocab_size": 2.0}, "vocab_size is 2.0"),
     ],
 )
-def test_from_dict_names_what_is_wrong(changes, told):
-    with pytest.raises(UserError, match=told):
+def test_from_dict_names_what_is_wrong(changes, message):
+    with pytest.raises(UserError, match=message):
         GPTConfig.from_dict({**SIZES, **changes})
 
 

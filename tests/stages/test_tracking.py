@@ -24,7 +24,7 @@ def project(tmp_path, monkeypatch):
     """A folder of its own for database and outbox, as DVC sets it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    for variable in sync.IMPATIENCE:
+    for variable in sync.SHORT_TIMEOUTS:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.delenv("DVC_EXP_NAME", raising=False)
     return tmp_path
@@ -116,7 +116,7 @@ def test_an_interrupted_stage_does_not_wait_and_is_told_nevertheless(project, pa
     started_s = time.monotonic()
     run = leave_with(Interrupted("stop", 15), params, NAMES, Stopped())
     assert time.monotonic() - started_s < 1
-    run._mirror.wait(timeout=20)
+    run._uploader.wait(timeout=20)
     sync.sync()
     (found,) = client(project).search_runs([client(project).get_experiment_by_name("gpt2").experiment_id])
     assert (found.info.status, found.data.metrics) == ("KILLED", {"train/loss": 1.0})
@@ -152,8 +152,8 @@ def test_an_answer_that_is_lost_makes_no_step_twice(project, params, monkeypatch
     record = {"run_id": NAMES.run_id, "mlflow_run_id": None, "stage": "train", "began_ms": 1, "name": None}
     write_json(folder / "record.json", {**record, "params": {}, "tags": {}, "system_metrics": False})
     JsonLines(folder / "events.jsonl", [{"step": 1, "metrics": {"train/loss": 2.0}, "time_ms": 1}]).close()
-    store = sync.Store()
-    mirror = sync.Mirror(folder, store)
+    store = sync.MlflowStore()
+    mirror = sync.Uploader(folder, store)
     log_batch = store.client.log_batch
 
     def log_and_fail(*arguments, **options):
