@@ -36,7 +36,7 @@ PATIENCE_S = 4.0
 """Total time that a stage waits for MLflow, mostly at its end."""
 PREPARATION_PATIENCE_S = 60.0
 """The same while MLflow is imported or its database created, which takes seconds of CPU time."""
-LATER = "`make sync` delivers it later; the results are in reports/ as well"
+LATER = "`python -m stages.sync` delivers it later; the results are in reports/ as well"
 
 
 @dataclass(frozen=True)
