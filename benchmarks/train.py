@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ def our_step(contender: dict[str, Any], config: Any, precision: Any, device: Any
     from gpt2.training.mixed_precision import MixedPrecisionModel
     from gpt2.training.optimizers import Optimizer
 
-    settings = dict.fromkeys(TrainConfig.__dataclass_fields__, 1) | {
+    settings = dict.fromkeys((field.name for field in fields(TrainConfig)), 1) | {
         "optimizer": "adamw",
         "learning_rate": 1e-4,
         "min_learning_rate": 0.0,
