@@ -22,7 +22,7 @@ from gpt2.config import (
     violations,
 )
 from gpt2.data.corpus import KNOWN
-from gpt2.errors import UserError
+from gpt2.errors import UserError, one_line
 
 MAX_SHOWN_CHARACTERS = 80
 RENAMED = {"train.accumulation_steps": "train.gradient_accumulation_steps"}
@@ -111,7 +111,7 @@ def load_params(path: Path) -> Params:
     except DuplicateKeyError as error:
         raise UserError(f"{path}: {error.problem} on line {error.problem_mark.line + 1}; delete one of them") from None
     except Exception as error:  # a YAML parser may come up with anything for a text that is no YAML
-        raise UserError(f"cannot read {path}: {_one_line(error)}") from None
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
     problems: list[tuple[tuple[str, ...], str]] = []
     params = None
     try:
@@ -175,10 +175,6 @@ def _describe(problem: Any) -> tuple[tuple[str, ...], str]:
 def _shortened(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= MAX_SHOWN_CHARACTERS else f"{shown[:MAX_SHOWN_CHARACTERS]}..."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _is_meant(place: tuple[str, ...], problems: list[tuple[tuple[str, ...], str]]) -> bool:

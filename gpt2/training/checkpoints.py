@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2.errors import DivergedError, FileError
+from gpt2.errors import DivergedError, FileError, one_line
 from gpt2.files import delete_folder, verify_folder, write_folder
 from gpt2.model.transformer import GPT
 from gpt2.training.optimizers import Optimizer
@@ -67,7 +67,7 @@ class CheckpointStore:
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             self.prune()
             raise FileError(
-                f"cannot write the checkpoint {target} ({_one_line(error)}); make room, and run again to go on"
+                f"cannot write the checkpoint {target} ({one_line(error)}); make room, and run again to go on"
             ) from None
         self._unsound.discard(step)
         self.prune()
@@ -96,7 +96,7 @@ class CheckpointStore:
         try:
             content: dict[str, Any] = torch.load(path / CHECKPOINT_FILE, map_location="cpu", weights_only=True)
         except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise FileError(f"cannot read the checkpoint {path}: {_one_line(error)}") from None
+            raise FileError(f"cannot read the checkpoint {path}: {one_line(error)}") from None
         if not isinstance(content, dict):
             raise FileError(f"cannot read the checkpoint {path}: it holds no dict")
         return content
@@ -116,10 +116,6 @@ class CheckpointStore:
         if steps:
             raise FileError(f"no checkpoint in {self.folder} is sound; delete that folder to start anew")
         return None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 class CheckpointSaver:

@@ -153,7 +153,7 @@ def test_an_answer_that_is_lost_makes_no_step_twice(project, params, monkeypatch
     write_json(folder / "record.json", {**record, "params": {}, "tags": {}, "system_metrics": False})
     JsonLines(folder / "events.jsonl", [{"step": 1, "metrics": {"train/loss": 2.0}, "time_ms": 1}]).close()
     store = sync.MlflowStore()
-    mirror = sync.Uploader(folder, store)
+    uploader = sync.Uploader(folder, store)
     log_batch = store.client.log_batch
 
     def log_and_fail(*arguments, **options):
@@ -162,10 +162,10 @@ def test_an_answer_that_is_lost_makes_no_step_twice(project, params, monkeypatch
 
     monkeypatch.setattr(store.client, "log_batch", log_and_fail)
     with pytest.raises(TimeoutError):
-        mirror.deliver()
+        uploader.deliver()
     monkeypatch.setattr(store.client, "log_batch", log_batch)
-    mirror.deliver()
-    assert [metric.step for metric in client(project).get_metric_history(mirror.run_id, "train/loss")] == [1]
+    uploader.deliver()
+    assert [metric.step for metric in client(project).get_metric_history(uploader.run_id, "train/loss")] == [1]
 
 
 def test_sync_says_what_it_cannot_deliver(project, params, monkeypatch, capsys):
