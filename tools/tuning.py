@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.params import load_params
-from stages.sync import EXPERIMENT
-from stages.tracking import flatten
+from stages.tracking.run import flatten
+from stages.tracking.uploader import EXPERIMENT
 
 REPORT = Path("reports/tuning.md")
 PREFIX = "tune-"

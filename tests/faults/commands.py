@@ -125,7 +125,7 @@ PHASES = {
     "accumulation": ("train", "gpt2.training.mixed_precision:MixedPrecisionModel.loss:8"),
     "evaluation": ("train", "gpt2.data.sampler:windows:1"),
     "saving": ("train", "gpt2.files:write_folder:3"),
-    "flushing": ("train", "stages.tracking:Run.end:1"),
+    "flushing": ("train", "stages.tracking.run:Run.end:1"),
     "sampling": ("evaluate", "gpt2.inference.kv_cache:window_start:9"),
 }
 PATIENCE_S = 30.0

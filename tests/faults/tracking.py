@@ -125,7 +125,7 @@ FAULTS: dict[str, Where] = {
         {"MLFLOW_TRACKING_URI": f"sqlite:///file:{project.folder}/mlflow.db?mode=ro&uri=true"}
     ),
     "database corrupt": corrupt,
-    "disk full": lambda _: nullcontext({"PYTHONPATH": str(SHIM), "FAULT_MIRROR_FILE_BYTES": "4096"}),
+    "disk full": lambda _: nullcontext({"PYTHONPATH": str(SHIM), "FAULT_UPLOADER_FILE_BYTES": "4096"}),
 }
 
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from gpt2.errors import Interrupted
-from gpt2.files import JsonLines, write_json
+from gpt2.errors import FileError, Interrupted
+from gpt2.files import JsonLines
 from stages import sync, tracking
 from stages.params import load_params
-from stages.tracking import RunIds
+from stages.tracking import RunIds, protocol, uploader
 from tests.conftest import ROOT, NeverStops
 
 NAMES = RunIds("a" * 32, None)
@@ -24,7 +24,7 @@ def project(tmp_path, monkeypatch):
     """A folder of its own for database and outbox, as DVC sets it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    for variable in sync.SHORT_TIMEOUTS:
+    for variable in uploader.SHORT_TIMEOUTS:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.delenv("DVC_EXP_NAME", raising=False)
     return tmp_path
@@ -68,7 +68,7 @@ def test_stages_share_one_run_and_other_params_get_a_child(project, params, tmp_
     artifacts = project / "mlartifacts" / names.mlflow_run_id / "artifacts"
     assert (artifacts / "reports/report.md").read_text() == "hello"
     assert client(project).get_experiment(found.info.experiment_id).name == "gpt2"
-    assert sync.records() == []  # delivered
+    assert protocol.records() == []  # delivered
 
     # a run that goes on has no step twice, and the same evaluation again is no news
     earlier = [tracking.metrics_event(step, {"train/loss": 9.0}) for step in (10, 20)]
@@ -84,7 +84,7 @@ def test_stages_share_one_run_and_other_params_get_a_child(project, params, tmp_
         child.metrics(0, {"evaluate/loss": 2.4})
     child_id = child.ids().mlflow_run_id
     assert child_id != names.mlflow_run_id
-    assert client(project).get_run(child_id).data.tags[sync.PARENT_TAG] == names.mlflow_run_id
+    assert client(project).get_run(child_id).data.tags[uploader.PARENT_TAG] == names.mlflow_run_id
     assert client(project).get_run(names.mlflow_run_id).data.params["evaluate.seed"] == "1"
     with tracking.start_run(with_seed(params, 99), "export-to-space", names, STOP) as next_stage:
         pass
@@ -111,7 +111,7 @@ def leave_with(error, params, names, stop=STOP):
     return run
 
 
-def test_an_interrupted_stage_does_not_wait_and_is_told_nevertheless(project, params):
+def test_an_interrupted_stage_does_not_wait_and_is_logged_nevertheless(project, params):
     client(project).search_experiments()  # makes the database, which takes seconds
     started_s = time.monotonic()
     run = leave_with(Interrupted("stop", 15), params, NAMES, Stopped())
@@ -129,7 +129,7 @@ def test_what_could_not_be_delivered_is_delivered_later(project, params, monkeyp
     with tracking.start_run(params, "train", NAMES, STOP) as run:
         run.metrics(1, {"train/loss": 1.0})
         run.files([tmp_path / "report.md"], "reports")
-    assert time.monotonic() - started_s < tracking.PATIENCE_S + 1
+    assert time.monotonic() - started_s < protocol.PATIENCE_S + 1
     assert run.ids() == NAMES
     error = capsys.readouterr().err
     assert error.count("WARNING: MLflow does not") == 1
@@ -139,9 +139,9 @@ def test_what_could_not_be_delivered_is_delivered_later(project, params, monkeyp
     (tmp_path / "report.md").unlink()  # the record has a copy
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for told in (f"{NAMES.run_id}.train: delivered\n", "MLflow has everything\n"):
+    for message in (f"{NAMES.run_id}.train: delivered\n", "MLflow has everything\n"):
         result = subprocess.run([sys.executable, "-m", "stages.sync"], env=environment, capture_output=True, text=True)
-        assert (result.returncode, result.stderr) == (0, told)
+        assert (result.returncode, result.stderr) == (0, message)
     (found,) = client(project).search_runs([client(project).get_experiment_by_name("gpt2").experiment_id])
     assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/loss": 1.0})
     assert (project / "mlartifacts" / found.info.run_id / "artifacts/reports/report.md").read_text() == "hello"
@@ -149,11 +149,10 @@ def test_what_could_not_be_delivered_is_delivered_later(project, params, monkeyp
 
 def test_an_answer_that_is_lost_makes_no_step_twice(project, params, monkeypatch):
     folder = project / "mlflow-outbox" / f"{NAMES.run_id}.train"
-    record = {"run_id": NAMES.run_id, "mlflow_run_id": None, "stage": "train", "began_ms": 1, "name": None}
-    write_json(folder / "record.json", {**record, "params": {}, "tags": {}, "system_metrics": False})
+    protocol.Record(NAMES.run_id, None, "train", 1, None, {}, {}, system_metrics=False).write()
     JsonLines(folder / "events.jsonl", [{"step": 1, "metrics": {"train/loss": 2.0}, "time_ms": 1}]).close()
-    store = sync.MlflowStore()
-    uploader = sync.Uploader(folder, store)
+    store = uploader.MlflowStore()
+    upload = uploader.Uploader(folder, store)
     log_batch = store.client.log_batch
 
     def log_and_fail(*arguments, **options):
@@ -162,10 +161,10 @@ def test_an_answer_that_is_lost_makes_no_step_twice(project, params, monkeypatch
 
     monkeypatch.setattr(store.client, "log_batch", log_and_fail)
     with pytest.raises(TimeoutError):
-        uploader.deliver()
+        upload.deliver()
     monkeypatch.setattr(store.client, "log_batch", log_batch)
-    uploader.deliver()
-    assert [metric.step for metric in client(project).get_metric_history(uploader.run_id, "train/loss")] == [1]
+    upload.deliver()
+    assert [metric.step for metric in client(project).get_metric_history(upload.run_id, "train/loss")] == [1]
 
 
 def test_sync_says_what_it_cannot_deliver(project, params, monkeypatch, capsys):
@@ -202,7 +201,7 @@ def test_names_are_read_from_the_trained_model(project):
     (project / "models/run.json").write_text(json.dumps({"run_id": "a", "mlflow_run_id": None}))
     assert tracking.read_run_ids() == RunIds("a", None)
     (project / "models/run.json").write_text("{}")
-    with pytest.raises(tracking.FileError, match="run the train stage again"):
+    with pytest.raises(FileError, match="run the train stage again"):
         tracking.read_run_ids()
 
 

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from stages.params import load_params
-from stages.tracking import flatten
+from stages.tracking.run import flatten
 from tests.conftest import ROOT
 from tools import tuning
 

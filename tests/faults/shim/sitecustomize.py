@@ -2,7 +2,7 @@
 
 FAULT names a module, a function of it, and which call of it (from 1); in that call this process gets a signal, before
 the function does its work. FAULT_SENT is a file for the time at which that was. Only a stage is hurt, not DVC or the
-process that brings its record to MLflow; that one gets its files limited to FAULT_MIRROR_FILE_BYTES.
+process that brings its record to MLflow; that one gets its files limited to FAULT_UPLOADER_FILE_BYTES.
 """
 
 import functools
@@ -43,11 +43,11 @@ class Patch(importlib.abc.MetaPathFinder):
         original = getattr(owner, name)
 
         @functools.wraps(original)
-        def hurt(*arguments, **options):
+        def with_fault(*arguments, **options):
             self.strike()
             return original(*arguments, **options)
 
-        setattr(owner, name, hurt)
+        setattr(owner, name, with_fault)
 
     def strike(self):
         self.left -= 1
@@ -59,16 +59,16 @@ class Patch(importlib.abc.MetaPathFinder):
 
 def install():
     command = " ".join(sys.orig_argv)
-    is_mirror = "stages.sync" in command
-    if "FAULT" in os.environ and "-m stages." in command and not is_mirror:
+    is_uploader = "stages.sync" in command
+    if "FAULT" in os.environ and "-m stages." in command and not is_uploader:
         module, function, call = os.environ["FAULT"].split(":")
         number = int(os.environ.get("FAULT_SIGNAL", int(signal.SIGTERM)))
         sys.meta_path.insert(0, Patch(module, function, int(call), number, os.environ["FAULT_SENT"]))
-    if "FAULT_MIRROR_FILE_BYTES" in os.environ and is_mirror:
+    if "FAULT_UPLOADER_FILE_BYTES" in os.environ and is_uploader:
         import resource
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        limit = int(os.environ["FAULT_MIRROR_FILE_BYTES"])
+        limit = int(os.environ["FAULT_UPLOADER_FILE_BYTES"])
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 

@@ -1,16 +1,6 @@
-"""Tracking with an outbox: a stage appends events to a record on the disk, and another process uploads it to MLflow.
-
-    mlflow-outbox/<run>.<stage>/record.json    params and tags
-                                events.jsonl   metrics, tags, artifacts and the final status, in order
-                                artifacts/
-
-So no failure of MLflow can delay or break a stage. `stages.sync` is the uploader: it is started here and follows the
-record as it grows. Undelivered events stay in the outbox, and `python -m stages.sync` delivers them later. A pipeline
-run is one MLflow run: `train` starts it and writes its ids to models/run.json; the later stages continue it.
-"""
+"""The stage's side of tracking: appends events to a record, and starts the uploader that follows it."""
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -19,32 +9,29 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gpt2.errors import BusyError, FileError, Interrupted
-from gpt2.files import JsonLines, file_lock, write_json
+from gpt2.files import JsonLines, file_lock
 from stages import paths
 from stages.params import Params
 from stages.process import StopSignal, redact_secrets, warn
+from stages.tracking.protocol import (
+    PATIENCE_S,
+    PREPARATION_PATIENCE_S,
+    Message,
+    Record,
+    RunIds,
+    events_file,
+    metrics_event,
+)
 
-CODE = Path(__file__).absolute().parents[1]
+CODE = Path(__file__).absolute().parents[2]
 MAX_PARAM_CHARACTERS = 6000
 """MLflow refuses longer ones."""
-PATIENCE_S = 4.0
-"""Total time that a stage waits for MLflow, mostly at its end."""
-PREPARATION_PATIENCE_S = 60.0
-"""The same while MLflow is imported or its database created, which takes seconds of CPU time."""
 LATER = "`python -m stages.sync` delivers it later; the results are in reports/ as well"
-
-
-@dataclass(frozen=True)
-class RunIds:
-    """The ids of a pipeline run: our own, and MLflow's (None if MLflow was not available)."""
-
-    run_id: str
-    mlflow_run_id: str | None
 
 
 class Run:
@@ -64,28 +51,15 @@ class Run:
         self._held = ExitStack()
         self._waited_s = self._preparation_s = 0.0
 
-    def begin(self, stage: str, record: dict[str, Any], events: list[dict[str, Any]]) -> None:
+    def begin(self, record: Record, events: list[dict[str, Any]]) -> None:
         """Starts the record and its uploader."""
         try:
-            outbox = paths.outbox()
-            with file_lock(outbox / "lock", wait_s=PATIENCE_S):
-                self._folder = outbox / f"{self.run_id}.{stage}"
-                self._held.enter_context(file_lock(self._folder / "writer"))
-                write_json(self._folder / "record.json", record)
-                self._events = JsonLines(self._folder / "events.jsonl", events)
-            self._uploader = subprocess.Popen(
-                [sys.executable, "-m", "stages.sync", "--follow", self._folder.name],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the stage; the uploader ends after it
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH")))),
-                },
-            )
-            assert self._uploader.stdout is not None
-            os.set_blocking(self._uploader.stdout.fileno(), False)
+            with file_lock(paths.outbox() / "lock", wait_s=PATIENCE_S):
+                self._held.enter_context(file_lock(record.folder / "writer"))
+                record.write()
+                self._events = JsonLines(events_file(record.folder), events)
+            self._folder = record.folder
+            self._uploader = start_uploader(record.folder.name)
         except (OSError, BusyError) as error:
             self._give_up(error)
 
@@ -175,19 +149,28 @@ class Run:
             return
         self._unread += self._uploader.stdout.read() or b""
         *lines, self._unread = self._unread.split(b"\n")
-        for line in lines:
-            message = json.loads(line)
-            self._found_id = message.get("run", self._found_id)
-            self._is_preparing = message.get("preparing", self._is_preparing)
-            self._failure = message.get("failed", self._failure)
+        for message in map(Message.from_json, lines):
+            self._found_id = message.mlflow_run_id or self._found_id
+            self._is_preparing = self._is_preparing and not message.is_prepared
+            self._failure = message.failure or self._failure
         if self._failure is not None:
             self._warn(f"MLflow does not answer ({self._failure}); going on without it, {LATER}")
 
 
-def metrics_event(step: int, values: dict[str, float | None]) -> dict[str, Any]:
-    """A line of events.jsonl."""
-    finite = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
-    return {"step": step, "metrics": finite}
+def start_uploader(record: str) -> "subprocess.Popen[bytes]":
+    """The process that uploads a record while it grows."""
+    path = os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH"))))
+    uploader = subprocess.Popen(
+        [sys.executable, "-m", "stages.sync", "--follow", record],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for the stage; the uploader ends after it
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert uploader.stdout is not None
+    os.set_blocking(uploader.stdout.fileno(), False)
+    return uploader
 
 
 def read_run_ids() -> RunIds:
@@ -217,16 +200,17 @@ def start_run(
 ) -> Iterator[Run]:
     """The record of a stage. events: of its earlier sessions, which MLflow may already have."""
     run = Run(ids, stop)
-    record = {
+    began_ms = int(time.time() * 1000)
+    record = Record(
         **asdict(ids),
-        "stage": stage,
-        "began_ms": int(time.time() * 1000),
-        "name": os.environ.get("DVC_EXP_NAME"),
-        "params": flatten(params),
-        "tags": git_tags(),
-        "system_metrics": system_metrics,
-    }
-    run.begin(stage, record, [{**event, "time_ms": record["began_ms"]} for event in events or []])
+        stage=stage,
+        began_ms=began_ms,
+        name=os.environ.get("DVC_EXP_NAME"),
+        params=flatten(params),
+        tags=git_tags(),
+        system_metrics=system_metrics,
+    )
+    run.begin(record, [{**event, "time_ms": began_ms} for event in events or []])
     status = "FAILED"
     try:
         yield run
