@@ -36,9 +36,13 @@ class OutOfMemoryError(GPT2Error):
 
 
 class BusyError(GPT2Error):
-    """Another process holds a lock."""
+    """Another process holds a lock. holder: which one."""
 
     exit_code = 75
+
+    def __init__(self, message: str, holder: str = "another process") -> None:
+        super().__init__(message)
+        self.holder = holder
 
 
 class Interrupted(GPT2Error):  # noqa: N818 - not an error

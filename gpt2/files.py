@@ -287,7 +287,8 @@ def file_lock(lock: Path, *, wait_s: float = 0, what: str | None = None) -> Iter
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise BusyError(
-                    f"{what or lock.parent} is in use by {holder}; wait until it ends, or stop it, and try again"
+                    f"{what or lock.parent} is in use by {holder}; wait until it ends, or stop it, and try again",
+                    holder,
                 ) from None
             except OSError:  # a file system that has no locks, as some mounts of a network or a Drive
                 break

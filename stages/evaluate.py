@@ -9,6 +9,7 @@ from gpt2.config import EvaluateConfig
 from gpt2.data.token_files import Tokens, open_tokens
 from gpt2.files import write_json, write_text
 from stages import paths, tracking
+from stages.cores import reserve_cores
 from stages.params import Params, load_params
 from stages.process import StopSignal, echo, run_stage
 
@@ -18,7 +19,8 @@ PROMPTS_FROM_TOKENS = 100_000
 def main(stop: StopSignal) -> None:
     """Checks the params, then evaluates."""
     params = load_params(paths.PARAMS)
-    with tracking.start_run(params, "evaluate", tracking.read_run_ids(), stop) as run:
+    ids = tracking.read_run_ids()
+    with reserve_cores(params.runtime, stop), tracking.start_run(params, "evaluate", ids, stop) as run:
         metrics = evaluate(params, stop)
         run.metrics(0, {f"evaluate/{key}": value for key, value in metrics.items()})
         run.files(sorted(paths.EVALUATE_REPORT.iterdir()), "reports/evaluate")
@@ -44,7 +46,7 @@ def evaluate(params: Params, stop: StopSignal) -> dict[str, float]:
 
     config, folder = params.evaluate, paths.EVALUATE_REPORT
     device = choose_device(params.runtime.device)
-    configure_device(device)
+    configure_device(device, params.runtime.threads)
     train_tokens, val_tokens = open_tokens(paths.TOKENS, "train"), open_tokens(paths.TOKENS, "val")
     model = load_folder(paths.MODELS).to(device)
     context_length = trained_context_length(paths.MODELS) or model.config.block_size

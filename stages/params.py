@@ -47,9 +47,9 @@ class RuntimeConfig:
     """What does not decide the results, and is in no stage's params: a change reruns nothing.
 
     precision, compile: "auto" measures what is worth it here. gradient_checkpointing: less memory, more time.
-    threads: of the CPU; None leaves it to torch. log_interval: steps between rows of the history.
-    checkpoint_interval: steps between checkpoints; None is by time alone.
-    checkpoint_folder: None is `checkpoints/`, or the mounted Drive on Colab.
+    threads: of the CPU; None takes all cores, when no other stage of this repository does (`stages.cores`).
+    log_interval: steps between rows of the history. checkpoint_interval: steps between checkpoints; None is by time
+    alone. checkpoint_folder: None is `checkpoints/`, or the mounted Drive on Colab.
     """
 
     device: Literal["auto", "cuda", "mps", "cpu"]

@@ -55,10 +55,8 @@ class TrainingRun:
 def set_up(plan: Plan, stop: StopSignal) -> TrainingRun:
     """Data, model, optimizer and state: of a new run, or of the newest checkpoint."""
     config, runtime = plan.params.train, plan.params.runtime
-    if runtime.threads is not None:
-        torch.set_num_threads(runtime.threads)
     device = choose_device(runtime.device)
-    configure_device(device)
+    configure_device(device, runtime.threads)
     torch.manual_seed(config.seed)
     sampler = Sampler(open_tokens(paths.TOKENS, "train"), config)
     val_tokens = open_tokens(paths.TOKENS, "val")

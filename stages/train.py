@@ -12,6 +12,7 @@ from gpt2.data.token_files import read_meta
 from gpt2.errors import DivergedError
 from gpt2.files import file_lock, fingerprint, write_json
 from stages import paths, preflight, tracking
+from stages.cores import reserve_cores
 from stages.params import Params, load_params
 from stages.process import StopSignal, run_stage
 
@@ -22,7 +23,8 @@ MAX_DIVERGENCES = 2
 def main(stop: StopSignal) -> None:
     """Check, set up, train, write."""
     plan = check(load_params(paths.PARAMS))
-    with file_lock(plan.folder / "lock"), limit_repeated_divergence(plan.folder):
+    runtime = plan.params.runtime
+    with file_lock(plan.folder / "lock"), limit_repeated_divergence(plan.folder), reserve_cores(runtime, stop):
         with stop.exit_immediately():  # importing torch takes seconds, and checking needs none of it
             from stages import session
         run = session.set_up(plan, stop)

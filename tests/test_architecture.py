@@ -42,7 +42,7 @@ PLUMBING = {
     "gpt2/memory.py",
     "gpt2/progress.py",
     "stages/tracking/__init__.py",
-} | {f"stages/{name}.py" for name in ("__init__", "params", "paths", "preflight", "process")}
+} | {f"stages/{name}.py" for name in ("__init__", "cores", "params", "paths", "preflight", "process")}
 STAGES = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]
 # Modules in a folder that a stage depends on whole, though it does not use them.
 UNUSED = {

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gpt2 import device
-from gpt2.device import choose_device, choose_precision, device_name, peak_flops, peak_memory_bytes
+from gpt2.device import choose_device, choose_precision, configure_device, device_name, peak_flops, peak_memory_bytes
 from gpt2.errors import UserError
 
 CPU = torch.device("cpu")
@@ -74,3 +74,13 @@ def test_peak_memory_is_that_of_the_process():
     import psutil
 
     assert peak_memory_bytes(CPU) >= 0.9 * psutil.Process().memory_info().rss
+
+
+def test_the_number_of_threads_is_set_or_left():
+    before = torch.get_num_threads()
+    try:
+        configure_device(CPU, before + 1)
+        configure_device(CPU)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,66 @@
+"""The cores of a CPU, shared by the stages that compute.
+
+OpenMP's threads wait for each other many times in each step, by default in busy loops. On a busy machine such a loop
+takes the core that the awaited thread needs: two trainings on two cores were six times as slow as one after the other.
+So threads sleep soon here, and stages that take all cores take turns. Turns change no bits; fewer threads would.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from gpt2.errors import BusyError
+from gpt2.files import file_lock
+from stages import paths
+from stages.params import RuntimeConfig
+from stages.preflight import may_have_gpu
+from stages.process import StopSignal, echo
+
+SPINS = 10_000
+"""Turns of a busy loop before a waiting thread sleeps: 0.1 to 0.5 ms. That is far more than waking up takes, and far
+less than the milliseconds for which the system takes a core away."""
+POLL_S = 0.2
+
+
+@contextmanager
+def reserve_cores(runtime: RuntimeConfig, stop: StopSignal) -> Iterator[None]:
+    """Waits until no other stage of this repository takes all cores, and takes them for the block.
+
+    Does not wait with `runtime.threads` set, or where a GPU computes. To be entered before torch is imported, whose
+    OpenMP reads the environment then. Raises Interrupted if a signal arrives.
+    """
+    limit_busy_waiting()
+    uses_gpu = runtime.device in ("cuda", "mps") or (runtime.device == "auto" and may_have_gpu())
+    with ExitStack() as held:
+        if runtime.threads is None and not uses_gpu:
+            _wait_for_turn(held, stop)
+        yield
+
+
+def limit_busy_waiting() -> None:
+    """Sets after how many turns OpenMP's threads sleep, unless the environment says how they wait."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+
+
+def cores_lock() -> Path:
+    """The lock file of this machine's cores. Other machines may share the folder."""
+    return paths.real_root() / f".dvc/tmp/cores-{socket.gethostname()}.lock"
+
+
+def _wait_for_turn(held: ExitStack, stop: StopSignal) -> None:
+    """Puts the lock of the cores into `held`, as soon as no other stage has it."""
+    waits = False
+    while True:
+        stop.check()
+        try:
+            held.enter_context(file_lock(cores_lock()))
+            return
+        except BusyError as error:
+            if not waits:
+                echo(f"waiting for the cores, in use by {error.holder}; a stage with runtime.threads set does not wait")
+            waits = True
+        time.sleep(POLL_S)
