@@ -1,11 +1,11 @@
 """Training on a machine that is busy with other work.
 
-    python -m benchmarks.concurrency --busy           tokens/s alone and beside busy processes (a quarter of an hour)
+    python -m benchmarks.concurrency --busy           tokens/s alone and beside busy processes (ten minutes)
     python -m benchmarks.concurrency --experiments    two experiments in a row and at once (a quarter of an hour)
 
-`--busy` runs the `laptop` step of `benchmarks.train` with each way in which OpenMP's threads can wait for each other, in
-turns. A busy process is an endless loop. `--experiments` trains two experiments of the default params, with fewer steps,
-in a copy of the repository. Writes reports/benchmarks/concurrency.{json,md}.
+`--busy` runs the `laptop` step of `benchmarks.train` with each way in which OpenMP's threads can wait for each other,
+in turns. A busy process is an endless loop. `--experiments` trains two experiments of the default params, with fewer
+steps, in a copy of the repository. Writes reports/benchmarks/concurrency.{json,md}.
 """
 
 import argparse
