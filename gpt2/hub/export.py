@@ -21,7 +21,7 @@ SPACE_CONFIG = "gpt_config.pt"
 
 
 def save_space_model(model: GPT, folder: Path) -> None:
-    """Writes gpt_model.pt, a state dict, and gpt_config.pt, a dict of the five sizes: plain, no pickled class."""
+    """Writes gpt_model.pt, a state dict, and gpt_config.pt, a dict of the five sizes, without pickled classes."""
     weights = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
     atomic_save(folder / SPACE_WEIGHTS, lambda path: torch.save(weights, path))
     atomic_save(folder / SPACE_CONFIG, lambda path: torch.save(model.config.to_dict(), path))
@@ -82,5 +82,5 @@ def largest_difference(ours: Tensor, theirs: Tensor, what: str, tolerance: float
     """The largest absolute difference of two tensors. Raises FileError if it is over the tolerance or not finite."""
     difference = float((ours.float().cpu() - theirs.float().cpu()).abs().max())
     if not difference <= tolerance:
-        raise FileError(f"{what} has other logits than the trained model: they differ by {difference:.3g}")
+        raise FileError(f"the logits of {what} differ from the trained model's by {difference:.3g}")
     return difference
