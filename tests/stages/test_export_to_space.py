@@ -90,19 +90,6 @@ def test_other_weights_fail_the_stage(trained, monkeypatch, never_stops):
         export_to_space.export(trained, None, never_stops)
 
 
-def test_requirements_are_pinned_to_what_is_installed():
-    import gradio
-
-    text = export_to_space.pinned("# a comment\n--extra-index-url https://example.org\n\ngradio\ntorch\n")
-    assert text.splitlines()[:4] == [
-        "# a comment",
-        "--extra-index-url https://example.org",
-        "",
-        f"gradio=={gradio.__version__}",
-    ]
-    assert text.splitlines()[4] == f"torch=={torch.__version__.partition('+')[0]}"
-
-
 def test_a_space_for_zero_gpu_asks_for_what_there_is(trained, monkeypatch, never_stops):
     target = replace(trained, export=replace(trained.export, target="zerogpu"))
     export_to_space.export(target, None, never_stops)
@@ -126,15 +113,3 @@ def test_a_space_for_zero_gpu_asks_for_what_there_is(trained, monkeypatch, never
 )
 def test_a_source_is_shown_without_what_is_private(source, shown):
     assert export_to_space.public_source(source) == shown
-
-
-def test_a_fallback_stands_on_the_card():
-    facts = {
-        "title": 'A "title"',
-        "fallback_reason": "cannot download x",
-        "parameters": 1_234_567,
-        "dtype_losses": {"fp32": 2.0, "int8": 2.001},
-        "target": "cpu",
-    }
-    card = export_to_space.fill_card("t: {{title}}\n{{heading}} {{parameters}}.{{fallback}}", facts)
-    assert card == 't: "A \\"title\\""\nA "title" 1,234,567.\n\nThe corpus is a fallback: cannot download x.'
