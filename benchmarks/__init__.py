@@ -1,1 +1,1 @@
-"""Programs that measure speed and learning side by side with other implementations."""
+"""Benchmarks of speed and learning against other implementations."""

@@ -1,7 +1,7 @@
-"""What a checkpoint costs, with and without its SHA-256 sums, side by side: `python -m benchmarks.checkpoint`.
+"""Times saving and loading a checkpoint, with and without SHA-256 sums: `python -m benchmarks.checkpoint`.
 
-Writes reports/benchmarks/checkpoint.json. The share of training time is that at the default interval: 60 s, or 50 times
-the cost of the last one.
+Writes reports/benchmarks/checkpoint.json. The share of training time assumes the default interval: the longer of 60 s
+and 50 times the duration of the last save.
 """
 
 import argparse
@@ -23,7 +23,7 @@ REPORT = Path("reports/benchmarks/checkpoint.json")
 
 
 def main() -> None:
-    """Times both ways in turn."""
+    """Times all models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: a temporary folder here)")
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def measure(config: GPTConfig, folder: Path, repeats: int) -> dict[str, float]:
-    """Medians for a model with AdamW's moments."""
+    """Median durations for a model with AdamW's moments; saves with and without sums alternate."""
     import torch
 
     from gpt2 import files
@@ -71,7 +71,7 @@ def measure(config: GPTConfig, folder: Path, repeats: int) -> dict[str, float]:
             save()
 
     with_sums, without = [], []
-    for _ in range(repeats + 1):  # the first one sets up
+    for _ in range(repeats + 1):  # the first round warms up
         with_sums.append(seconds_of(save))
         without.append(seconds_of(save_without_sums))
     save()
@@ -89,7 +89,7 @@ def measure(config: GPTConfig, folder: Path, repeats: int) -> dict[str, float]:
 
 
 def seconds_of(action: Callable[[], object]) -> float:
-    """How long it takes."""
+    """The duration of a call."""
     start_s = time.perf_counter()
     action()
     return time.perf_counter() - start_s

@@ -3,10 +3,10 @@
     python -m benchmarks.generate                   about a quarter of an hour on two cores
     python -m benchmarks.generate --only ours       some of the contenders; the others keep their results
 
-All use the same random weights, the same prompt and greedy decoding. Each runs in its own process, in turns, ROUNDS
-times; the best result counts. Peers that are not installed are skipped: pip install ctranslate2 gguf llama-cpp-python
-(the last one needs a C++ compiler). The baseline is the generation loop of the Space that this project is a remake of:
-no KV cache. Writes reports/benchmarks/generate.{json,md,png}.
+All use the same random weights, the same prompt and greedy decoding. Each runs ROUNDS times in its own process, in
+turns; the best result counts. Peers that are not installed are skipped: pip install ctranslate2 gguf llama-cpp-python
+(the last one needs a C++ compiler). The baseline is the generation loop of the original project's Space, without a
+KV cache. Writes reports/benchmarks/generate.{json,md,png}.
 """
 
 import argparse
@@ -44,11 +44,11 @@ CONTENDERS = {
     "baseline loop, fp32": ("loop", "float32"),
 }
 Generate = Callable[[list[int], int, int], Any]
-"""Generates, given a prompt, a batch size and a number of tokens per sequence."""
+"""Arguments: a prompt, a batch size, and a number of tokens per sequence."""
 
 
 def main() -> None:
-    """Runs the contenders, or, as a worker, one."""
+    """Runs the contenders, or a single one in a worker process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="contenders with this in their name")
     parser.add_argument("--worker", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def report(results: dict[str, dict[str, float]]) -> None:
-    """Writes the results after a round."""
+    """Writes the results so far."""
     import torch
 
     from gpt2.device import device_name
@@ -93,7 +93,7 @@ def report(results: dict[str, dict[str, float]]) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """The same weights for all contenders."""
+    """Writes the weights that all contenders load."""
     import torch
 
     from gpt2.config import PRESETS
@@ -110,7 +110,7 @@ def prepare(folder: Path) -> None:
 
 
 def work(name: str, place: str) -> dict[str, float]:
-    """The numbers of one contender."""
+    """The results of one contender."""
     kind, precision = CONTENDERS[name]
     generate, batched = MAKERS[kind](Path(place), precision)
     long_prompt = [(7919 * i) % 50_000 for i in range(LONG_PROMPT)]
@@ -194,7 +194,7 @@ def ctranslate2(folder: Path, precision: str) -> tuple[Generate, bool]:
 
 
 def llama_cpp(folder: Path, precision: str) -> tuple[Generate, bool]:
-    """llama.cpp, through llama-cpp-python, which answers one request at a time."""
+    """llama.cpp, through llama-cpp-python, which processes one request at a time."""
     import numpy as np
     import torch
     from llama_cpp import Llama
@@ -286,7 +286,7 @@ MAKERS = {"ours": ours, "transformers": transformers, "ctranslate2": ctranslate2
 
 
 def write_table(machine: str, results: dict[str, dict[str, float]]) -> None:
-    """reports/benchmarks/generate.md."""
+    """Writes reports/benchmarks/generate.md."""
     columns = [*TASKS, FIRST]
     lines = [
         "# Generation with GPT-2 124M, side by side",
@@ -308,7 +308,7 @@ def write_table(machine: str, results: dict[str, dict[str, float]]) -> None:
 
 
 def draw(results: dict[str, dict[str, float]]) -> None:
-    """reports/benchmarks/generate.png."""
+    """Writes reports/benchmarks/generate.png."""
     from matplotlib.figure import Figure
 
     from benchmarks import charts

@@ -3,7 +3,7 @@
     python -m benchmarks.learning                   three seeds, about 25 minutes on two cores
 
 Uses the model and the batch of the preset laptop and the tokens of the last pipeline run. The baseline is the plain
-fp32 training script that this project is a remake of; its own step (not compiled) is timed in the same run. Writes
+fp32 training script of the original project; its own step (not compiled) is timed in the same run. Writes
 reports/benchmarks/learning.{json,md,png}.
 """
 
@@ -20,9 +20,9 @@ EVAL_INTERVAL = 20
 VALIDATION_TOKENS = 9217
 """The first quarter of the held-out text of Tiny Shakespeare."""
 RECIPES: dict[str, dict[str, Any]] = {
-    "baseline recipe": {},  # that of presets/seed.yaml
+    "baseline recipe": {},  # presets/seed.yaml
     "tuned AdamW": {"optimizer": "adamw", "learning_rate": 1.0e-3, "min_learning_rate": 1.0e-4, "schedule": "cosine"},
-    "Muon": {},  # that of presets/laptop.yaml
+    "Muon": {},  # presets/laptop.yaml
 }
 COLORS = {"baseline recipe": "#64748b", "tuned AdamW": "#2563eb", "Muon": "#c2410c"}
 
@@ -152,7 +152,7 @@ def time_baseline_step(params: Any) -> float:
 
 
 def reached(curve: dict[str, Any], loss: float, axis: str) -> float:
-    """Where on an axis a curve first reaches a loss; NaN if it never does."""
+    """The first value on an axis at which a curve reaches a loss; NaN if it never does."""
     return next((x for x, y in zip(curve[axis], curve["val_loss"], strict=True) if y <= loss), float("nan"))
 
 
@@ -164,7 +164,7 @@ def write_table(result: dict[str, Any]) -> None:
         "# Learning, side by side",
         "",
         f"Made by `python -m benchmarks.learning` ({result['date']}); the curves are in learning.json. Each line is "
-        "the mean over the seeds, with the least and the most. The target is the best validation loss of the baseline "
+        "the mean over the seeds, with minimum and maximum. The target is the best validation loss of the baseline "
         "recipe.",
         "",
         "| | best validation loss | steps to the target | of the baseline's | seconds to the target "

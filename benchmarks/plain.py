@@ -1,4 +1,4 @@
-"""Plain GPT-2 training on standard PyTorch parts: the baseline and the nanoGPT-style peers of the benchmarks."""
+"""Plain GPT-2 training with standard PyTorch modules: the baseline and the nanoGPT-style peers of the benchmarks."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class PlainBlock(nn.Module):
-    """A transformer block on PyTorch's own parts."""
+    """A transformer block of PyTorch's own modules."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

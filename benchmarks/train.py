@@ -6,7 +6,7 @@
 
 Each contender runs in its own process, one after the other, on the same random tokens; the result is the median step.
 Peers run as their users run them, without our allocator settings, except where the name says so. The baseline is the
-plain fp32 training script that this project is a remake of. Writes reports/benchmarks/train.{json,md,png}.
+plain fp32 training script of the original project. Writes reports/benchmarks/train.{json,md,png}.
 """
 
 import argparse
@@ -58,7 +58,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Runs the cases, or, as a worker, one contender."""
+    """Runs the cases, or one contender in a worker process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--case", choices=CASES, action="append", help="default: gpt2-gpu on CUDA, the others elsewhere"
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def default_cases(device_name: str) -> list[str]:
-    """Those that suit the device."""
+    """The default cases for a device."""
     from gpt2.device import choose_device
 
     on_cuda = choose_device(device_name).type == "cuda"  # type: ignore[arg-type]
@@ -207,7 +207,7 @@ def make_step(contender: dict[str, Any], config: Any, precision: Any, device: An
 
 
 def our_step(contender: dict[str, Any], config: Any, precision: Any, device: Any, batches: Any) -> Callable[[], None]:
-    """The step of gpt2.training.trainer, with its parts."""
+    """The optimizer step of gpt2.training.trainer."""
     import torch
 
     from gpt2.config import TrainConfig
@@ -242,7 +242,7 @@ def our_step(contender: dict[str, Any], config: Any, precision: Any, device: Any
 
 
 def write_table(results: dict[str, Any]) -> None:
-    """reports/benchmarks/train.md."""
+    """Writes reports/benchmarks/train.md."""
     lines = [
         "# Training step, side by side",
         "",

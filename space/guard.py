@@ -42,7 +42,7 @@ class Guard:
             await self._serve(scope, receive, send)
         elif scope["type"] == "lifespan":
             await self.app(scope, receive, send)
-        # web sockets are not used, and closed
+        # the page uses no web sockets; they are closed
 
     async def _serve(self, scope: Scope, receive: Any, send: Any) -> None:
         path: str = scope["path"]
@@ -51,11 +51,11 @@ class Guard:
         if allowed is None or not allowed.fullmatch(path):
             await refuse(send, 404, "not found")
         elif scope["method"] == "POST":
-            await self._take(path, scope, receive, send)
+            await self._serve_post(path, scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
-    async def _take(self, path: str, scope: Scope, receive: Any, send: Any) -> None:
+    async def _serve_post(self, path: str, scope: Scope, receive: Any, send: Any) -> None:
         body = await self._body(scope, receive)
         if body is None:
             await refuse(send, 413, f"more than {MAX_BODY_BYTES:,} bytes")
@@ -64,14 +64,14 @@ class Guard:
             await refuse(send, 422, reason)
             return
 
-        async def again() -> Any:
+        async def replay() -> Any:
             nonlocal body
             if body is not None:
                 message, body = {"type": "http.request", "body": body, "more_body": False}, None
                 return message
             return await receive()
 
-        await self.app(scope, again, send)
+        await self.app(scope, replay, send)
 
     @staticmethod
     async def _body(scope: Scope, receive: Any) -> bytes | None:
@@ -88,7 +88,7 @@ class Guard:
         return None
 
     def find_problem(self, path: str, body: bytes) -> str:
-        """Why a call is rejected; empty if it is one that Gradio's own clients could send."""
+        """Why to reject a call; empty if Gradio's own clients could send it."""
         try:
             sent = json.loads(body)
         except (ValueError, RecursionError):
@@ -110,7 +110,7 @@ class Guard:
         if not isinstance(data, list) or len(data) != num_inputs:
             return f"expected a list of {num_inputs} values as data"
         if not all(isinstance(value, SCALARS) for value in data):
-            return "expected texts and numbers as data"
+            return "expected strings and numbers as data"
         return ""
 
 

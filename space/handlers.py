@@ -1,4 +1,4 @@
-"""What the buttons of the page and the API call."""
+"""Event handlers of the page and the API."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -1,6 +1,6 @@
 """Loads the model files of a Space, which may be missing, damaged or malicious.
 
-Nothing in them is executed, and nothing is unpacked that is larger than the configuration allows.
+It never executes their content, and never unpacks more bytes than the configuration allows.
 """
 
 import json
@@ -54,7 +54,7 @@ def load_metadata(folder: Path) -> dict[str, Any]:
     """The model metadata in manifest.json. Raises FileError if a file is missing or is not the exported one."""
     try:
         if (folder / MANIFEST).stat().st_size > MAX_SMALL_FILE_BYTES:
-            raise FileError(f"{MANIFEST} is far too large. {EXPORT_AGAIN}")
+            raise FileError(f"{MANIFEST} is too large. {EXPORT_AGAIN}")
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         metadata: dict[str, Any] = manifest["model"]
         for name in (WEIGHTS, CONFIG):
@@ -89,13 +89,13 @@ def load_model(folder: Path) -> GPT:
         sizes = _tensors(folder / CONFIG, MAX_SMALL_FILE_BYTES)
         config = GPTConfig.from_dict(sizes)
         if config.n_layer > MAX_LAYERS:
-            raise FileError(f"{CONFIG} asks for {config.n_layer} layers")
+            raise FileError(f"{CONFIG} has n_layer {config.n_layer}; expected at most {MAX_LAYERS}")
         expected_bytes = 4 * config.num_parameters()
         if (folder / WEIGHTS).stat().st_size < expected_bytes:
             raise FileError(f"{WEIGHTS} is too small for the sizes in {CONFIG}")
         weights = _tensors(folder / WEIGHTS, expected_bytes + MAX_OVERHEAD_BYTES)
         if not isinstance(weights, dict):
-            raise FileError(f"{WEIGHTS} holds no weights")
+            raise FileError(f"{WEIGHTS} contains no weights")
         with torch.device("meta"):
             model = GPT(config)
         for name, expected in model.state_dict().items():
@@ -123,10 +123,10 @@ def load_model(folder: Path) -> GPT:
 
 
 def _tensors(path: Path, limit_bytes: int) -> Any:
-    """What torch.save wrote. Raises FileError if there is more in it than that."""
+    """The content of a file of torch.save. Raises FileError if it unpacks to more than limit_bytes."""
     with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > limit_bytes:
-            raise FileError(f"{path.name} unpacks to more than it can hold")
+            raise FileError(f"{path.name} unpacks to more than {limit_bytes:,} bytes")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -138,4 +138,4 @@ def _check(name: str, weight: Any, expected: Tensor) -> None:
     if weight.shape != expected.shape or weight.dtype != torch.float32:
         raise FileError(f"{name} is {weight.dtype} of {tuple(weight.shape)} and not of {tuple(expected.shape)}")
     if weight.numel() and not all(math.isfinite(extreme) for extreme in weight.aminmax()):
-        raise FileError(f"{name} has numbers that are not finite")
+        raise FileError(f"{name} has non-finite values")

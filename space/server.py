@@ -90,7 +90,7 @@ def main(folder: Path = HERE) -> None:
     try:
         if engine is None:
             page.block_thread()
-        else:  # in this thread, which loaded the model: see Engine
+        else:  # in the thread that loaded the model: see Engine
             engine.warm_up()
             engine.serve()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""From a user's settings to generated text: validation, requests, and their progress."""
+"""Validates the settings of a user, runs their requests, and reports progress."""
 
 import math
 import random
@@ -22,7 +22,7 @@ MAX_TEMPERATURE = 2.0
 MAX_SAMPLES = 4
 MAX_STOP_CHARACTERS = 100
 MAX_SEED = 2**31 - 1
-MAX_DRAWN_SEED = 1_000_000  # short enough to be read out
+MAX_DRAWN_SEED = 1_000_000  # short enough to read and type
 TIMEOUT_S = 120.0
 NUM_TOP_LOGPROBS = 5
 UPDATE_S = 0.1
@@ -42,16 +42,16 @@ DEFAULTS: dict[str, Any] = {
 
 
 def validate_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> float:
-    """A number from outside. Raises UserError if it is not a number or out of range."""
+    """A number from a client. Raises UserError if it is not a number or out of range."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or (whole and value != int(value)):  # a NaN is in no range
+    if not is_number or not low <= value <= high or (whole and value != int(value)):  # also False for NaN
         kind = "a whole number" if whole else "a number"
         raise UserError(f"{name} is {str(value)[:40]!r}; expected {kind} from {low:g} to {high:g}")
     return int(value) if whole else float(value)
 
 
 def validate_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings from outside, with a seed drawn if there is none. Raises UserError if one is invalid."""
+    """Settings from a client, with a random seed if there is none. Raises UserError if one is invalid."""
     prompt, stop = values["prompt"], values["stop"]
     if not isinstance(prompt, str) or len(prompt) > MAX_PROMPT_CHARACTERS:
         raise UserError(f"the prompt must be text of at most {MAX_PROMPT_CHARACTERS:,} characters")
@@ -59,7 +59,7 @@ def validate_settings(values: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"the stop string must be text of at most {MAX_STOP_CHARACTERS} characters")
     seed = values["seed"]
     return {
-        "prompt": prompt.encode(errors="replace").decode(),  # half a character becomes a question mark
+        "prompt": prompt.encode(errors="replace").decode(),  # replaces lone surrogates by question marks
         "max_new_tokens": validate_number("max new tokens", values["max_new_tokens"], 1, MAX_NEW_TOKENS, whole=True),
         "temperature": validate_number("temperature", values["temperature"], 0, MAX_TEMPERATURE),
         "top_k": validate_number("top-k", values["top_k"], 0, MAX_TOP_K, whole=True),
@@ -97,7 +97,7 @@ def requests_for(settings: dict[str, Any]) -> list[Request]:
 
 @dataclass(frozen=True)
 class GenerationProgress:
-    """How far a generation is. queue_position: -1 if it has started. reasons: finish reason of each sample."""
+    """The progress of a generation. queue_position: -1 if it has started. reasons: finish reason of each sample."""
 
     samples: list[list[Token]]
     queue_position: int
@@ -127,7 +127,7 @@ Generate = Callable[[Sequence[Request], str | None], Iterator[GenerationProgress
 
 
 class RequestRegistry:
-    """Runs requests on an engine, and knows which session each belongs to."""
+    """Runs requests on an engine, and tracks the session of each."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -166,7 +166,7 @@ def stream_progress(engine: Engine, completions: Sequence[Completion]) -> Iterat
     started_s: float | None = None
     shown, shown_s = (-2, 0), 0.0
     while True:
-        ended = all(completion.finish_reason for completion in completions)  # before their last tokens are taken
+        ended = all(completion.finish_reason for completion in completions)  # before taking the last tokens
         for sample, completion in zip(samples, completions, strict=True):
             sample += completion.new_tokens(timeout_s=0)
         if started_s is None and any(samples):
@@ -185,7 +185,7 @@ def stream_progress(engine: Engine, completions: Sequence[Completion]) -> Iterat
 
 def on_zero_gpu(model: GPT, context_length: int) -> Generate:
     """Generation on Hugging Face's ZeroGPU, which lends a GPU to a separate process for each call."""
-    import spaces  # only there
+    import spaces  # only installed on ZeroGPU
 
     quantized = quantize(model.to("cuda"), "bf16")
 

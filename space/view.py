@@ -1,4 +1,4 @@
-"""HTML about the model and its tokens, in which all text from outside is escaped."""
+"""HTML of the model table and the tokens. Escapes all text from users and files."""
 
 import base64
 import math

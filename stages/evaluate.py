@@ -1,4 +1,4 @@
-"""evaluate: scores of the best model on held-out text, samples, and a picture of the loss of each token."""
+"""evaluate: scores the best model on held-out text, generates samples, and plots the loss of each token."""
 
 from dataclasses import asdict
 from functools import partial

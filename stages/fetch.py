@@ -1,4 +1,4 @@
-"""fetch: the text that `corpus.source` names becomes data/corpus.txt."""
+"""fetch: writes the text of `corpus.source` to data/corpus.txt."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from stages.process import StopSignal, echo, redact_secrets, run_stage, warn
 
 
 def main(stop: StopSignal) -> None:
-    """Fetches, with the fallback if a download fails."""
+    """Fetches the source, or the fallback if the download fails."""
     config = load_params(paths.PARAMS).corpus
     source, fallback_reason = config.source, None
     link_own_text(source)
@@ -50,9 +50,9 @@ def write(source: str, stop: StopSignal) -> CorpusInfo:
 
 
 def link_own_text(source: str) -> None:
-    """Fills data/linked, on which this stage depends, with links to the user's own files.
+    """Links the user's own files into data/linked, a dependency of this stage in dvc.yaml.
 
-    So DVC sees when one of them is edited, wherever it lies. A file that is added to a folder later is not seen.
+    So DVC detects edits of these files, wherever they are. It does not detect files that are added to a folder later.
     """
     for old in paths.LINKED.iterdir() if paths.LINKED.is_dir() else ():
         if old.is_symlink():

@@ -1,4 +1,4 @@
-"""params.yaml: read as DVC reads it, checked whole before any work starts."""
+"""Loads params.yaml as DVC does, and checks all of it before any work starts."""
 
 import difflib
 import json
@@ -32,9 +32,9 @@ CHECKS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The Space's page. title: its heading; examples: prompts to click on, None takes those of the evaluation.
+    """The Space. title: heading of its page. examples: example prompts; None uses the prompts of the evaluation.
 
-    target: what the Space runs on, a CPU or Hugging Face's ZeroGPU.
+    target: its hardware, a CPU or Hugging Face's ZeroGPU.
     """
 
     title: Annotated[str, MinLen(1)]
@@ -44,12 +44,12 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """What does not decide the results, and is in no stage's params: a change reruns nothing.
+    """Settings that do not change the results. No stage depends on them, so a change reruns nothing.
 
-    precision, compile: "auto" measures what is worth it here. gradient_checkpointing: less memory, more time.
-    threads: of the CPU; None takes all cores, when no other stage of this repository does (`stages.cores`).
-    log_interval: steps between rows of the history. checkpoint_interval: steps between checkpoints; None is by time
-    alone. checkpoint_folder: None is `checkpoints/`, or the mounted Drive on Colab.
+    precision, compile: "auto" measures what is faster here. gradient_checkpointing: less memory, more time.
+    threads: CPU threads; None takes all cores, one stage of this repository at a time (`stages.cores`).
+    log_interval: steps between rows of the history. checkpoint_interval: steps between checkpoints, in addition to
+    checkpoints by time; None is by time only. checkpoint_folder: None is `checkpoints/`, or the mounted Drive on Colab.
     """
 
     device: Literal["auto", "cuda", "mps", "cpu"]
@@ -94,7 +94,7 @@ RULES = (
         "train.sequence_length {0} is over the context, model.block_size {1}",
     ),
 )
-"""Those across sections."""
+"""Rules across sections."""
 
 
 def load_params(path: Path) -> Params:
@@ -104,13 +104,13 @@ def load_params(path: Path) -> Params:
     """
     try:
         content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-        # by way of JSON, as strict checks take a dict for a dataclass only there
+        # through JSON, because only there strict checks accept a dict for a dataclass
         as_json = json.dumps(content, default=str)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; take one from presets/: make preset NAME=laptop") from None
+        raise UserError(f"{path} is missing; create it from a preset: make preset NAME=laptop") from None
     except DuplicateKeyError as error:
         raise UserError(f"{path}: {error.problem} on line {error.problem_mark.line + 1}; delete one of them") from None
-    except Exception as error:  # a YAML parser may come up with anything for a text that is no YAML
+    except Exception as error:  # a YAML parser raises many types of errors
         raise UserError(f"cannot read {path}: {one_line(error)}") from None
     problems: list[tuple[tuple[str, ...], str]] = []
     params = None
@@ -118,10 +118,10 @@ def load_params(path: Path) -> Params:
         params = TypeAdapter(Params).validate_json(as_json)
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            if problem["type"] != "value_error":  # of a rule; they are all looked at below
+            if problem["type"] != "value_error":  # a violated rule; _broken_rules reports all of them
                 problems.append(_describe(problem))
     wrong = {place for place, _ in problems}
-    # a misspelt key is one mistake, not also a missing one
+    # a misspelled key is one problem, not also a missing key
     messages = [text for place, text in problems if not (text.endswith(" is missing") and _is_meant(place, problems))]
     messages += _broken_rules(content, wrong)
     if params is not None and not messages:
@@ -132,7 +132,7 @@ def load_params(path: Path) -> Params:
 
 
 def _broken_rules(content: Any, wrong: set[tuple[str, ...]]) -> list[str]:
-    """The rules within and across sections that do not hold, as far as the values they need are right."""
+    """Messages of violated rules, within and across sections. Skips rules whose values are invalid."""
     messages = []
     values: dict[str, Any] = {}
     for section in fields(Params):
@@ -147,7 +147,7 @@ def _broken_rules(content: Any, wrong: set[tuple[str, ...]]) -> list[str]:
 
 
 def _describe(problem: Any) -> tuple[tuple[str, ...], str]:
-    """Section and key of a problem that pydantic found, and what to say of it in the terms of params.yaml."""
+    """Section and key of an error of pydantic, and its message in terms of params.yaml."""
     place = tuple(str(part) for part in problem["loc"] if not str(part).startswith("constrained-"))
     *section, key = place or ("",)
     name = ".".join(place)
@@ -178,7 +178,7 @@ def _shortened(value: Any) -> str:
 
 
 def _is_meant(place: tuple[str, ...], problems: list[tuple[tuple[str, ...], str]]) -> bool:
-    """Whether another problem of the section is this key under a misspelt or an earlier name."""
+    """Whether another problem of the section is this key, misspelled or under a former name."""
     ends = (f"; did you mean {place[-1]!r}?", f" was renamed to {'.'.join(place)}")
     return any(other[:-1] == place[:-1] and text.endswith(ends) for other, text in problems)
 

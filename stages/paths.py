@@ -1,4 +1,4 @@
-"""Where everything is. Paths are relative to the folder that DVC runs a stage in; see also dvc.yaml."""
+"""Paths of inputs and outputs, relative to the folder that DVC runs a stage in; see also dvc.yaml."""
 
 import os
 from pathlib import Path
@@ -21,27 +21,27 @@ DRIVE = Path("/content/drive/MyDrive")
 
 
 def real_root() -> Path:
-    """The repository's own folder.
+    """The root of the repository.
 
-    `dvc exp run --temp` and `--queue` run stages in a copy that is deleted afterwards; what has to outlive it (the
-    MLflow database, checkpoints, downloads) belongs here.
+    `dvc exp run --temp` and `--queue` run stages in a temporary copy. What must outlive the copy (the MLflow database,
+    checkpoints, downloads) is in the real root.
     """
     root = os.environ.get("DVC_ROOT", os.getcwd())
     return Path(root.split("/.dvc/tmp/exps/")[0]).absolute()
 
 
 def database() -> Path:
-    """MLflow's, unless MLFLOW_TRACKING_URI names another store."""
+    """The MLflow database, unless MLFLOW_TRACKING_URI is set."""
     return real_root() / "mlflow.db"
 
 
 def outbox() -> Path:
-    """Records for MLflow that are not delivered yet."""
+    """The folder of records that MLflow does not have yet."""
     return real_root() / "mlflow-outbox"
 
 
 def checkpoints(folder: str | None) -> Path:
-    """Where checkpoints are kept: `folder` if given, the Drive on a Colab that has one mounted, or the repository."""
+    """The folder of checkpoints: `folder` if given, the mounted Drive on Colab, or the repository."""
     if folder is not None:
         return real_root() / Path(folder).expanduser()
     if DRIVE.is_dir():

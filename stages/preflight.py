@@ -1,6 +1,6 @@
-"""What can be known before a run begins: whether it fits into the memory and onto the disk of this machine.
+"""Checks before a run starts that it fits into the memory and onto the disk of this machine.
 
-From the params alone, in milliseconds, before torch is imported.
+They need only the params and milliseconds, and run before torch is imported.
 """
 
 import os
@@ -16,22 +16,22 @@ from gpt2.memory import GIB, largest_batch, training_bytes
 from stages.params import Params
 
 ESTIMATE_ERROR = 1.2
-"""The estimate of memory is that near to what was measured, at worst."""
+"""Estimated and measured memory differ by at most this factor."""
 CHECKPOINT_BYTES_PER_PARAMETER = 16
 """Weights, two moments, and the best weights, in fp32."""
 CHECKPOINTS_AT_ONCE = 3
-"""Two are kept while the next one is written."""
+"""Two checkpoints, and the next one during its save."""
 RESULT_BYTES_PER_PARAMETER = 24
-"""Best and last weights, the Space's and those for transformers, some of them in DVC's cache too."""
+"""Best and last weights, those of the Space and of dist/hf, and copies of some in DVC's cache."""
 LESS = (
-    "take a smaller model or train.sequence_length, or set runtime.gradient_checkpointing; "
-    "`python -m gpt2 info` says what fits"
+    "choose a smaller model or train.sequence_length, or set runtime.gradient_checkpointing; "
+    "`python -m gpt2 info` shows what fits"
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run whose params and data are checked. folder: its checkpoints. micro_batch_size: what fits into memory."""
+    """A checked run. folder: of its checkpoints. micro_batch_size: the largest that fits into memory."""
 
     params: Params
     tokens_meta: Mapping[str, Any]
@@ -40,13 +40,13 @@ class Plan:
 
 
 def micro_batch_that_fits(params: Params) -> int:
-    """How many sequences to compute at a time on a CPU: the batch_size, or what it can be divided into that fits.
+    """The micro-batch size on a CPU: the largest divisor of batch_size that fits into memory.
 
-    Raises UserError if not even one does. With a GPU, whose memory is not known yet, it is the batch_size.
+    Raises UserError if not even one sequence fits. On a GPU, whose memory is not known yet, returns batch_size.
     """
     config, size = params.model, params.train.batch_size
     memory = memory_bytes()
-    at_least = 4 * config.num_parameters()  # also what the best weights take, which are kept in memory
+    at_least = 4 * config.num_parameters()  # of the weights; also of the best weights, which stay in memory
     if at_least > memory:
         raise UserError(f"the weights alone take {_gb(at_least)}, and this machine has {_gb(memory)} of memory: {LESS}")
     if params.runtime.device in ("cuda", "mps") or (params.runtime.device == "auto" and may_have_gpu()):
@@ -71,13 +71,13 @@ def micro_batch_that_fits(params: Params) -> int:
         gradient_checkpointing=checkpointing,
     )
     raise UserError(
-        f"training takes about {_gb(needed)} even for one sequence at a time, and this machine has {_gb(memory)} of "
-        f"memory: {LESS}"
+        f"training takes about {_gb(needed)} even with a micro-batch of one sequence, and this machine has "
+        f"{_gb(memory)} of memory: {LESS}"
     )
 
 
 def check_disk(params: Params, folder: Path) -> None:
-    """Raises FileError if the checkpoints, in `folder`, and the results cannot find room on their disks."""
+    """Raises FileError if the checkpoints, in `folder`, and the results do not fit onto their disks."""
     parameters = params.model.num_parameters()
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     needs = {
@@ -94,25 +94,25 @@ def check_disk(params: Params, folder: Path) -> None:
         if free < needed:
             raise FileError(
                 f"checkpoints and results need about {_gb(needed)}, and the disk of {existing} has {_gb(free)} left: "
-                "make room, or set runtime.checkpoint_folder to a folder on another disk"
+                "free disk space, or set runtime.checkpoint_folder to a folder on another disk"
             )
 
 
 def memory_bytes() -> int:
-    """This machine's memory and swap, or less if a container may take less."""
+    """Memory and swap of this machine, or the memory limit of the container if that is less."""
     import psutil
 
     total = psutil.virtual_memory().total + psutil.swap_memory().total
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             total = min(total, int(Path(limit).read_text()))
-        except (OSError, ValueError):  # there is none, or it is "max"
+        except (OSError, ValueError):  # no limit, or "max"
             continue
     return total
 
 
 def may_have_gpu() -> bool:
-    """Whether torch could find one here; a guess that does without torch."""
+    """Whether this machine may have a GPU; a guess without importing torch."""
     return os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg") or sys.platform == "darwin"
 
 

@@ -1,4 +1,4 @@
-"""The pictures and tables that a run leaves in reports/."""
+"""Plots and tables in reports/."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,9 +30,9 @@ DOTS_PER_INCH = 110
 
 
 def write_history(history: Sequence[dict[str, Any]], folder: Path) -> pd.DataFrame:
-    """Writes the rows that training logged to history.csv, and again to validation.csv those with an evaluation alone.
+    """Writes the rows that training logged to history.csv, and those with a validation loss to validation.csv.
 
-    Gives the table. (The plots of DVC draw an empty cell as 0, hence the second file.)
+    Returns the table. The second file exists because DVC plots an empty cell as 0.
     """
     table = pd.DataFrame(history, columns=HISTORY_COLUMNS)
     _write_csv(table, folder / "history.csv")
@@ -45,7 +45,7 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
 
 
 def draw_loss(history: pd.DataFrame, path: Path) -> None:
-    """Training and validation loss against the step, with the best one marked."""
+    """Plots training and validation loss by step, and marks the lowest validation loss."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(history["step"], history["train_loss"], color=TRAIN_COLOR, linewidth=1.2, label="training batch")
@@ -76,13 +76,13 @@ def draw_loss(history: pd.DataFrame, path: Path) -> None:
 
 
 def draw_schedule(history: pd.DataFrame, path: Path) -> None:
-    """Learning rate, gradient norm, speed and utilisation against the step."""
+    """Plots learning rate, gradient norm, tokens/s and model FLOPs utilization (MFU) by step."""
     figure = Figure(figsize=(8, 7.5), layout="constrained")
     panels = [
         ("learning_rate", "learning rate"),
         ("grad_norm", "gradient norm\nbefore clipping"),
         ("tokens_per_s", "tokens/s"),
-        ("mfu", "share of the\nmachine's peak"),
+        ("mfu", "MFU"),
     ]
     for axes, (column, label) in zip(figure.subplots(len(panels), sharex=True), panels, strict=True):
         axes.plot(history["step"], history[column], color="#475569", linewidth=1.2)
@@ -94,7 +94,7 @@ def draw_schedule(history: pd.DataFrame, path: Path) -> None:
 
 
 def draw_passage(tokens: list[str], losses: npt.NDArray[np.float32], path: Path) -> None:
-    """A passage, each token on a colour for its loss: what the model found obvious, and what surprised it.
+    """Plots a passage of text; the background colour of each token shows its loss.
 
     The first token has no loss: losses is (len(tokens) - 1,).
     """
@@ -138,5 +138,5 @@ def draw_passage(tokens: list[str], losses: npt.NDArray[np.float32], path: Path)
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # without a creation date and version, so that the same numbers give the same file
+    # no creation date or version, so that the same numbers result in the same file
     atomic_save(path, lambda temporary: figure.savefig(temporary, dpi=DOTS_PER_INCH, metadata={"Software": None}))

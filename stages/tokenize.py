@@ -1,4 +1,4 @@
-"""tokenize: data/corpus.txt becomes the token files of the training and the validation split."""
+"""tokenize: encodes data/corpus.txt into the token files of the training and validation splits."""
 
 from tqdm import tqdm
 
@@ -9,7 +9,7 @@ from stages.process import StopSignal, echo, run_stage
 
 
 def main(stop: StopSignal) -> None:
-    """Tokenizes, and says how long the splits are."""
+    """Tokenizes the corpus, and prints the sizes of the splits."""
     config = load_params(paths.PARAMS).tokenize
     size = paths.CORPUS.stat().st_size
     with tqdm(desc="tokenizing", total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:

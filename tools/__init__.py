@@ -1,1 +1,1 @@
-"""Small programs of the developers."""
+"""Development tools."""

@@ -1,6 +1,6 @@
-"""`make check`: what must not stand in the code, because it runs what a file says: pickles, eval, and their kin.
+"""`make check`: forbids code that executes the content of a file: pickle, eval and similar.
 
-ruff has rules like these, but for the arguments of torch.load and numpy.load, on which it all depends here.
+ruff has similar rules, but does not check the arguments of torch.load and numpy.load.
 """
 
 import ast
@@ -8,14 +8,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOMS = ("gpt2", "stages", "space", "benchmarks", "tools")
+PACKAGES = ("gpt2", "stages", "space", "benchmarks", "tools")
 FORBIDDEN_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "torch.hub.load"}
 ALLOWED_OF_PICKLE = {"UnpicklingError"}
 
 
 def problems(source: str, name: str) -> Iterator[str]:
-    """A line for each forbidden thing in a source text."""
+    """One line for each forbidden import or call in a source text."""
     for node in ast.walk(ast.parse(source)):
         where = f"{name}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -36,7 +36,7 @@ def problems(source: str, name: str) -> Iterator[str]:
 
 
 def problems_of_call(node: ast.Call) -> Iterator[str]:
-    """What is forbidden about a call."""
+    """The reasons why a call is forbidden."""
     called = ast.unparse(node.func)
     given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
     if called in FORBIDDEN_CALLS:
@@ -54,11 +54,11 @@ def problems_of_call(node: ast.Call) -> Iterator[str]:
 
 
 def main() -> int:
-    """Gives the exit code: 1 if there is anything."""
+    """Returns the exit code: 1 if there are problems."""
     found = [
         problem
-        for room in ROOMS
-        for path in sorted(Path(room).rglob("*.py"))
+        for package in PACKAGES
+        for path in sorted(Path(package).rglob("*.py"))
         for problem in problems(path.read_text(encoding="utf-8"), str(path))
     ]
     print("\n".join(found) or "no pickles, no eval")

@@ -1,4 +1,4 @@
-"""Makes the README's pictures anew: the Space and MLflow's page of the last run, in a real browser.
+"""Takes the screenshots of README and docs: the Space and MLflow's page of the last run, in a real browser.
 
 Needs a Chromium on the PATH (or its path in CHROMIUM). Run it from the repository's root: make screenshots
 """
@@ -21,7 +21,7 @@ START_TIMEOUT_S = 90
 
 
 def main() -> None:
-    """Takes all pictures."""
+    """Takes all screenshots."""
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         sys.exit("no Chromium found; install one, or set CHROMIUM to its path")
@@ -29,14 +29,14 @@ def main() -> None:
         browser = playwright.chromium.launch(
             executable_path=chromium, args=["--no-sandbox", "--disable-background-networking", "--disable-gpu"]
         )
-        picture_space(browser)
-        picture_mlflow(browser)
+        capture_space(browser)
+        capture_mlflow(browser)
         browser.close()
 
 
 @contextmanager
 def served(command: list[str], port: int, cwd: Path, **environment: str) -> Iterator[str]:
-    """A server that answers; it is stopped at the end of the block."""
+    """The URL of a running server, which is stopped at the end of the block."""
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(command, cwd=cwd, env={**os.environ, **environment}, start_new_session=True) as server:
         try:
@@ -47,7 +47,7 @@ def served(command: list[str], port: int, cwd: Path, **environment: str) -> Iter
                     break
                 except OSError:
                     if time.monotonic() > deadline or server.poll() is not None:
-                        sys.exit(f"{' '.join(command)} does not answer")
+                        sys.exit(f"{' '.join(command)} does not respond")
                     time.sleep(0.3)
             yield url
         finally:
@@ -55,13 +55,13 @@ def served(command: list[str], port: int, cwd: Path, **environment: str) -> Iter
 
 
 def free_port() -> int:
-    """A port that nobody uses now."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def picture_space(browser: Browser) -> None:
+def capture_space(browser: Browser) -> None:
     """docs/space.png: the page after a generation; docs/probabilities.png: its token probabilities."""
     port = free_port()
     environment = {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -77,7 +77,7 @@ def picture_space(browser: Browser) -> None:
         page.screenshot(path=DOCS / "probabilities.png", clip={"x": 60, "y": 380, "width": 620, "height": 460})
 
 
-def picture_mlflow(browser: Browser) -> None:
+def capture_mlflow(browser: Browser) -> None:
     """docs/mlflow.png: the runs, side by side."""
     port = free_port()
     store = f"sqlite:///{Path('mlflow.db').absolute()}"

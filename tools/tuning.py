@@ -1,4 +1,4 @@
-"""reports/tuning.md: the experiments whose names begin with `tune-`, as MLflow holds them, best first.
+"""Writes reports/tuning.md: the experiments `tune-...` from MLflow, best first.
 
 python -m tools.tuning
 """
@@ -16,7 +16,7 @@ PREFIX = "tune-"
 
 
 def main() -> None:
-    """Reads the runs, writes the table."""
+    """Reads the runs and writes the table."""
     import mlflow
 
     mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def row_of(client: Any, run: Any) -> dict[str, Any]:
-    """What the table says of a run."""
+    """The table's row of a run."""
     losses = client.get_metric_history(run.info.run_id, "val/loss")
     speed = [metric.value for metric in client.get_metric_history(run.info.run_id, "train/tokens_per_s")]
     times_ms = [metric.timestamp for metric in client.get_metric_history(run.info.run_id, "train/loss")]
@@ -45,13 +45,13 @@ def row_of(client: Any, run: Any) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: each experiment by what it changes of the preset `laptop`."""
+    """The Markdown table: each experiment and its changes to the preset `laptop`."""
     laptop = flatten(load_params(Path("presets/laptop.yaml")))
     lines = [
         "# Tuning of the preset `laptop`",
         "",
         "Made by `make tuning` from MLflow's records of the experiments `tune-...`: the lowest validation loss of each "
-        "and what it changes of the preset.",
+        "and its changes to the preset.",
         "",
         "| experiment | changes | validation loss | tokens/s | seconds of training |",
         "|---|---|---:|---:|---:|",

@@ -1,4 +1,4 @@
-"""Where the text comes from: a known corpus, Python's own documentation, a URL, a file or a folder.
+"""Sources of a corpus: a known corpus, Python's own documentation, a URL, a file or a folder.
 
 Each source becomes one UTF-8 file with LF line ends and without a byte order mark, written in constant memory.
 """
@@ -40,11 +40,11 @@ def write_corpus(
 ) -> CorpusInfo:
     """Writes the text of a source to `target`.
 
-    downloads: a folder that keeps what was downloaded; a known corpus put there by hand, as `<name>.txt`, is taken.
-    roots: the folders that a relative path may start from, the first that has it wins.
-    progress: called with the number of bytes that have just been downloaded, and with 0 during other work; what it
-    raises ends the work.
-    Raises DownloadError, and UserError if there is no such source or its text is empty or no UTF-8.
+    downloads: the folder for downloaded files; a known corpus that was placed there by hand as `<name>.txt` is used.
+    roots: folders that a relative path may start from; the first match wins.
+    progress: called with the number of bytes downloaded since the last call, and with 0 during other work. An exception
+    from it stops the work.
+    Raises DownloadError; UserError if the source does not exist, or if its text is empty or not UTF-8.
     """
     if source == PYTHON_DOCS:
         licence = "Python Software Foundation License"
@@ -90,26 +90,26 @@ def _write(chunks: Iterator[str], target: Path, source: str, licence: str, progr
 
 
 def find_path(source: str, roots: Iterable[Path]) -> Path:
-    """The absolute path of a source. Raises UserError if there is none, and says what was looked for."""
+    """The absolute path of a source. Raises UserError if it does not exist."""
     try:
         relative = Path(source).expanduser()
-    except RuntimeError as error:  # ~somebody who is not known here
+    except RuntimeError as error:  # ~user with an unknown user
         raise UserError(f"corpus.source {source!r}: {error}") from None
     candidates = [Path(os.path.abspath(root / relative)) for root in roots]
     for path in candidates:
         if path.exists():
             return path
     raise UserError(
-        f"corpus.source {source!r} is no known corpus ({', '.join(KNOWN)}), no http(s) URL, and no file or folder "
-        f"at {candidates[0]}"
+        f"corpus.source {source!r} is not a known corpus ({', '.join(KNOWN)}) or an http(s) URL, and there is no "
+        f"file or folder at {candidates[0]}"
     )
 
 
 def text_files(path: Path) -> list[Path]:
     """The files of a source: itself, or a folder's .txt and .md files at any depth, in the order of their paths.
 
-    Links to folders are not followed, so that a circle of them cannot hang us; hidden files and folders are left out.
-    Raises UserError if a folder has none, or the source is neither file nor folder.
+    Does not follow links to folders, which may form a cycle. Skips hidden files and folders.
+    Raises UserError if a folder has no such file, or if the source is neither a file nor a folder.
     """
     if path.is_file():
         return [path]
@@ -128,10 +128,10 @@ def text_files(path: Path) -> list[Path]:
 
 
 def read_text(files: list[Path]) -> Iterator[str]:
-    """The text of files, one after the other on lines of their own, in chunks.
+    """The concatenated text of files, in chunks. Each file starts on a new line.
 
     CRLF and lone CR become LF; a byte order mark at a file's start is dropped.
-    Raises UserError with the byte offset where a file is no UTF-8, FileError if it cannot be read.
+    Raises UserError with the byte offset if a file is not UTF-8, FileError if it cannot be read.
     """
     last = "\n"
     for path in files:
@@ -143,7 +143,7 @@ def read_text(files: list[Path]) -> Iterator[str]:
 
 
 def _read_file(path: Path) -> Iterator[str]:
-    # 'utf-8-sig' drops the mark; the newline decoder keeps a CR at a chunk's end back until it knows what follows
+    # 'utf-8-sig' drops the byte order mark; a CR at the end of a chunk is held back until the next chunk
     decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="strict")
     offset = 0
     ends_with_cr = False
@@ -174,7 +174,7 @@ def _read_file(path: Path) -> Iterator[str]:
                 if not data:
                     break
             if _version(path.stat()) != before:
-                raise UserError(f"{path} changed while it was read; run again when it is at rest")
+                raise UserError(f"{path} changed while it was read; run again when nothing writes to it")
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror}") from None
 

@@ -16,7 +16,7 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Download:
-    """A corpus on the web. sha256: None if it is not pinned."""
+    """A corpus to download. sha256: None if it is not pinned."""
 
     url: str
     sha256: str | None
@@ -37,15 +37,15 @@ class DownloadError(FileError):
 
 
 def is_url(source: str) -> bool:
-    """Whether a source is to be downloaded from an address."""
+    """Whether a source is an http(s) URL."""
     return source.startswith(("http://", "https://"))
 
 
 def download_file(download: Download, path: Path, progress: ProgressCallback = no_progress) -> Path:
-    """The downloaded file, at `path`; nothing is downloaded if it lies there already with the right SHA-256.
+    """Downloads to `path` and returns it. Skips the download if `path` already has the pinned SHA-256.
 
-    An unknown URL is downloaded each time, as its text may have changed. What was cut off never gets the file's name.
-    Raises DownloadError.
+    A URL without a pinned SHA-256 is downloaded every time, because its text may have changed. The write is atomic, so
+    `path` never holds a partial download. Raises DownloadError.
     """
     if download.sha256 and path.is_file() and sha256_of(path) == download.sha256:
         return path
@@ -67,7 +67,7 @@ def download_file(download: Download, path: Path, progress: ProgressCallback = n
 def _verify_download(file: IO[bytes], download: Download, expected: str | None) -> None:
     size = file.tell()
     if expected is not None and size != int(expected):
-        raise DownloadError(f"cannot download {download.url}: cut off after {size} of {expected} bytes")
+        raise DownloadError(f"cannot download {download.url}: received only {size} of {expected} bytes")
     file.flush()
     if download.sha256 and (found := sha256_of(Path(file.name))) != download.sha256:
         raise DownloadError(f"{download.url} has SHA-256 {found}; expected {download.sha256}")

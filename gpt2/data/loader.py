@@ -1,4 +1,4 @@
-"""Batches on the device: the next micro-batch is prepared by a thread while the current one is used."""
+"""Batches on the device. A thread prepares the next micro-batch while the current one is used."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +25,7 @@ class BatchLoader:
         self._prepared = self._prepare_next()
 
     def next(self) -> Batch:
-        """The next micro-batch. Raises what went wrong while it was read, and StopIteration after the last step."""
+        """The next micro-batch. Raises the errors of the thread, and StopIteration after the last step."""
         if self._prepared is None:
             raise StopIteration
         inputs, targets = self._prepared.result()
@@ -33,7 +33,7 @@ class BatchLoader:
         return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._thread.shutdown(cancel_futures=True)
 
     def _places_from(self, step: int) -> Iterator[tuple[int, int]]:

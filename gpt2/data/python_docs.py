@@ -16,7 +16,7 @@ def python_docs(progress: ProgressCallback = no_progress) -> Iterator[str]:
     """English text that ships inside CPython: the language reference's topics and the standard library's docstrings.
 
     About 2 MB; the same on every machine with the same CPython release. Only prose: without indentation, tables and
-    rules. The pieces come in the order of their hashes, so that the held-out end of the text is like the rest.
+    rules. The pieces are sorted by their hashes, so that the validation split resembles the training split.
     """
     from pydoc_data.topics import topics
 

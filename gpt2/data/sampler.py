@@ -13,9 +13,9 @@ from gpt2.errors import UserError
 class Sampler:
     """Batches of windows of the training tokens, as a pure function of (seed, step, micro-step).
 
-    An epoch lays windows of `sequence_length` side by side, from an offset of its own, and visits each once in an order
-    of its own. Both depend on the seed and the number of the epoch alone, so that a run can go on from any step, and
-    ranks that share a run can each take their part of the one order.
+    Each epoch cuts the tokens into adjacent windows of `sequence_length`, starting at a random offset, and visits each
+    window once, in random order. Offset and order depend only on the seed and the epoch. So a run can resume at any
+    step, and the ranks of a distributed run can each take a slice of the same order.
     """
 
     def __init__(self, tokens: Tokens, config: TrainConfig) -> None:
@@ -42,7 +42,7 @@ class Sampler:
         return windows[:, :-1], windows[:, 1:]
 
     def _start(self, index: int) -> int:
-        """Where the window of this number in the run's order begins."""
+        """Index of the first token of a window. index: number of windows before it in the run."""
         epoch, position = divmod(index, self.num_windows)
         if epoch != self._epoch:
             generator = np.random.default_rng([self.seed, epoch])
@@ -56,9 +56,9 @@ class Sampler:
 def windows(
     tokens: Tokens, sequence_length: int, batch_size: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Each token of a split but the first as a target, once: inputs and targets, (up to batch_size, sequence_length).
+    """Inputs and targets, each (up to batch_size, sequence_length). Every token but the first is a target once.
 
-    The last window may be shorter and comes alone.
+    The last window may be shorter; it is then a batch of its own.
     """
     num_targets = len(tokens) - 1
     span = sequence_length * batch_size

@@ -1,7 +1,7 @@
-"""From a corpus to token files.
+"""Tokenizes a corpus into token files, and reads them.
 
 A token file is a bare array of unsigned 16-bit little-endian integers, memory-mapped when read, so that neither the
-corpus nor its tokens need to fit into memory. `meta.json` beside them says what they hold.
+corpus nor its tokens need to fit into memory. `meta.json` beside them describes them.
 """
 
 import hashlib
@@ -36,13 +36,13 @@ def _text_chunks(corpus: Path) -> Iterator[str]:
             while chunk := file.read(CHUNK_CHARACTERS):
                 yield chunk
     except UnicodeDecodeError as error:
-        raise UserError(f"{corpus} is not UTF-8: {error.reason}; make it again with the fetch stage") from None
+        raise UserError(f"{corpus} is not UTF-8: {error.reason}; run the fetch stage again") from None
 
 
 def safe_cut(text: str) -> int:
-    """Where a text can be cut so that its two parts, encoded alone, have the tokens of the whole; 0 if nowhere.
+    """The last index at which a text can be split without changing its tokens; 0 if there is none.
 
-    GPT-2's pattern has white space at the start of a piece only, so a piece ends before each first white space.
+    In GPT-2's pattern white space only starts a piece, so a piece ends before each run of white space.
     """
     end = len(text)
     while (cut := max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))) > 0:
@@ -53,9 +53,9 @@ def safe_cut(text: str) -> int:
 
 
 def encode_chunks(chunks: Iterator[str]) -> Iterator[Tokens]:
-    """Tokens of a text that comes in chunks: those of the whole text, in memory for a chunk.
+    """Tokens of a text given in chunks: the same as those of the whole text, with memory for one chunk.
 
-    A run of 16 million characters without white space is cut where it is; its text stays what it was.
+    A run of 16 million characters without white space is split, which may change its tokens, but not its text.
     """
     pending = ""
     for chunk in chunks:
@@ -71,7 +71,7 @@ def encode_chunks(chunks: Iterator[str]) -> Iterator[Tokens]:
 
 
 def split_text(chunks: Iterator[str], start: int, end: int) -> Iterator[str]:
-    """The characters from `start` to before `end` of a text that comes in chunks."""
+    """Characters [start, end) of a text given in chunks."""
     position = 0
     for chunk in chunks:
         part = chunk[max(0, start - position) : max(0, end - position)]
@@ -88,7 +88,7 @@ def write_tokens(
     """Writes train.bin, val.bin and, last, meta.json (which it returns) into a folder.
 
     The last `validation_fraction` of the corpus's characters are held out.
-    Raises UserError if one of the two has no text.
+    Raises UserError if a split has fewer than two tokens.
     """
     num_characters = count_characters(corpus)
     boundary = math.floor(num_characters * (1 - validation_fraction))
@@ -144,7 +144,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def open_tokens(folder: Path, split: str) -> Tokens:
-    """The tokens of a split, "train" or "val", memory-mapped. Raises FileError if they are not those of meta.json."""
+    """The tokens of a split, "train" or "val", memory-mapped. Raises FileError if they do not match meta.json."""
     expected = read_meta(folder)["splits"][split]
     path = folder / f"{split}.bin"
     try:

@@ -1,4 +1,4 @@
-"""How much of the generated text is copied from the training text."""
+"""Memorization: passages of generated text that are copied from the training text."""
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +22,13 @@ def longest_verbatim(samples: list[str], tokens: Tokens, *, progress: ProgressCa
         for start, gram in enumerate(_grams(np.frombuffer(text, dtype=np.uint8)).tolist()):
             places.setdefault(gram, []).append((text, start))
     wanted = np.array(sorted(places), dtype=np.uint64)
-    longest_match_bytes = max([1, *map(len, texts)])  # of the longest possible match
+    max_match_bytes = max([1, *map(len, texts)])
     best = b""
     tail = b""
     for first in range(0, len(tokens), CHUNK_TOKENS):
         chunk = tokens[first : first + CHUNK_TOKENS]
         training = tail + b"".join([token_bytes(int(token)) for token in chunk])
-        tail = training[-longest_match_bytes:]
+        tail = training[-max_match_bytes:]
         grams = _grams(np.frombuffer(training, dtype=np.uint8))
         for place in np.flatnonzero(np.isin(grams, wanted)).tolist():
             for text, start in places[int(grams[place])]:

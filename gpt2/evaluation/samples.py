@@ -24,7 +24,7 @@ def generate_samples(
 ) -> list[str]:
     """A continuation of each prompt; the seeds are `seed`, `seed` + 1, ...
 
-    In fp32, whatever is fastest here, so that every machine generates the same samples.
+    Always in fp32, so that every machine generates the same samples.
     """
     engine = Engine(quantize(model, "fp32"), context_length=context_length, slots=min(len(prompts), MAX_BATCH))
     completions = [

@@ -1,1 +1,1 @@
-"""Export and publication for others. May import every other package."""
+"""Export for other programs, and upload to the Hugging Face Hub. May import every other package."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from gpt2.tokenizer import END_OF_TEXT, vocabulary_files
 
 SPACE_WEIGHTS = "gpt_model.pt"
 SPACE_CONFIG = "gpt_config.pt"
+VERIFIED_TOKENS = 64
+LOGITS_TOLERANCE = 1e-4
 
 
 def save_space_model(model: GPT, folder: Path) -> None:
-    """Writes gpt_model.pt, a state dict, and gpt_config.pt, a dict of the five sizes: plain, no pickled class."""
+    """Writes gpt_model.pt, a state dict, and gpt_config.pt, a dict of the five sizes, without pickled classes."""
     weights = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
     atomic_save(folder / SPACE_WEIGHTS, lambda path: torch.save(weights, path))
     atomic_save(folder / SPACE_CONFIG, lambda path: torch.save(model.config.to_dict(), path))
@@ -78,9 +81,15 @@ def save_pretrained(model: GPT, folder: Path) -> None:
     write_json(folder / "vocab.json", json.loads(vocabulary.read_text(encoding="utf-8")))
 
 
-def largest_difference(ours: Tensor, theirs: Tensor, what: str, tolerance: float) -> float:
-    """The largest absolute difference of two tensors. Raises FileError if it is over the tolerance or not finite."""
-    difference = float((ours.float().cpu() - theirs.float().cpu()).abs().max())
-    if not difference <= tolerance:
-        raise FileError(f"{what} has other logits than the trained model: they differ by {difference:.3g}")
+def verify_logits(model: GPT, exported: Callable[[Tensor], Tensor], name: str) -> float:
+    """Compares the logits of an exported model with those of `model`. Returns the largest absolute difference.
+
+    exported: returns logits, (1, T, V), of token ids, (1, T). Raises FileError if the difference is over
+    LOGITS_TOLERANCE or not finite.
+    """
+    tokens = torch.arange(min(VERIFIED_TOKENS, model.config.block_size))[None]
+    with torch.inference_mode():
+        difference = float((model(tokens)[0].float().cpu() - exported(tokens).float().cpu()).abs().max())
+    if not difference <= LOGITS_TOLERANCE:
+        raise FileError(f"the logits of {name} differ from the trained model's by {difference:.3g}")
     return difference

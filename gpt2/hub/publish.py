@@ -21,7 +21,7 @@ class HubError(GPT2Error):
 
 @dataclass(frozen=True)
 class Target:
-    """What is published. kind: "space" or "model", as the Hub calls it."""
+    """A folder to upload. kind: "space" or "model", as the Hub calls it."""
 
     kind: str
     folder: Path
@@ -30,20 +30,20 @@ class Target:
         """Its files, with their sizes in bytes. Raises FileError if there are none."""
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
         if not paths:
-            raise FileError(f"there is nothing in {self.folder}; make it with `dvc repro`")
+            raise FileError(f"{self.folder} has no files; create them with `dvc repro`")
         return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
 
     def listing(self, repo: str) -> str:
-        """What would be uploaded, a line for each file."""
+        """The files to upload, one per line."""
         files = self.files()
         lines = [f"{self.kind} {repo}, from {self.folder}: {len(files)} files, {sum(files.values()):,} bytes"]
         return "\n".join(lines + [f"  {size:>13,}  {name}" for name, size in files.items()])
 
 
-def publish(repo: str, target: Target, say: Callable[[str], object], *, wait_s: float = WAIT_S) -> str:
-    """Creates the repository if there is none, and makes it hold exactly these files, in one commit.
+def publish(repo: str, target: Target, log: Callable[[str], object], *, wait_s: float = WAIT_S) -> str:
+    """Creates the repository if it does not exist, and replaces its files with these, in one commit.
 
-    A Space is waited for until it runs. Gives its address. Raises HubError, with one line to act on.
+    Waits until a Space runs, and reports its state to `log`. Returns the URL. Raises HubError.
     """
     from huggingface_hub import HfApi
 
@@ -60,28 +60,28 @@ def publish(repo: str, target: Target, say: Callable[[str], object], *, wait_s: 
         folder_path=target.folder,
         commit_message="Published from its pipeline",
         ignore_patterns=["**/__pycache__/**"],
-        delete_patterns="*",  # what is there and not here
+        delete_patterns="*",  # files of earlier uploads
     )
     if target.kind == "space":
-        _wait(api, repo, commit.oid, say, wait_s)
+        _wait(api, repo, commit.oid, log, wait_s)
     return str(created)
 
 
 def _hardware(target: Target) -> dict[str, str]:
-    """The arguments of create_repo that say what a Space runs on, as its card does."""
+    """The hardware of a Space, from its card, as arguments of create_repo."""
     card = (target.folder / "README.md").read_text(encoding="utf-8")
     is_zero = "suggested_hardware: zero" in card
     return {"space_sdk": "gradio", **({"space_hardware": "zero-a10g"} if is_zero else {})}
 
 
-def _wait(api: Any, repo: str, commit: str, say: Callable[[str], object], wait_s: float) -> None:
+def _wait(api: Any, repo: str, commit: str, log: Callable[[str], object], wait_s: float) -> None:
     """Waits until the Space runs this commit."""
     deadline_s, last_stage, pause_s = time.monotonic() + wait_s, None, 0.2
     while True:
         runtime = _call_hub(api.get_space_runtime, api, repo)
         stage = str(getattr(runtime.stage, "value", runtime.stage))
         if stage != last_stage:
-            say(f"the Space is {stage.lower().replace('_', ' ')}")
+            log(f"the Space is {stage.lower().replace('_', ' ')}")
             last_stage = stage
         is_current = runtime.raw.get("sha", commit) == commit
         if is_current and stage == "RUNNING":
@@ -94,30 +94,30 @@ def _wait(api: Any, repo: str, commit: str, say: Callable[[str], object], wait_s
         pause_s = min(POLL_S, 1.5 * pause_s)
 
 
-def _call_hub(question: Callable[..., Any], api: Any, *arguments: Any, **options: Any) -> Any:
+def _call_hub(method: Callable[..., Any], api: Any, *arguments: Any, **options: Any) -> Any:
     """Calls the Hub. Raises HubError with one line that says what to do."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     try:
-        return question(*arguments, **options)
+        return method(*arguments, **options)
     except LocalTokenNotFoundError:
-        raise HubError("no token: log in with `hf auth login`, or set HF_TOKEN to one that may write") from None
+        raise HubError("no token: log in with `hf auth login`, or set HF_TOKEN to one with write access") from None
     except HFValidationError as error:
         raise UserError(f"--repo: {' '.join(str(error).split())}") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        said = " ".join((error.server_message or str(error)).split())[:200]
+        detail = " ".join((error.server_message or str(error)).split())[:200]
         advice = {
             401: "the Hub does not accept the token; log in with `hf auth login`",
             402: "the Hub asks for a paid plan for this; for a free Space set export.target to zerogpu",
-            403: "the token may not write there; take one with the right to write, and a name of your own",
-            404: "the Hub does not know this repository, or the token may not see it",
-            429: "the Hub is asked too often; try again later",
-        }.get(status, "the Hub could not do it; try again later" if status >= 500 else "the Hub refused")
-        raise HubError(f"{advice} ({status}: {said})") from None
+            403: "the token has no write access to this repository; use a token with write access, and your user name",
+            404: "the repository does not exist, or the token has no access to it",
+            429: "too many requests to the Hub; try again later",
+        }.get(status, "server error of the Hub; try again later" if status >= 500 else "the Hub refused the request")
+        raise HubError(f"{advice} ({status}: {detail})") from None
     except Exception as error:
-        # by name: the library's HTTP client, and with it the class, has changed before
+        # compares names, because the class changes when the library changes its HTTP client
         if not isinstance(error, OSError) and "TransportError" not in {kind.__name__ for kind in type(error).__mro__}:
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise HubError(f"{api.endpoint} cannot be reached ({reason}); look at the network and try again") from None
+        raise HubError(f"{api.endpoint} cannot be reached ({reason}); check the network and try again") from None

@@ -1,4 +1,4 @@
-"""From token ids to text, token by token."""
+"""Incremental detokenization."""
 
 import codecs
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ class Detokenizer:
         self._held = ""
 
     def push(self, token: int, *, last: bool = False) -> str:
-        """The text that a token adds; with `last`, also what was held back. Sets `stopped` at a stop string."""
+        """The text that a token adds; with `last`, also the text held back. Sets `stopped` at a stop string."""
         return self._release(self._decoder.decode(token_bytes(token), final=last), last)
 
     def flush(self) -> str:
-        """The text that is still held back, when no more tokens follow."""
+        """The text held back so far, when no more tokens follow."""
         return self._release(self._decoder.decode(b"", final=True), True)
 
     def _release(self, new: str, last: bool) -> str:

@@ -77,8 +77,8 @@ class _Sequence:
 class Engine:
     """Generates text for many requests with one model.
 
-    The thread that waits for a completion does the work, token by token; with `serving_thread`, the thread that calls
-    `serve` does. In a process with several threads, `serve` should run in the thread that used torch before: GNU OpenMP
+    Generation runs in the thread that waits for a completion; with `serving_thread`, in the thread that calls `serve`.
+    In a process with several threads, `serve` should run in the thread that used torch before: GNU OpenMP
     keeps workers for each thread, and when there are more workers than cores they sleep between operations, which
     doubles the time per token.
     """
@@ -94,7 +94,7 @@ class Engine:
     ) -> None:
         """model: as `gpt2.inference.quantization.quantize` returns it. context_length: tokens it attends to.
 
-        slots: maximum batch size. max_queue_size: further requests are refused; None is no limit.
+        slots: maximum batch size. max_queue_size: the engine rejects further requests; None is no limit.
         """
         self.model = model.eval()
         self.context_length = min(context_length or model.config.block_size, model.config.block_size)

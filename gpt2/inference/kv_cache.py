@@ -40,9 +40,8 @@ class _DecodeAttention:
     """
 
     def __init__(self, slots: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-        self.slots = (
-            slots  # keys and values including the new token, (1, n_head, length, head_size), and the new token's
-        )
+        # keys and values including the new token, (1, n_head, length, head_size), and the entry of the new token
+        self.slots = slots
 
     def attend(self, qkv: Tensor) -> Tensor:
         outputs = []
@@ -59,12 +58,12 @@ class ModelRunner:
         self.model = model
         blocks: Any = model.transformer["h"]
         c_attn = blocks[0].attn.c_attn
-        # quantized layers name the dtype of their output
+        # quantized layers have an out_dtype
         like = torch.empty(0, dtype=getattr(c_attn, "out_dtype", c_attn.weight.dtype), device=model.device)
         self.cache = KVCache(model.config, slots, context_length, like)
 
     def prefill(self, slot: int, ids: Sequence[int]) -> Tensor:
-        """Logits, (V,), of the token after `ids`, which replace the content of the slot."""
+        """Logits, (V,), of the token after `ids`. Replaces the content of the slot."""
         caches = [_PrefillAttention(layer) for layer in self.cache.buffer[slot].unbind(0)]
         hidden = self.model.hidden(self._on_device([list(ids)]), caches)
         self.cache.lengths[slot] = len(ids)

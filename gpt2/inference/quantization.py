@@ -138,12 +138,12 @@ def quantize(model: GPT, name: str) -> GPT:
 
     LayerNorm and the residual stream stay fp32; the embedding too, except in bf16. Unchanged weights are shared with
     `model`. In int8, attention is bf16 where that is faster. The copy cannot be trained or saved. Raises UserError for
-    an unknown dtype, and for int8 on other devices than the CPU.
+    an unknown dtype, and for int8 on a device other than the CPU.
     """
     if name not in DTYPES:
         raise UserError(f"no dtype {name!r}; available: {', '.join(DTYPES)}")
     if name == "int8" and model.device.type != "cpu":
-        raise UserError(f"int8 is for the CPU; on {model.device.type} use bf16 or fp32")
+        raise UserError(f"int8 runs only on the CPU; on {model.device.type} use bf16 or fp32")
     dtype = torch.bfloat16 if name == "bf16" else torch.float32
     quantized = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for module in list(quantized.modules()):

@@ -1,4 +1,4 @@
-"""What a client asks of the engine, and the tokens it gets."""
+"""Requests to the engine, their sampling parameters, and the tokens that it returns."""
 
 import math
 from collections.abc import Sequence

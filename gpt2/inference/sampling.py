@@ -1,4 +1,4 @@
-"""Drawing the next token from logits: repetition penalty, temperature, top-k, top-p."""
+"""Sampling of the next token from logits: repetition penalty, temperature, top-k, top-p."""
 
 from collections.abc import Iterable
 
@@ -31,7 +31,7 @@ def candidate_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor
         return torch.ones(1, device=logits.device), logits.max(0).indices[None]
     ids = None
     if sampling.top_k is not None and sampling.top_k < logits.numel():
-        logits, ids = logits.topk(sampling.top_k)  # before anything else looks at all of them
+        logits, ids = logits.topk(sampling.top_k)  # first, so that all else runs on k logits
     logits = logits / sampling.temperature
     probs = logits.softmax(0)
     if sampling.top_p is None or sampling.top_p == 1:
@@ -40,11 +40,11 @@ def candidate_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor
         if count > probs.numel():
             continue
         likeliest, order = probs.topk(count) if ids is None else (probs, ids)  # top_k has sorted them
-        before = likeliest.double().cumsum(0) - likeliest  # probability of all that are likelier
+        before = likeliest.double().cumsum(0) - likeliest  # total probability of the likelier tokens
         if len(likeliest) == probs.numel() or before[-1] >= sampling.top_p:
             kept = int((before < sampling.top_p).sum())
             return likeliest[:kept] / likeliest[:kept].sum(), order[:kept]
-    raise AssertionError("the last count is that of all")
+    raise AssertionError("the last count covers the whole vocabulary")
 
 
 def sample_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

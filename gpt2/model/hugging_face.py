@@ -1,4 +1,4 @@
-"""Weights in Hugging Face's layout."""
+"""Import of Hugging Face weights, and conversion between their layout and ours."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def from_pretrained(source: str) -> GPT:
         raise UserError(
             "loading Hugging Face weights needs the package transformers: pip install 'transformers>=5,<6'"
         ) from None
-    # OpenAI's four by their full name: a folder called gpt2, such as this package, would be taken for a local one
+    # OpenAI's models by their full name: transformers would load a local folder gpt2, such as this package, instead
     location = f"openai-community/{source}" if source in PRESETS else source
     try:
         theirs = GPT2LMHeadModel.from_pretrained(location, dtype=torch.float32)
@@ -44,7 +44,7 @@ def from_pretrained(source: str) -> GPT:
 
 
 def swap_conv1d_layout(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights in the other layout: Hugging Face's from ours, or ours from Hugging Face's.
+    """Converts weights from our layout to Hugging Face's, or back.
 
     OpenAI's `Conv1D` stores (in, out) where `nn.Linear` stores (out, in).
     """

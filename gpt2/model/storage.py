@@ -49,7 +49,7 @@ def load_folder(folder: Path) -> GPT:
         sizes = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         weights = load_file(folder / MODEL_FILE)
     except (OSError, ValueError, SafetensorError) as error:
-        raise FileError(f"no model can be loaded from {folder} ({error}); train one with `dvc repro`") from None
+        raise FileError(f"cannot load a model from {folder} ({error}); train one with `dvc repro`") from None
     model = GPT(GPTConfig.from_dict(sizes))
     weights["lm_head.weight"] = weights.get("transformer.wte.weight", torch.empty(0))
     try:
@@ -62,14 +62,14 @@ def load_folder(folder: Path) -> GPT:
 def trained_context_length(folder: Path) -> int | None:
     """Sequence length that the model in a folder was trained on, which may be less than its block_size.
 
-    None if its run.json does not say. Positions beyond it were never trained.
+    None if its run.json is missing or does not contain it. Positions beyond it were never trained.
     """
     length = _read_json(folder / RUN_FILE).get("sequence_length")
     return length if isinstance(length, int) and length > 0 else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if the file is missing or holds something else."""
+    """The JSON object in a file; empty if the file is missing or contains anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

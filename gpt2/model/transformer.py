@@ -1,8 +1,8 @@
-"""GPT-2 (Radford et al., 2019), to be read in one sitting: attention, MLP, block, model.
+"""GPT-2 (Radford et al., 2019): attention, MLP, block, model.
 
 Names of sizes:  B batch, T tokens in a sequence, C width (n_embd), V vocabulary.
-The weights carry OpenAI's names (`transformer.h.0.attn.c_attn.weight`), so that checkpoints can be exchanged. They lie
-as `nn.Linear` has them; OpenAI's and Hugging Face's lie transposed (see `gpt2.model.hugging_face`).
+The weights carry OpenAI's names (`transformer.h.0.attn.c_attn.weight`), so that checkpoints can be exchanged. Their
+layout is that of `nn.Linear`; OpenAI's and Hugging Face's are transposed (see `gpt2.model.hugging_face`).
 """
 
 import copy
@@ -40,10 +40,10 @@ class Linear(nn.Linear):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of each token to itself and what came before; all (B, n_head, T, head_size).
+    """Attention of each token to itself and to earlier tokens; all (B, n_head, T, head_size).
 
-    PyTorch's own, but where a CPU trains in bf16 on short sequences: there the backward pass of PyTorch's takes several
-    times as long as plain matrix products (benchmarks/train.py).
+    Uses PyTorch's kernel, except to train in bf16 on short sequences on a CPU: the backward pass of that kernel then
+    takes several times as long as plain matrix products (benchmarks/train.py).
     """
     T, head_size = q.shape[2:]
     is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT_SEQUENCE and q.requires_grad
@@ -58,7 +58,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     """The tanh approximation of GELU (https://arxiv.org/abs/1606.08415)."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    # 0.5 (1 + tanh(u)) is sigmoid(2u), which compiled for a CPU takes a third of the time
+    # 0.5 (1 + tanh(u)) is sigmoid(2u), which takes a third of the time when compiled for a CPU
     y = x.float()
     return (y * torch.sigmoid(math.sqrt(8 / math.pi) * (y + 0.044715 * y * y * y))).to(x.dtype)
 
@@ -77,12 +77,12 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.size()
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         y = causal_attention(*qkv.unbind(0)) if cache is None else cache.attend(qkv)  # (B, n_head, T, head_size)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C)  # concatenates the heads
         return cast(Tensor, self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide between, with the tanh approximation of GELU that GPT-2 was trained with."""
+    """Two linear layers with a hidden width of 4 C, and the tanh approximation of GELU."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draws all weights anew, from torch's global generator.
+        """Initialises all weights, with torch's global generator.
 
         | parameter                                   | value                               |
         |---------------------------------------------|-------------------------------------|
@@ -142,7 +142,7 @@ class GPT(nn.Module):
         | biases                                      | 0                                   |
         | LayerNorm weights                           | 1                                   |
 
-        The residual stream adds up 2 * n_layer contributions; the smaller std keeps its variance independent of the
+        The residual stream is a sum of 2 * n_layer contributions; the smaller std keeps its variance independent of the
         depth (Radford et al., 2019, section 2.3).
         """
         residual_std = INIT_STD * (2 * self.config.n_layer) ** -0.5
@@ -175,19 +175,19 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The last layer's output before the head, (B, T, C), for token ids idx, (B, T).
 
-        caches: one for each layer, for tokens that follow cached ones; positions, (B, T): where idx stands then.
+        caches: the KV cache of each layer, if idx follows cached tokens. positions: those of idx then, (B, T).
         Raises ValueError if the tokens do not fit the context.
         """
         return self.blocks(self.embed(idx, positions), caches)
 
     def embed(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The embeddings of token ids idx, (B, T), at positions, (B, T), or from the beginning: (B, T, C), in fp32."""
+        """The embeddings of token ids idx, (B, T), at positions, (B, T), or from 0 on: (B, T, C), in fp32."""
         _, T = idx.size()
         if positions is None:
             if T > self.config.block_size:  # noqa: SIM300 - T is no constant
                 raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
             positions = torch.arange(T, device=idx.device)
-        # the residual stream is fp32 in whatever format the matrix products are
+        # the residual stream is fp32, whatever the dtype of the matrix products
         return cast(Tensor, self.transformer["wte"](idx).float() + self.transformer["wpe"](positions))
 
     def blocks(self, x: Tensor, caches: Sequence[LayerCache] | None = None) -> Tensor:

@@ -36,7 +36,7 @@ class GradientAccumulator:
     def accumulate(self) -> Tensor:
         """Adds the gradients of the next step to the model's. Returns the mean loss, a scalar on the device.
 
-        Raises OutOfMemoryError if memory is not enough for one sequence.
+        Raises OutOfMemoryError if not even one sequence fits into memory.
         """
         while True:
             try:
@@ -45,7 +45,7 @@ class GradientAccumulator:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            self._halve_micro_batch()  # here, where the traceback no longer keeps tensors alive
+            self._halve_micro_batch()  # after the except block, whose traceback keeps tensors alive
         if self.state.loss_scale != 1.0:
             gradients = [p.grad for p in self.model.master.parameters() if p.grad is not None]
             torch._foreach_div_(gradients, self.state.loss_scale)

@@ -3,8 +3,8 @@
     checkpoints/<fingerprint>/step-000250/gpt_model_checkpoint.pt   weights, optimizer, training state
                                           manifest.json             SHA-256 of the file, written last
 
-A checkpoint is written as `gpt2.files.write_folder` does: completely or not at all. A damaged one is detected, named,
-and skipped for an older one. Each holds everything the run needs, including its best weights so far.
+`gpt2.files.write_folder` writes a checkpoint atomically. If a checkpoint is damaged, `load_newest` warns and loads an
+older one. Each contains everything the run needs, including its best weights so far.
 """
 
 import math
@@ -29,7 +29,7 @@ CHECKPOINT_FILE = "gpt_model_checkpoint.pt"
 KEEP_NEWEST = 2
 MIN_SAVE_INTERVAL_S = 60.0
 SAVE_INTERVAL_IN_SAVES = 50
-"""With this, saving takes at most 2 % of the time."""
+"""Interval in durations of a save: saving takes at most 2 % of the time."""
 MAX_SAVE_FAILURES = 3
 ADVICE = "Try a smaller train.learning_rate or a longer warm-up"
 
@@ -38,42 +38,42 @@ class CheckpointStore:
     """The checkpoints of one run, in one folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Nothing is made before the first `save`."""
+        """Creates nothing before the first `save`."""
         self.folder = folder
-        self._unsound: set[int] = set()
+        self._damaged: set[int] = set()
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is."""
+        """The folder of a step's checkpoint."""
         return self.folder / f"step-{step:06d}"
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, in order; whether it is sound shows when it is loaded."""
+        """The steps that have a checkpoint, in ascending order. `load` verifies it."""
         names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
         return sorted(int(name) for name in names if name.isdigit())
 
     def save(self, step: int, content: dict[str, Any]) -> Path:
-        """Writes the checkpoint of a step; then deletes all but the newest, and leftovers.
+        """Writes the checkpoint of a step; then deletes old checkpoints and leftovers.
 
-        One that is there already and sound is left as it is. Raises FileError if the checkpoint cannot be written;
-        older ones are untouched then.
+        Keeps a valid checkpoint of the same step. Raises FileError if the checkpoint cannot be written; older
+        checkpoints are kept then.
         """
         target = self.path(step)
         try:
             if target.exists():
-                if self._is_sound(step):
+                if self._is_valid(step):
                     return target
                 delete_folder(target)
             write_folder(target, {CHECKPOINT_FILE: lambda file: torch.save(content, file)}, {"step": step})
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             self.prune()
             raise FileError(
-                f"cannot write the checkpoint {target} ({one_line(error)}); make room, and run again to go on"
+                f"cannot write the checkpoint {target} ({one_line(error)}); free disk space, and run again to continue"
             ) from None
-        self._unsound.discard(step)
+        self._damaged.discard(step)
         self.prune()
         return target
 
-    def _is_sound(self, step: int) -> bool:
+    def _is_valid(self, step: int) -> bool:
         try:
             self.load(step)
         except FileError:
@@ -81,40 +81,40 @@ class CheckpointStore:
         return True
 
     def prune(self, keep: int = KEEP_NEWEST) -> None:
-        """Deletes all checkpoints but the newest, and what interrupted saves left. What cannot be deleted stays."""
-        kept = {self.path(step) for step in [s for s in self.steps() if s not in self._unsound][-keep:]}
+        """Deletes all checkpoints but the newest, and leftovers of interrupted saves. Ignores errors."""
+        kept = {self.path(step) for step in [s for s in self.steps() if s not in self._damaged][-keep:]}
         for path in set(self.folder.glob("step-*")) - kept:
             with suppress(OSError):
                 delete_folder(path)
 
     def load(self, step: int) -> dict[str, Any]:
-        """The content of a checkpoint, on the CPU. Raises FileError if it is missing or not sound."""
+        """The content of a checkpoint, on the CPU. Raises FileError if it is missing or damaged."""
         path = self.path(step)
         manifest = verify_folder(path)
         if manifest.get("step") != step or list(manifest["sha256"]) != [CHECKPOINT_FILE]:
-            raise FileError(f"{path} is mixed up: its manifest is that of {manifest.get('step')!r}")
+            raise FileError(f"{path} is damaged: its manifest is that of step {manifest.get('step')!r}")
         try:
             content: dict[str, Any] = torch.load(path / CHECKPOINT_FILE, map_location="cpu", weights_only=True)
         except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise FileError(f"cannot read the checkpoint {path}: {one_line(error)}") from None
         if not isinstance(content, dict):
-            raise FileError(f"cannot read the checkpoint {path}: it holds no dict")
+            raise FileError(f"cannot read the checkpoint {path}: it does not contain a dict")
         return content
 
     def load_newest(self, warn: Callable[[str], object] = warnings.warn) -> dict[str, Any] | None:
-        """The newest sound checkpoint, None if there never was one; `warn` hears of each that is passed over.
+        """The newest valid checkpoint; None if there is no checkpoint. Warns about each damaged one.
 
-        Raises FileError if there are checkpoints and none is sound.
+        Raises FileError if all checkpoints are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
             try:
                 return self.load(step)
             except FileError as error:
-                self._unsound.add(step)
-                warn(f"{error}; going back to an older checkpoint")
+                self._damaged.add(step)
+                warn(f"{error}; loading an older checkpoint")
         if steps:
-            raise FileError(f"no checkpoint in {self.folder} is sound; delete that folder to start anew")
+            raise FileError(f"no valid checkpoint in {self.folder}; delete this folder to start a new run")
         return None
 
 
@@ -139,7 +139,7 @@ class CheckpointSaver:
         self._saved_step = -1
 
     def is_due(self, step: int) -> bool:
-        """By steps, or by time: after 60 s, or 50 times the duration of the last save, whichever is longer."""
+        """By steps, or by time: after the longer of 60 s and 50 times the duration of the last save."""
         if self.interval_steps and step % self.interval_steps == 0:
             return True
         interval_s = max(MIN_SAVE_INTERVAL_S, SAVE_INTERVAL_IN_SAVES * self._save_duration_s)

@@ -1,8 +1,7 @@
-"""The head and its loss in one, a part of the tokens at a time.
+"""Fused linear cross-entropy: the head and its loss, in chunks of tokens.
 
-GPT-2's head gives 50,257 logits for a token. Those of a whole batch would be its largest tensor by far, and are needed
-only to be turned into one number and a gradient: here they exist for `CHUNK_TOKENS` tokens at a time, and their
-gradient takes their place at once.
+GPT-2's head computes 50,257 logits per token, so the logits of a whole batch would be the largest tensor of a step by
+far. Here they exist for `CHUNK_TOKENS` tokens at a time, and their gradient overwrites them.
 """
 
 from collections.abc import Callable
@@ -19,10 +18,10 @@ ALIGNMENT = 64
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, compiled: bool = False
 ) -> Tensor:
-    """The mean cross-entropy in nats of the logits `hidden @ weight.T`, as fp32; gives gradients to hidden and weight.
+    """Mean cross-entropy in nats of the logits `hidden @ weight.T`, in fp32. Differentiable in hidden and weight.
 
-    hidden: (N, C). weight: (V, C). targets: token ids, (N,). label_smoothing: the share of each target that is spread
-    over all tokens (https://arxiv.org/abs/1512.00567). compiled: what is done to each logit is compiled.
+    hidden: (N, C). weight: (V, C). targets: token ids, (N,). label_smoothing: fraction of each target's probability
+    that is spread over all tokens (https://arxiv.org/abs/1512.00567). compiled: whether to compile the kernels.
     """
     arguments = (hidden, weight, targets, label_smoothing, compiled)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
@@ -49,16 +48,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, compiled: bool, *, with_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean loss, and its gradients to hidden and weight, which are empty if not asked for."""
+    """The mean loss and its gradients with respect to hidden and weight, which are empty if not requested."""
     (N, C), V = hidden.shape, len(weight)
     log_sum_exp, softmax, add, transposed = map(_compiled, KERNELS) if compiled else KERNELS
     total = torch.zeros((), device=hidden.device)
     hidden_grad = torch.empty_like(hidden if with_gradients else hidden[:0])
-    weight_grad = hidden.new_zeros(
-        C if with_gradients else 0, V, dtype=torch.float32
-    )  # its transpose is quicker to get
-    # on a CPU, products with rows that begin at multiples of 64 numbers are a third faster; what is between the rows
-    # is read too, and multiplied by 0, so it must not be NaN
+    # transposed, (C, V): this product is faster
+    weight_grad = hidden.new_zeros(C if with_gradients else 0, V, dtype=torch.float32)
+    # on a CPU, products are a third faster if rows start at multiples of 64 elements; they read the padding between
+    # rows too, and multiply it by 0, so it must not be NaN
     buffer = hidden.new_zeros(min(N, CHUNK_TOKENS), V + -V % ALIGNMENT)[:, :V]
     part = torch.empty_like(weight_grad, dtype=weight.dtype)
     for start in range(0, N, CHUNK_TOKENS):
@@ -73,7 +71,7 @@ def _loss_and_gradients(
             total += label_smoothing * (at_target - logits.mean(dim=1, dtype=torch.float32)).sum()
         if not with_gradients:
             continue
-        # the gradient of a logit is its softmax, less what the target puts there; the latter is taken off in fp32
+        # the gradient of the logits is softmax - target distribution; at the target it is computed in fp32
         gradient = softmax(logits, log_sum, label_smoothing / V, 1 / N)
         at_target = (torch.exp(at_target - log_sum) - label_smoothing / V - (1 - label_smoothing)) / N
         gradient[rows, t] = at_target.to(gradient.dtype)

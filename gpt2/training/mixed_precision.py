@@ -1,7 +1,7 @@
-"""Mixed precision: fp32 master weights, and a copy in bf16 or fp16 that computes.
+"""Mixed precision: fp32 master weights, and a compute copy in bf16 or fp16.
 
-Master weights, gradients and optimizer state are fp32. Matrix products run in bf16 or fp16 where the hardware is faster
-at it, on a compute copy of the weights that is cast once per optimizer step (https://arxiv.org/abs/1710.03740).
+Master weights, gradients and optimizer state are fp32. Matrix products run in bf16 or fp16 where that is
+faster, on a compute copy of the weights that is cast once per optimizer step (https://arxiv.org/abs/1710.03740).
 """
 
 import time
@@ -18,7 +18,7 @@ from gpt2.training.state import TrainState
 
 MIN_LOSS_SCALE = 2.0**-10
 LOSS_SCALE_GROWTH_INTERVAL = 2000
-"""Steps without an overflow, as in torch.amp.GradScaler."""
+"""Steps without an overflow before the loss scale is doubled, as in torch.amp.GradScaler."""
 
 
 class CompileError(GPT2Error):
@@ -82,11 +82,11 @@ class MixedPrecisionModel:
     def compile(self, batch_size: int, sequence_length: int) -> float:
         """Compiles for batches of this shape. Returns the seconds it took. Changes neither weights nor gradients.
 
-        Raises CompileError, and changes nothing, where it does not work; most often a C++ compiler is missing.
+        Raises CompileError if that fails, usually because a C++ compiler is missing; the model then runs uncompiled.
         """
         start_s = time.perf_counter()
         self.compiled, self._compiled_shape = True, (batch_size, sequence_length)
-        # not the embedding: compiled, its threads add up the gradients of a token in a varying order
+        # not the embedding: compiled, its threads sum the gradients of a token in a non-deterministic order
         self._blocks = torch.compile(self.compute.blocks, dynamic=False)
         self._add = torch.compile(_add_, dynamic=True)
         tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long, device=self.device)
@@ -95,7 +95,7 @@ class MixedPrecisionModel:
                 self.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
                 self.loss(tokens, tokens)
-        except Exception as error:  # compilers raise all kinds of errors
+        except Exception as error:  # compilers raise many types of errors
             self.compiled, self._compiled_shape, self._blocks, self._add = False, None, self.compute.blocks, _add_
             torch._dynamo.reset()
             raise CompileError(_first_line(error)) from None
@@ -105,14 +105,14 @@ class MixedPrecisionModel:
 
     @torch.no_grad()
     def cast_weights(self) -> None:
-        """Updates the compute copy; to be called whenever the master weights have changed."""
+        """Updates the compute copy. Call it after each change of the master weights."""
         if self._pairs:
             masters, copies = zip(*self._pairs, strict=True)
             torch._foreach_copy_(copies, masters)
 
     def loss(self, inputs: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy in nats per token of a batch, both (B, T). Its gradients go to the master weights."""
-        # other shapes, such as the last windows of a text, are not worth compiling for
+        # other shapes, such as the last window of a split, run uncompiled
         compiled = self.compiled and tuple(inputs.shape) == self._compiled_shape
         embedded = self.compute.embed(inputs)
         hidden = self._blocks(embedded) if compiled else self.compute.blocks(embedded)  # (B, T, C)
@@ -136,7 +136,7 @@ def grow_loss_scale(state: TrainState) -> None:
 
 
 def back_off_loss_scale(state: TrainState) -> bool:
-    """Halves the loss scale after an overflow in float16, whose step is skipped. Returns whether that can help."""
+    """Halves the loss scale after an overflow in float16, whose step is skipped. Returns whether it did."""
     if state.precision != "float16" or state.loss_scale <= MIN_LOSS_SCALE:
         return False
     state.loss_scale, state.steps_since_overflow = state.loss_scale / 2, 0

@@ -15,9 +15,9 @@ MUON_MOMENTUM = 0.95
 def learning_rate_at(step: int, config: TrainConfig) -> float:
     """The learning rate of a step, counted from 0.
 
-    It rises in equal parts to `learning_rate` at step warmup_steps, then falls to `min_learning_rate` at the last step:
-    along half a cosine (https://arxiv.org/abs/1608.03983), in a straight line, or, with "wsd", in a straight line over
-    the last decay_fraction of the steps (https://arxiv.org/abs/2404.06395).
+    Linear warm-up to `learning_rate` at step warmup_steps, then decay to `min_learning_rate` at the last step: along
+    half a cosine (https://arxiv.org/abs/1608.03983), linearly, or, with "wsd", linearly over the last decay_fraction
+    of the steps (https://arxiv.org/abs/2404.06395).
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
@@ -97,7 +97,7 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's own for AdamW alone; with Muon, one state dict for each optimizer."""
+        """torch's state dict of AdamW; with Muon, a state dict for each optimizer."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
         return states if len(states) > 1 else states["adamw"]
 

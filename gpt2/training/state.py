@@ -1,4 +1,4 @@
-"""Where a training run is, and what a checkpoint holds of it."""
+"""The state of a training run, and the content of its checkpoints."""
 
 import math
 import time
@@ -27,7 +27,7 @@ class TrainState:
     """Everything a checkpoint needs besides weights and optimizer.
 
     precision: dtype of the matrix products, "float32", "bfloat16" or "float16". micro_batch_size: sequences in one
-    forward and backward pass; less than the configured batch_size where memory was short. compiled: whether the model
+    forward and backward pass; less than the configured batch_size if memory is short. compiled: whether the model
     is compiled. step: completed optimizer steps. best_val_loss: infinite before the first evaluation. best_weights:
     the weights with that loss, on the CPU. history: rows logged so far. pending_row: the row of the last step if the
     run stopped before its evaluation was complete. elapsed_s: training time over all sessions of the run, which
@@ -97,7 +97,7 @@ class ThroughputMeter:
 
 
 def checkpoint_content(model: GPT, optimizer: Optimizer, state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds: only plain values and tensors, for `torch.load(..., weights_only=True)`."""
+    """The content of a checkpoint: only plain values and tensors, for `torch.load(..., weights_only=True)`."""
     plain = {name: value for name, value in vars(state).items() if name != "best_weights"}
     return {
         "format_version": FORMAT_VERSION,
@@ -119,7 +119,7 @@ def restore_checkpoint(content: dict[str, Any], model: GPT, optimizer: Optimizer
     if content.get("format_version") != FORMAT_VERSION:
         raise FileError(
             f"the checkpoint has format {content.get('format_version')!r}, and this version reads {FORMAT_VERSION}; "
-            "continue with the version that wrote it, or delete its folder to start anew"
+            "continue with the version that wrote it, or delete its folder to start a new run"
         )
     model.load_state_dict(content["model_state_dict"])
     optimizer.load_state_dict(content["optimizer_state_dict"])

@@ -1,4 +1,4 @@
-"""The training loop. It gets everything it needs as arguments, and knows no file, no tracker and no signal."""
+"""The training loop. All dependencies are arguments; it accesses no files, trackers or signals itself."""
 
 import math
 from collections.abc import Callable
@@ -20,22 +20,22 @@ from gpt2.training.state import LogRow, ThroughputMeter, TrainState, copy_weight
 
 
 class Callbacks(Protocol):
-    """What the loop calls on its surroundings."""
+    """Callbacks of the training loop."""
 
     def log(self, row: LogRow) -> None:
         """A row of the history: step, train_loss, val_loss (None if not evaluated), learning_rate, grad_norm, ..."""
 
     def progress(self, state: TrainState, loss: float, tokens_per_s: float) -> None:
-        """A step is complete."""
+        """Called after each step."""
 
     def save(self, step: int, content: dict[str, Any]) -> None:
         """Saves a checkpoint (`gpt2.training.state.checkpoint_content`). Raises FileError if that is not possible."""
 
     def warn(self, message: str) -> None:
-        """Something the user should know."""
+        """Shows a warning to the user."""
 
     def should_stop(self) -> bool:
-        """Whether the run is to be interrupted; called between micro-batches, steps and validation batches."""
+        """Whether to interrupt the run; called between micro-batches, steps and validation batches."""
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error
@@ -80,7 +80,7 @@ class Trainer:
         """Trains until `max_steps`, or until `callbacks.should_stop()`. Returns whether the run is complete.
 
         A checkpoint is saved in either case. Raises DivergedError before a non-finite loss or gradient reaches the
-        weights, or non-finite weights reach a checkpoint; OutOfMemoryError if memory is not enough for one sequence;
+        weights, or non-finite weights reach a checkpoint; OutOfMemoryError if not even one sequence fits;
         FileError if checkpoints cannot be written.
         """
         state, max_steps = self.state, self.config.max_steps
@@ -112,7 +112,7 @@ class Trainer:
         self.optimizer.set_learning_rate(learning_rate)
         loss = self.gradients.accumulate()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.master.parameters(), config.max_grad_norm)
-        train_loss, norm = loss.item(), grad_norm.item()  # the only wait for the device in a step
+        train_loss, norm = loss.item(), grad_norm.item()  # the only synchronization with the device in a step
         if math.isfinite(train_loss) and math.isfinite(norm):
             self.optimizer.step()
             self.model.cast_weights()
@@ -137,7 +137,7 @@ class Trainer:
         if self._is_evaluated(state.step):
             val_loss = self.validate(state.micro_batch_size, lambda _: self._check_stop())
             state.elapsed_s += self.meter.restart()
-            if val_loss < state.best_val_loss:  # never true of NaN
+            if val_loss < state.best_val_loss:  # False for NaN
                 state.best_val_loss, state.best_step = val_loss, state.step
                 state.best_weights = copy_weights(self.model.master)
         row = {

@@ -1,4 +1,4 @@
-"""The loss on held-out text during training."""
+"""Validation loss during training."""
 
 import torch
 

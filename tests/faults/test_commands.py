@@ -44,7 +44,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, trained):
     assert command.stderr.count("WARNING: cannot write the checkpoint") == 2
     (line,) = [line for line in command.stderr.splitlines() if line.startswith("error:")]
     assert "File too large" in line
-    assert "make room, and run again to go on" in line
+    assert "free disk space, and run again to continue" in line
     assert "Traceback" not in command.stderr
     assert finish(project, PLAIN) is None
     assert results(project) == trained.expected

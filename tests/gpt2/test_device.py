@@ -18,7 +18,7 @@ def test_the_best_device_is_chosen(monkeypatch, cuda, mps, chosen):
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"runtime\.device is 'cuda', but this machine"):
+    with pytest.raises(UserError, match=r"runtime\.device is 'cuda', which is not available"):
         choose_device("cuda")
 
 

@@ -123,7 +123,7 @@ def test_a_manifest_that_means_the_same_and_is_not_as_written_is_damaged(tmp_pat
     write_folder(tmp_path / "folder", {}, {"step": 3})
     path = tmp_path / "folder/manifest.json"
     path.write_text(path.read_text().replace("\n", ""))
-    with pytest.raises(FileError, match="not as it was written"):
+    with pytest.raises(FileError, match="its text was changed"):
         verify_folder(tmp_path / "folder")
 
 

@@ -51,8 +51,8 @@ HOSTILE = {
         lambda f: changed(f, lambda w: w.update({"transformer.ln_f.bias": w["transformer.ln_f.bias"].double()})),
         "float64",
     ),
-    "a NaN": (lambda f: changed(f, lambda w: w["transformer.ln_f.bias"].fill_(torch.nan)), "not finite"),
-    "an infinity": (lambda f: changed(f, lambda w: w["transformer.wpe.weight"][3].fill_(torch.inf)), "not finite"),
+    "a NaN": (lambda f: changed(f, lambda w: w["transformer.ln_f.bias"].fill_(torch.nan)), "non-finite"),
+    "an infinity": (lambda f: changed(f, lambda w: w["transformer.wpe.weight"][3].fill_(torch.inf)), "non-finite"),
     "a weight is missing": (
         lambda f: changed(f, lambda w: w.pop("transformer.ln_f.bias")),
         "no tensor transformer.ln_f",
@@ -66,11 +66,11 @@ HOSTILE = {
         lambda f: changed(f, lambda w: w.update({"lm_head.weight": w["lm_head.weight"].to_sparse()})),
         "no tensor lm_head|unpacks",
     ),
-    "no dict": (lambda f: torch.save([torch.zeros(TINY.num_parameters())], f / WEIGHTS), "holds no weights"),
+    "no dict": (lambda f: torch.save([torch.zeros(TINY.num_parameters())], f / WEIGHTS), "contains no weights"),
     "other sizes": (lambda f: torch.save({**TINY.to_dict(), "n_layer": 3}, f / CONFIG), "too small|no tensor"),
     "a missing size": (lambda f: torch.save({"n_layer": 2}, f / CONFIG), "has the keys"),
     "a size that is text": (lambda f: torch.save({**TINY.to_dict(), "n_head": "2"}, f / CONFIG), "n_head is '2'"),
-    "absurd layers": (lambda f: torch.save({**TINY.to_dict(), "n_layer": 10**9}, f / CONFIG), "asks for 1000000000"),
+    "absurd layers": (lambda f: torch.save({**TINY.to_dict(), "n_layer": 10**9}, f / CONFIG), "n_layer 1000000000"),
     "absurd width": (lambda f: torch.save({**TINY.to_dict(), "n_embd": 2 * 10**9}, f / CONFIG), "too small"),
     "absurd number": (lambda f: torch.save({**TINY.to_dict(), "n_embd": 2 * 10**200}, f / CONFIG), "cannot be loaded"),
     "a config of tensors": (lambda f: torch.save(torch.zeros(3), f / CONFIG), "has the keys"),
@@ -122,7 +122,7 @@ MANIFESTS = {
     "no model": ('{"sha256": {}}', "lacks 'model'"),
     "no sums": (json.dumps({"model": FACTS}), "lacks 'sha256'"),
     "no UTF-8": (b"\xff\xfe", "cannot be read"),
-    "large": ("[" + "1," * 3_000_000 + "1]", "far too large"),
+    "large": ("[" + "1," * 3_000_000 + "1]", "is too large"),
 }
 
 

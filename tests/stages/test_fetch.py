@@ -72,7 +72,7 @@ def test_a_fallback_is_loud(project):
     ("source", "code", "told"),
     [
         ("http://127.0.0.1:9/text.txt", 74, "cannot download http://127.0.0.1:9/text.txt"),
-        ("nowhere.txt", 2, "'nowhere.txt' is no known corpus (tinyshakespeare, python-docs), no http(s) URL"),
+        ("nowhere.txt", 2, "'nowhere.txt' is not a known corpus (tinyshakespeare, python-docs) or an http(s) URL"),
         ("empty.txt", 2, "has no text"),
         ("latin.txt", 2, "is not UTF-8: byte 0xe9 at offset 3"),
     ],

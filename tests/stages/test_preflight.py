@@ -46,7 +46,8 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts_that_divide_it(params, m
 def test_a_model_that_cannot_fit_is_refused_with_numbers(params, monkeypatch):
     monkeypatch.setattr(preflight, "memory_bytes", lambda: 8 * GIB)
     with pytest.raises(
-        UserError, match=r"about 3\d\.\d GiB even for one sequence .* has 8\.0 GiB of memory: take a smaller"
+        UserError,
+        match=r"about 3\d\.\d GiB even with a micro-batch of one sequence.* has 8\.0 GiB of memory: choose a smaller",
     ):
         preflight.micro_batch_that_fits(of_size(params, PRESETS["gpt2-xl"]))
     with pytest.raises(UserError, match="weights alone take"):
@@ -56,7 +57,7 @@ def test_a_model_that_cannot_fit_is_refused_with_numbers(params, monkeypatch):
 def test_a_full_disk_is_told_before_the_run(params, monkeypatch, tmp_path):
     preflight.check_disk(params, tmp_path / "checkpoints/abc")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1, 1, 10**8))
-    with pytest.raises(FileError, match=r"need about 1\.\d GiB, and the disk of .* has 0\.1 GiB left: make room"):
+    with pytest.raises(FileError, match=r"need about 1\.\d GiB, and the disk of .* has 0\.1 GiB left: free disk space"):
         preflight.check_disk(params, tmp_path / "checkpoints/abc")
 
 

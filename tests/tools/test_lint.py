@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tools.audit import sort_out
+from tools.audit import audit_findings
 from tools.lint import problems
 
 
@@ -47,4 +47,4 @@ def test_findings_and_what_could_not_be_audited_are_told_apart():
         {"name": "bad", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["2.1"]}]},
         {"name": "unknown", "skip_reason": "not found"},
     ]
-    assert sort_out(packages) == (["bad 2: CVE-1, fixed in 2.1; `make lock`"], ["unknown"])
+    assert audit_findings(packages) == (["bad 2: CVE-1, fixed in 2.1; `make lock`"], ["unknown"])

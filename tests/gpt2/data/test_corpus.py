@@ -125,7 +125,7 @@ def test_a_folder_without_texts_is_refused(tmp_path):
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"'nowhere\.txt' is no known corpus"):
+    with pytest.raises(UserError, match=r"'nowhere\.txt' is not a known corpus"):
         write("nowhere.txt", tmp_path)
 
 

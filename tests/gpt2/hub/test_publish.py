@@ -181,10 +181,10 @@ def test_a_space_for_zero_gpu_asks_for_it(dist, hub):
     [
         ("/api/whoami", 401, "does not accept the token"),
         ("/api/repos/create", 402, "paid plan"),
-        ("/api/repos/create", 403, "may not write there"),
-        ("/api/spaces/me/x/commit", 403, "may not write there"),
+        ("/api/repos/create", 403, "no write access"),
+        ("/api/spaces/me/x/commit", 403, "no write access"),
         ("/api/spaces/me/x/commit", 400, "the Hub refused"),
-        ("/api/spaces/me/x/runtime", 404, "does not know this repository"),
+        ("/api/spaces/me/x/runtime", 404, "the repository does not exist"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(dist, hub, start, status, told):
@@ -218,7 +218,7 @@ def test_a_space_that_does_not_build_is_told(dist, hub):
 
 def test_nothing_to_publish_is_told(tmp_path, hub):
     done = publish(tmp_path, hub)
-    assert (done.returncode, "there is nothing in dist/hf" in done.stderr) == (74, True)
+    assert (done.returncode, "dist/hf has no files" in done.stderr) == (74, True)
     assert hub.asked == []
 
 

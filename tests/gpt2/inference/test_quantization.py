@@ -125,7 +125,7 @@ def test_fp32_shares_the_weights(tiny_model):
 def test_formats_that_there_are_not_are_refused(tiny_model):
     with pytest.raises(UserError, match="no dtype 'int4'"):
         quantize(tiny_model, "int4")
-    with pytest.raises(UserError, match="int8 is for the CPU"):
+    with pytest.raises(UserError, match="int8 runs only on the CPU"):
         quantize(tiny_model.to("meta"), "int8")
 
 

@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(store, damage):
     assert len(warnings) == 1
     assert "step-000002" in warnings[0]
     damage(store.path(1))
-    with pytest.raises(FileError, match=r"no checkpoint in .* is sound; delete that folder"):
+    with pytest.raises(FileError, match=r"no valid checkpoint in .*; delete this folder"):
         store.load_newest(warnings.append)
 
 
@@ -121,7 +121,7 @@ def test_a_failed_save_leaves_the_older_ones(store, monkeypatch):
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(FileError, match=r"cannot write the checkpoint .* make room"):
+    with pytest.raises(FileError, match=r"cannot write the checkpoint .* free disk space"):
         store.save(2, content(2))
     assert [path.name for path in store.folder.iterdir()] == ["step-000001"]
     assert store.load_newest()["step"] == 1
@@ -176,7 +176,7 @@ def test_a_model_folder_may_say_on_what_length_it_was_trained(tmp_path, content,
 
 
 def test_a_model_folder_that_does_not_fit_is_one_line(tiny_model, tmp_path):
-    with pytest.raises(FileError, match="no model can be loaded from"):
+    with pytest.raises(FileError, match="cannot load a model from"):
         load_folder(tmp_path)
     save_weights(tiny_model.state_dict(), tmp_path / "model.safetensors")
     write_json(tmp_path / "config.json", {**TINY.to_dict(), "n_layer": 3})
@@ -184,5 +184,5 @@ def test_a_model_folder_that_does_not_fit_is_one_line(tiny_model, tmp_path):
         load_folder(tmp_path)
     assert "\n" not in str(raised.value)
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(FileError, match="no model can be loaded from"):
+    with pytest.raises(FileError, match="cannot load a model from"):
         load_folder(tmp_path)

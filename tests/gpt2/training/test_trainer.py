@@ -424,5 +424,5 @@ def test_a_checkpoint_of_another_format_is_refused(tokens, train_config):
     run = Run(tokens, train_config())
     content = checkpoint_content(run.model, run.optimizer, run.state)
     for version in (2, 4, None, "3"):
-        with pytest.raises(FileError, match="delete its folder to start anew"):
+        with pytest.raises(FileError, match="delete its folder to start a new run"):
             restore_checkpoint({**content, "format_version": version}, run.model, run.optimizer)
