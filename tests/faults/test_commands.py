@@ -10,18 +10,28 @@ import pytest
 from tests.faults.commands import PHASES, PLAIN, Trained, finish, forget, kills, orphans, results, signals
 from tests.faults.tracking import tracking_faults
 
+pytestmark = pytest.mark.xdist_group("commands")
+ALL_PHASES = [(phase, number % 4 > 1) for number, phase in enumerate(PHASES)]
+
+
+def slow(*values):
+    """The same test with more cases, for `make test-slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     return Trained(tmp_path_factory.mktemp("faults") / "trained")
 
 
-def test_a_signal_in_any_phase_loses_nothing(tmp_path, trained):
-    signals(tmp_path, trained, [(phase, number % 4 > 1) for number, phase in enumerate(PHASES)]).check(at_least=8)
+@pytest.mark.parametrize("cases", [[("step", True), ("saving", False), ("sampling", False)], slow(ALL_PHASES)])
+def test_a_signal_in_any_phase_loses_nothing(tmp_path, trained, cases):
+    signals(tmp_path, trained, cases).check(at_least=len(cases))
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, trained):
-    kills(tmp_path, trained, 10).check(at_least=10)
+@pytest.mark.parametrize("cases", [4, slow(10)])
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, trained, cases):
+    kills(tmp_path, trained, cases).check(at_least=cases)
 
 
 def test_a_stage_whose_dvc_is_gone_ends_and_nobody_writes_beside_it(tmp_path, trained):
@@ -69,5 +79,6 @@ def test_a_divergence_names_its_step_and_the_last_good_checkpoint(tmp_path, trai
     assert "This happened 2 times at the same step" in told[2]
 
 
-def test_tracking_that_fails_changes_nothing(tmp_path, trained):
-    tracking_faults(tmp_path, trained, ["refused", "black hole", "database locked"]).check(at_least=3)
+@pytest.mark.parametrize("faults", [["black hole"], slow(["refused", "black hole", "database locked"])])
+def test_tracking_that_fails_changes_nothing(tmp_path, trained, faults):
+    tracking_faults(tmp_path, trained, faults).check(at_least=len(faults))

@@ -34,6 +34,7 @@ def address():
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_secret_of_the_corpus_stays_in_params(tmp_path, address):
     project = Project(tmp_path / "project") if (tmp_path / "project").mkdir() is None else None
     project.change(corpus={"source": f"{address}/text.txt?token=wrong{SECRET}"})

@@ -16,6 +16,8 @@ from ruamel.yaml import YAML
 
 from tests.project import Project
 
+pytestmark = pytest.mark.xdist_group("pipeline")
+
 
 def ran(output):
     return re.findall(r"Running stage '([a-z-]+)'", output)
@@ -209,7 +211,7 @@ def test_a_killed_experiment_goes_on_wherever_it_ran(tmp_path, way):
     assert sorted(path.name for path in run.glob("step-*")) == ["step-000900"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_an_interrupted_training_is_not_recorded_and_goes_on(project, number):
     project.change(train={"max_steps": 4000, "eval_interval": 1000, "warmup_steps": int(number)})
     command = [sys.executable, "-m", "stages.train"]

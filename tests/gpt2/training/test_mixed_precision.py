@@ -5,10 +5,10 @@ from gpt2.model.transformer import GPT, GPTConfig, causal_attention
 from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel
 from tests.conftest import TINY, needs_compiler
 
-SMALL = GPTConfig(block_size=32, vocab_size=1000, n_layer=3, n_head=2, n_embd=64)
+SMALL = GPTConfig(block_size=32, vocab_size=1000, n_layer=2, n_head=2, n_embd=64)
 
 
-def batch(config, size=(4, 32)):
+def batch(config, size=(16, 32)):
     generator = torch.Generator().manual_seed(1)
     draw = (torch.randint(0, config.vocab_size, size, generator=generator) for _ in range(2))
     return tuple(draw)
@@ -62,25 +62,47 @@ def test_every_format_gives_loss_and_gradients_of_plain_fp32(
         assert worst_error(found, expected) < gradient_tolerance
 
 
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def compiled(request):
+    """A compiled model that computes with two threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    compute = MixedPrecisionModel(model_of(SMALL), request.param)
+    before = {name: p.clone() for name, p in compute.master.named_parameters()}
+    assert compute.compile(*batch(SMALL)[0].shape) > 0
+    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in compute.master.named_parameters())
+    yield compute
+    torch.set_num_threads(threads)
+
+
 @needs_compiler
-@pytest.mark.parametrize(
-    ("precision", "loss_tolerance", "gradient_tolerance"),
-    [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 2e-3, 0.03)],
-)
-def test_compiled_gives_loss_and_gradients_of_plain_fp32(precision, loss_tolerance, gradient_tolerance):
+@pytest.mark.xdist_group("compiled")
+def test_compiled_gives_loss_and_gradients_of_plain_fp32(compiled):
+    loss_tolerance, gradient_tolerance = (2e-3, 0.03) if compiled.compute is not compiled.master else (1e-6, 1e-5)
     inputs, targets = batch(SMALL)
     loss, expected = plain(SMALL, inputs, targets)
-    compute = MixedPrecisionModel(model_of(SMALL), precision)
-    before = {name: p.clone() for name, p in compute.master.named_parameters()}
-    assert compute.compile(*inputs.shape) > 0
-    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in compute.master.named_parameters())
-    ours, found = gradients(compute, inputs, targets)
+    compiled.master.zero_grad()
+    ours, found = gradients(compiled, inputs, targets)
     assert ours == pytest.approx(loss, rel=loss_tolerance)
     assert worst_error(found, expected) < gradient_tolerance
     with torch.no_grad():
-        assert compute.loss(inputs, targets).item() == pytest.approx(loss, rel=loss_tolerance)
-        other = compute.loss(inputs[:1, :9], targets[:1, :9]).item()  # a shape that was not compiled for
-        assert other == pytest.approx(compute.compute(inputs[:1, :9], targets[:1, :9])[1].item(), rel=loss_tolerance)
+        assert compiled.loss(inputs, targets).item() == pytest.approx(loss, rel=loss_tolerance)
+        other = compiled.loss(inputs[:1, :9], targets[:1, :9]).item()  # a shape that was not compiled for
+        eager = compiled.compute(inputs[:1, :9], targets[:1, :9])[1].item()
+        assert other == pytest.approx(eager, rel=loss_tolerance)
+
+
+@needs_compiler
+@pytest.mark.xdist_group("compiled")
+def test_compiled_gradients_are_the_same_bits_each_time(compiled):
+    shape = batch(SMALL)[0].shape
+    inputs, targets = torch.randint(0, 5, (2, *shape))  # many of each token, so that threads meet in its gradient
+    seen = []
+    for _ in range(20):
+        compiled.master.zero_grad()
+        compiled.loss(inputs, targets).backward()
+        seen.append(torch.cat([p.grad.flatten() for p in compiled.master.parameters()]))
+    assert all(torch.equal(each, seen[0]) for each in seen)
 
 
 def test_without_a_compiler_everything_stays_as_it_was(monkeypatch):
@@ -135,19 +157,3 @@ def test_attention_of_short_sequences_is_that_of_pytorch(dtype):
     theirs = torch.autograd.grad((exact * weights).sum(), (q, k, v))
     for a, b in zip(ours, theirs, strict=True):
         assert ((a.double() - b.double()).norm() / b.double().norm()) < (1e-6 if dtype == torch.float32 else 0.02)
-
-
-@needs_compiler
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_compiled_gradients_are_the_same_bits_each_time(precision):
-    torch.manual_seed(0)
-    compute = MixedPrecisionModel(GPT(TINY), precision)
-    # many of each token, so that threads would meet in its gradient
-    inputs, targets = torch.randint(0, 5, (2, 64, 32))
-    compute.compile(*inputs.shape)
-    gradients = []
-    for _ in range(20):
-        compute.loss(inputs, targets).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in compute.master.parameters()]))
-        compute.master.zero_grad()
-    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
