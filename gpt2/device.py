@@ -119,15 +119,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-<<<<<<< HEAD
 def configure_device(device: torch.device, threads: int | None = None) -> None:
-    """Faster settings of torch and of the C library, for this process. threads: of the CPU; None leaves it to torch."""
+    """Sets up torch and the C library of this process for speed. threads: CPU threads; None is torch's default."""
     if threads is not None:
         torch.set_num_threads(threads)
-=======
-def configure_device(device: torch.device) -> None:
-    """Sets up torch and the C library of this process for speed."""
->>>>>>> words
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for fp32 products
     if device.type == "cpu":

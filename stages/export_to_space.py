@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from gpt2.config import DTYPES
 from gpt2.data.token_files import Tokens, open_tokens
 from stages import paths, tracking
+from stages.cores import reserve_cores
 from stages.params import Params, load_params
 from stages.process import StopSignal, echo, run_stage
 
@@ -35,7 +36,7 @@ def main(stop: StopSignal) -> None:
     """Check the params, export, log to MLflow."""
     params = load_params(paths.PARAMS)
     ids = tracking.read_run_ids()
-    with tracking.start_run(params, "export-to-space", ids, stop) as tracker:
+    with reserve_cores(params.runtime, stop), tracking.start_run(params, "export-to-space", ids, stop) as tracker:
         export(params, ids.mlflow_run_id, stop)
         tracker.files([paths.SPACE / name for name in ("README.md", "gpt_config.pt", "manifest.json")], "space")
         tracker.files([paths.HUGGING_FACE / "config.json"], "hf")
@@ -44,10 +45,12 @@ def main(stop: StopSignal) -> None:
 def export(params: Params, run_id: str | None, stop: StopSignal) -> None:
     """Load the model, collect its facts, write both folders, verify both."""
     with stop.exit_immediately():  # importing torch takes seconds
+        from gpt2.device import configure_device
         from gpt2.model.storage import load_folder
         from stages import export_folders
 
     model = load_folder(paths.MODELS)
+    configure_device(model.device, params.runtime.threads)
     facts = collect_facts(params, model, run_id, stop)
     export_folders.write_space(paths.SPACE, model, facts, SERVING_FILES)
     export_folders.write_hugging_face(paths.HUGGING_FACE, model, facts)
