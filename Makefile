@@ -5,8 +5,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH :=
 export MLFLOW_DISABLE_TELEMETRY := true
 INSTALLED := .venv/installed
-# Two processes with one torch thread each.
-TEST := OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadgroup
+# Two processes with one torch thread each take a file of tests at a time.
+TEST := OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup repro test test-slow coverage docs check format lock ui space preset bench tuning screenshots soak soak-space sync

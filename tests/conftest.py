@@ -67,6 +67,24 @@ def our_text(sentences: int, seed: int = 0) -> str:
     return "".join(parts)
 
 
+# Two processes take one file at a time. The longest ones come first, so that both end at about the same time.
+LONGEST_FIRST = (
+    "tests/stages/test_pipeline.py",
+    "tests/faults/test_commands.py",
+    "tests/gpt2/training/test_trainer.py",
+    "tests/gpt2/training/test_mixed_precision.py",
+    "tests/stages/test_tracking.py",
+    "tests/faults/test_small.py",
+    "tests/space/test_served.py",
+    "tests/space/test_browser.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {ROOT / name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
 @pytest.fixture(scope="session")
 def text() -> str:
     return our_text(600)

@@ -10,7 +10,6 @@ import pytest
 from tests.faults.commands import PHASES, PLAIN, Trained, finish, forget, kills, orphans, results, signals
 from tests.faults.tracking import tracking_faults
 
-pytestmark = pytest.mark.xdist_group("commands")
 ALL_PHASES = [(phase, number % 4 > 1) for number, phase in enumerate(PHASES)]
 
 

@@ -7,10 +7,7 @@ import threading
 import pytest
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None or "CI" in os.environ, reason="needs a Chromium, and is not for CI"),
-    pytest.mark.xdist_group("browser"),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None or "CI" in os.environ, reason="needs a Chromium, and is not for CI")
 STATUS = "document.querySelector('#status').innerText"
 TEXT = "#text-1 textarea"
 

@@ -8,8 +8,6 @@ import pytest
 from tests.space import clients
 from tests.space.clients import GOOD
 
-pytestmark = pytest.mark.xdist_group("served")
-
 
 @pytest.fixture
 def client(server):

@@ -16,8 +16,6 @@ from ruamel.yaml import YAML
 
 from tests.project import Project
 
-pytestmark = pytest.mark.xdist_group("pipeline")
-
 
 def ran(output):
     return re.findall(r"Running stage '([a-z-]+)'", output)

@@ -76,7 +76,6 @@ def compiled(request):
 
 
 @needs_compiler
-@pytest.mark.xdist_group("compiled")
 def test_compiled_gives_loss_and_gradients_of_plain_fp32(compiled):
     loss_tolerance, gradient_tolerance = (2e-3, 0.03) if compiled.compute is not compiled.master else (1e-6, 1e-5)
     inputs, targets = batch(SMALL)
@@ -93,7 +92,6 @@ def test_compiled_gives_loss_and_gradients_of_plain_fp32(compiled):
 
 
 @needs_compiler
-@pytest.mark.xdist_group("compiled")
 def test_compiled_gradients_are_the_same_bits_each_time(compiled):
     shape = batch(SMALL)[0].shape
     inputs, targets = torch.randint(0, 5, (2, *shape))  # many of each token, so that threads meet in its gradient
