@@ -49,7 +49,7 @@ def worst_error(ours, theirs):
     ("precision", "loss_tolerance", "gradient_tolerance"),
     [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 2e-3, 0.03), (torch.float16, 3e-4, 0.01)],
 )
-def test_every_format_gives_loss_and_gradients_of_plain_fp32(
+def test_every_dtype_matches_loss_and_gradients_of_plain_fp32(
     precision, loss_tolerance, gradient_tolerance, checkpointing
 ):
     inputs, targets = batch(SMALL)
@@ -67,7 +67,7 @@ def test_every_format_gives_loss_and_gradients_of_plain_fp32(
     ("precision", "loss_tolerance", "gradient_tolerance"),
     [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 2e-3, 0.03)],
 )
-def test_compiled_gives_loss_and_gradients_of_plain_fp32(precision, loss_tolerance, gradient_tolerance):
+def test_compiled_matches_loss_and_gradients_of_plain_fp32(precision, loss_tolerance, gradient_tolerance):
     inputs, targets = batch(SMALL)
     loss, expected = plain(SMALL, inputs, targets)
     compute = MixedPrecisionModel(model_of(SMALL), precision)
@@ -83,7 +83,7 @@ def test_compiled_gives_loss_and_gradients_of_plain_fp32(precision, loss_toleran
         assert other == pytest.approx(compute.compute(inputs[:1, :9], targets[:1, :9])[1].item(), rel=loss_tolerance)
 
 
-def test_without_a_compiler_everything_stays_as_it_was(monkeypatch):
+def test_without_a_compiler_the_model_stays_uncompiled(monkeypatch):
     def no_compiler(*_, **__):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand a long story")
 
@@ -98,7 +98,7 @@ def test_without_a_compiler_everything_stays_as_it_was(monkeypatch):
     assert all(p.grad is None for p in compute.master.parameters())
 
 
-def test_narrow_weights_follow_the_model_and_layer_norm_is_shared():
+def test_compute_copies_follow_the_master_weights_and_share_layer_norm():
     compute = MixedPrecisionModel(model_of(TINY), torch.bfloat16)
     wide, narrow = compute.master, compute.compute
     assert narrow.lm_head.weight is narrow.transformer["wte"].weight  # still tied
@@ -124,7 +124,7 @@ def test_gradients_add_up_in_fp32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_of_short_sequences_is_that_of_pytorch(dtype):
+def test_attention_of_short_sequences_matches_pytorch(dtype):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 17, 8).to(dtype).requires_grad_() for _ in range(3))
     y = causal_attention(q, k, v)
@@ -139,7 +139,7 @@ def test_attention_of_short_sequences_is_that_of_pytorch(dtype):
 
 @needs_compiler
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_compiled_gradients_are_the_same_bits_each_time(precision):
+def test_compiled_gradients_are_deterministic(precision):
     torch.manual_seed(0)
     compute = MixedPrecisionModel(GPT(TINY), precision)
     # many of each token, so that threads would meet in its gradient
