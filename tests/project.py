@@ -1,4 +1,4 @@
-"""A repository of its own with this code and tiny params, for tests that run the real commands."""
+"""A temporary repository with this code and tiny params, for tests that run the real commands."""
 
 import json
 import os
@@ -53,7 +53,7 @@ class Project:
         self.write_params((ROOT / "params.yaml").read_text(), TINY)
         for command in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-qm", "start"]):
             self.run("git", *command)
-        # a text that git does not know: no copy for an experiment has it
+        # an untracked text, which copies for experiments do not contain
         (folder / "mine.txt").write_text(our_text(400))
         (folder / ".git/info/exclude").write_text("/mine.txt\n")
 

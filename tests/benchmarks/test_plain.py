@@ -35,7 +35,7 @@ def test_the_peer_is_the_same_model():
     assert torch.allclose(peer(idx, targets), ours(idx, targets)[1], atol=1e-6)
 
 
-def test_the_products_alone_are_all_those_of_a_step():
+def test_products_alone_match_the_products_of_a_step():
     with FlopCounterMode(display=False) as alone:
         for product in products_alone(CONFIG, 3, 16, torch.float32, torch.device("cpu")):
             product()

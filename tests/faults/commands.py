@@ -1,4 +1,4 @@
-"""The real command line, hurt from outside: plain `python -m stages.train`, and the same through DVC."""
+"""Signals and kills of the real command line: plain `python -m stages.train`, and the same through DVC."""
 
 import csv
 import hashlib
@@ -30,14 +30,14 @@ RUNTIME = {"checkpoint_interval": 3, "log_interval": 1, "precision": "fp32", "co
 
 
 class Trained:
-    """A project after an undisturbed run, to make copies of: `expected` is what each hurt run has to end with."""
+    """A project after an undisturbed run, to copy. expected: the results that each run with a fault must reach."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         self.project = Project(folder)
         self.project.change(train=QUICK, runtime=RUNTIME)
         self.project.run("dvc", "repro", "tokenize")
-        self.project.run(*PLAIN)  # makes MLflow's database as well, which takes seconds
+        self.project.run(*PLAIN)  # also creates MLflow's database, which takes seconds
         forget(self.project)
         started_s = time.monotonic()
         self.project.run(*PLAIN)
@@ -45,7 +45,7 @@ class Trained:
         self.expected = results(self.project)
 
     def copy(self, folder: Path) -> Project:
-        """Another one like it."""
+        """Copies the project."""
         shutil.copytree(self.project.folder, folder, symlinks=True)
         copy = Project.__new__(Project)
         copy.folder = folder
@@ -53,7 +53,7 @@ class Trained:
 
 
 def results(project: Project) -> dict[str, Any]:
-    """What two runs that are the same have in common, to the bit."""
+    """The results that must be bitwise identical in two runs."""
     models = project.folder / "models"
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(models.glob("*.safetensors"))}
     with (project.folder / "reports/train/history.csv").open() as file:
@@ -63,7 +63,7 @@ def results(project: Project) -> dict[str, Any]:
 
 
 def forget(project: Project) -> None:
-    """As if nothing had been trained."""
+    """Deletes all results of training."""
     project.run("rm", "-rf", ".dvc/cache/runs", "models", "checkpoints", "reports", "mlflow-outbox")
     with suppress(OSError):
         (project.folder / "dvc.lock").write_text((project.folder / "dvc.lock").read_text().partition("  train:")[0])
@@ -84,28 +84,28 @@ class Command:
         )
 
     def wait(self, timeout_s: float = 120) -> int:
-        """The exit code, that of the stage if it ran through DVC."""
+        """Returns the exit code; that of the stage if it ran through DVC."""
         try:
             code = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
             return -1
-        told = self.output().rpartition("exited with ")[2][:3]
-        return int("".join(filter(str.isdigit, told)) or code) if code == 255 else code
+        digits = self.output().rpartition("exited with ")[2][:3]
+        return int("".join(filter(str.isdigit, digits)) or code) if code == 255 else code
 
     def output(self) -> str:
-        """What it has said."""
+        """Its output so far."""
         self.log.seek(0)
         return self.log.read()
 
     def kill(self) -> None:
-        """SIGKILL for it and all that it started, but for the process beside the stage, which ends by itself."""
+        """Kills it and its children with SIGKILL, except the uploader process, which ends by itself."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def problem(self, code: int, expected: int) -> str | None:
-        """What is wrong with how it ended."""
+        """Describes a wrong exit; None if it is right."""
         output = self.output()
         if "Traceback" in output:
             return f"traceback: {output[-2000:]}"
@@ -113,7 +113,7 @@ class Command:
 
 
 def finish(project: Project, command: list[str]) -> str | None:
-    """Runs a command to its end."""
+    """Runs a command to its end. Describes its failure, or returns None."""
     again = Command(project, command)
     return again.problem(again.wait(), 0)
 
@@ -128,14 +128,14 @@ PHASES = {
     "flushing": ("train", "stages.tracking.run:Run.end:1"),
     "sampling": ("evaluate", "gpt2.inference.kv_cache:window_start:9"),
 }
-PATIENCE_S = 30.0
-"""For a test, on a machine that does other things too; `make soak` holds the stages to less."""
+TEST_TIMEOUT_S = 30.0
+"""For tests on a busy machine; `make soak` allows less."""
 
 
 def signal_in_phase(
     project: Project, phase: str, through_dvc: bool, expected: dict[str, Any], result: Result, within_s: float
 ) -> str | None:
-    """SIGTERM in a phase, then the same command again; what is wrong, if anything is."""
+    """Sends SIGTERM in a phase, then runs the same command again. Describes a failure, or returns None."""
     stage, fault = PHASES[phase]
     plain = [sys.executable, "-m", f"stages.{stage}"]
     command = ["dvc", "repro", "--single-item", "--force", stage] if through_dvc else plain
@@ -143,10 +143,10 @@ def signal_in_phase(
         forget(project)
     sent = project.folder / "sent"
     sent.unlink(missing_ok=True)
-    hurt = Command(project, command, PYTHONPATH=str(SHIM), FAULT=fault, FAULT_SENT=str(sent))
-    code = hurt.wait()
+    interrupted = Command(project, command, PYTHONPATH=str(SHIM), FAULT=fault, FAULT_SENT=str(sent))
+    code = interrupted.wait()
     ended_s = time.time()
-    if problem := hurt.problem(code, 143):
+    if problem := interrupted.problem(code, 143):
         return problem
     if not sent.exists():
         return "the phase was not reached"
@@ -163,8 +163,10 @@ def signal_in_phase(
     return None
 
 
-def signals(folder: Path, trained: Trained, cases: Iterable[tuple[str, bool]], within_s: float = PATIENCE_S) -> Result:
-    """SIGTERM in phases, each plain or through DVC; two at the same time, in two projects."""
+def signals(
+    folder: Path, trained: Trained, cases: Iterable[tuple[str, bool]], within_s: float = TEST_TIMEOUT_S
+) -> Result:
+    """Sends SIGTERM in phases, each plain or through DVC; two at the same time, in two projects."""
     result = Result("SIGTERM by phase, plain and through DVC")
     todo = list(cases)
 
@@ -180,7 +182,7 @@ def signals(folder: Path, trained: Trained, cases: Iterable[tuple[str, bool]], w
 
 
 def kills(folder: Path, trained: Trained, cases: int, seed: int = 0) -> Result:
-    """SIGKILL at random times, half of them through DVC; after five, the run goes on to its end."""
+    """Sends SIGKILL at random times, half of them through DVC; after five kills, the run continues to its end."""
     result = Result("SIGKILL of the real command line at random times")
 
     def lane(number: int) -> None:
@@ -215,7 +217,7 @@ def kills(folder: Path, trained: Trained, cases: int, seed: int = 0) -> Result:
 
 
 def steps_logged_twice(project: Project) -> list[str]:
-    """The metrics of any run in MLflow that have a step more than once."""
+    """The metrics of all MLflow runs that have a step more than once."""
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")
@@ -228,12 +230,14 @@ def steps_logged_twice(project: Project) -> list[str]:
     return doubled
 
 
-def orphans(folder: Path, trained: Trained, cases: int, seed: int = 0, within_s: float = PATIENCE_S) -> Result:
-    """DVC alone is killed: the stage has to end by itself, and a second run at once must not write beside it."""
+def orphaned_processes(
+    folder: Path, trained: Trained, cases: int, seed: int = 0, within_s: float = TEST_TIMEOUT_S
+) -> Result:
+    """Kills only DVC: the stage must end by itself, and a second run must not write at the same time."""
     draw = random.Random(seed)
-    project = trained.copy(folder / "orphans")
+    project = trained.copy(folder / "orphaned")
     project.change(train={"max_steps": 4000, "eval_interval": 4000})
-    result = Result("orphans and double runs after DVC is killed")
+    result = Result("orphaned processes and double runs after DVC is killed")
     slowest_s = 0.0
     for number in range(cases):
         dvc = Command(project, THROUGH_DVC)
@@ -247,13 +251,13 @@ def orphans(folder: Path, trained: Trained, cases: int, seed: int = 0, within_s:
         second = Command(project, PLAIN)
         time.sleep(0.2)
         both = [p for p in (stage, psutil.Process(second.process.pid)) if p.is_running()]
-        writers = {name for name in map(holder_of_lock, project.folder.glob("checkpoints/*/lock")) if name}
-        problem = f"two writers: {writers}" if len(writers) > 1 else None
+        holders = {name for name in map(holder_of_lock, project.folder.glob("checkpoints/*/lock")) if name}
+        problem = f"two runs hold a lock: {holders}" if len(holders) > 1 else None
         try:
             stage.wait(within_s)
             slowest_s = max(slowest_s, time.monotonic() - killed_s)
         except psutil.TimeoutExpired:
-            problem = f"the stage was still there after {within_s} s"
+            problem = f"the stage was still running after {within_s} s"
             stage.kill()
         second.process.send_signal(signal.SIGTERM)
         code = second.wait()
@@ -265,7 +269,7 @@ def orphans(folder: Path, trained: Trained, cases: int, seed: int = 0, within_s:
 
 
 def wait_for_stage(dvc: "subprocess.Popen[bytes]") -> psutil.Process | None:
-    """The process that DVC started for the stage."""
+    """Waits for the process of the stage that DVC starts."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and dvc.poll() is None:
         with suppress(psutil.NoSuchProcess):
@@ -277,7 +281,7 @@ def wait_for_stage(dvc: "subprocess.Popen[bytes]") -> psutil.Process | None:
 
 
 def holder_of_lock(path: Path) -> str:
-    """Who holds a lock file, if anybody does."""
+    """The holder of a lock file; empty if it is free."""
     import fcntl
 
     with path.open() as file:

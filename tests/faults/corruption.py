@@ -1,4 +1,4 @@
-"""Checkpoints damaged in every way, the newest of three each time."""
+"""Corruption of the newest checkpoint."""
 
 import random
 import shutil
@@ -16,7 +16,7 @@ WITH_ANOTHER = ("swap", "mix")
 
 
 def damage(draw: random.Random, newest: Path, older: Path | None = None) -> str:
-    """Damages the newest checkpoint, perhaps by what belongs to an older one; says how."""
+    """Damages the newest checkpoint, perhaps with files of an older one. Returns a description."""
     file = newest / draw.choice([CHECKPOINT_FILE, CHECKPOINT_FILE, MANIFEST_FILE])
     data = bytearray(file.read_bytes())
     way = draw.choice((*ALONE, *WITH_ANOTHER) if older else ALONE)
@@ -50,25 +50,25 @@ def damage(draw: random.Random, newest: Path, older: Path | None = None) -> str:
 
 
 def corruption(folder: Path, cases: int, seed: int = 0) -> Result:
-    """Each damage has to be recognised and named, and the older checkpoint taken; with both damaged, none."""
+    """The store must report each damage and load the older checkpoint; if both are damaged, it must raise."""
     session = Session(folder / "whole", max_steps=3)
     session.train()
     older, newest = (session.store.path(step) for step in session.store.steps())
-    sound = {path: {file: file.read_bytes() for file in path.iterdir()} for path in (older, newest)}
+    intact = {path: {file: file.read_bytes() for file in path.iterdir()} for path in (older, newest)}
     draw = random.Random(seed)
-    result = Result("corrupted checkpoints recognised")
+    result = Result("corrupted checkpoints detected")
     for _ in range(cases):
-        told = damage(draw, newest, older)
+        description = damage(draw, newest, older)
         warnings: list[str] = []
         content = session.store.load_newest(warnings.append)
         is_right = content is not None and content["state"]["step"] == 2
-        is_told = len(warnings) == 1 and newest.name in warnings[0] and "\n" not in warnings[0]
-        result.add(None if is_right and is_told else f"{told}: {warnings}")
-        told += "; " + damage(draw, older)
+        is_reported = len(warnings) == 1 and newest.name in warnings[0] and "\n" not in warnings[0]
+        result.add(None if is_right and is_reported else f"{description}: {warnings}")
+        description += "; " + damage(draw, older)
         with suppress(FileError):
             session.store.load_newest(lambda _: None)
-            result.failures.append(f"{told}: taken nevertheless")
-        for path, files in sound.items():
+            result.failures.append(f"{description}: loaded nevertheless")
+        for path, files in intact.items():
             path.mkdir(exist_ok=True)
             for file, data in files.items():
                 file.write_bytes(data)

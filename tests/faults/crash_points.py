@@ -1,4 +1,4 @@
-"""Every call of the save protocol, failing in every way; then the same run again."""
+"""Failures of every call of the save protocol, in every way; then the same run again."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ WAYS = ("kill", "lost data", "lost names", "ENOSPC", "EIO")
 
 
 def calls_of_a_run(folder: Path) -> list[str]:
-    """The calls of an undisturbed run, in order."""
+    """The calls of a run without faults, in order."""
     disk = FaultyDisk()
 
     def count() -> int:
@@ -24,7 +24,7 @@ def calls_of_a_run(folder: Path) -> list[str]:
 
 
 def crash_points(folder: Path, first: int = 0, last: int | None = None) -> Result:
-    """Fails the calls from number `first` to before `last`, one in each case."""
+    """Injects failures into calls [first, last), one per case."""
     warm_up(folder / "warm")
     calls = calls_of_a_run(folder / "undisturbed")
     expected = outcome_of(folder / "undisturbed")
@@ -42,7 +42,7 @@ def crash_points(folder: Path, first: int = 0, last: int | None = None) -> Resul
             if code not in may_end:
                 problem = f"ended with {code}"
             elif again != 0:
-                problem = f"then could not go on: {again}"
+                problem = f"then could not continue: {again}"
             elif outcome_of(case) != expected:
                 problem = "then ended with another result"
             result.add(problem and f"call {number} ({calls[number]}), {way}: {problem}")

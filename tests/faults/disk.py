@@ -1,4 +1,4 @@
-"""A disk that fails: put in the place of `os` in gpt2.files, through which everything that lasts is written."""
+"""A faulty disk: replaces `os` in gpt2.files, which performs all persistent writes."""
 
 import errno
 import os
@@ -11,11 +11,11 @@ WRITE_CALLS = ("open", "write", "fsync", "chmod", "replace", "rename", "unlink",
 
 
 class FaultyDisk:
-    """Counts the calls that change the disk, and makes the one of a number fail in a way.
+    """Counts the calls that change the disk, and makes call number `fail_at` fail.
 
-    how: "kill": the process is gone, half a write done. "lost data": so is the power, and what was written and not
-    brought to the disk is empty. "lost names": besides, files made, renamed or deleted without bringing their folder to
-    the disk are as before. "ENOSPC", "EIO": the call raises, once. "full": it and all later ones that write do.
+    how: "kill": the process dies in the middle of a write. "lost data": a power failure, which also empties files that
+    were not synced. "lost names": also undoes files created, renamed or deleted whose folder was not synced.
+    "ENOSPC", "EIO": the call raises, once. "full": the call and all later writes raise.
     """
 
     def __init__(self, fail_at: int | None = None, how: str = "kill") -> None:

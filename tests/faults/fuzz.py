@@ -1,4 +1,4 @@
-"""Corpora and params files that nobody would write on purpose."""
+"""Fuzzed corpora and params files."""
 
 import random
 from collections.abc import Callable
@@ -44,7 +44,7 @@ BYTES = (b"\xff", b"\xfe\xff", b"\xff\xfe", b"\xc3", b"\xed\xa0\x80", b"\x80abc"
 
 
 def a_corpus(draw: random.Random) -> bytes:
-    """The bytes of a text file, most often with something strange in it."""
+    """The bytes of a random text file, often with unusual content."""
     text = our_text(draw.choice([0, 1, 3, 40, 200]), draw.randrange(99))
     for _ in range(draw.choice([0, 1, 3, 30])):
         place = draw.randrange(len(text) + 1)
@@ -61,7 +61,7 @@ def a_corpus(draw: random.Random) -> bytes:
 
 
 def corpora(folder: Path, cases: int, seed: int = 0) -> Result:
-    """Each becomes tokens that decode to its text, or one line that says what is wrong with it."""
+    """Each corpus must be encoded into tokens that decode to its text, or refused with a one-line error."""
     draw = random.Random(seed)
     result = Result("fuzzed corpora")
     for number in range(cases):
@@ -80,7 +80,7 @@ def corpora(folder: Path, cases: int, seed: int = 0) -> Result:
 
 
 def corpus_problem(case: Path, source: Path, content: bytes) -> str | None:
-    """What is wrong with what became of a corpus."""
+    """Describes a failure of a case, or returns None."""
 
     def read() -> None:
         corpus.write_corpus(str(source), case / "corpus.txt", downloads=case, roots=[case])
@@ -100,12 +100,12 @@ def corpus_problem(case: Path, source: Path, content: bytes) -> str | None:
 
 
 def problem_of(action: Callable[[], object]) -> str | None:
-    """None if an action succeeds, or raises an error of ours that is told in one line."""
+    """None if an action succeeds or raises a GPT2Error with a one-line message."""
     try:
         action()
     except GPT2Error as error:
         message = str(error)
-        return None if message and "\n" not in message else f"told in several lines: {message!r}"
+        return None if message and "\n" not in message else f"message of several lines: {message!r}"
     except Exception as error:
         return f"traceback: {type(error).__name__}: {error}"
     return None
@@ -180,7 +180,7 @@ def mutated(draw: random.Random, text: str) -> str:
 
 
 def garbled(draw: random.Random, text: str) -> str:
-    """A params file that may be no YAML any more."""
+    """A params file that may be invalid YAML."""
     characters = list(text)
     for _ in range(draw.choice([1, 2, 5, 50])):
         place = draw.randrange(len(characters))
@@ -192,7 +192,7 @@ def garbled(draw: random.Random, text: str) -> str:
 
 
 def params_files(folder: Path, cases: int, seed: int = 0) -> Result:
-    """Each is accepted, or refused with a line for each problem, in one message."""
+    """Each must be accepted, or refused in one message with one line per problem."""
     draw = random.Random(seed)
     text = (ROOT / "params.yaml").read_text()
     result = Result("fuzzed params files")
@@ -208,7 +208,7 @@ def params_files(folder: Path, cases: int, seed: int = 0) -> Result:
         except GPT2Error as error:
             lines = str(error).split("\n")
             is_list = len(lines) == 1 or f"has {len(lines) - 1} problems:" in lines[0]
-            problem = None if error.exit_code == 2 and is_list and len(lines[0]) < 1000 else f"told badly: {error}"
+            problem = None if error.exit_code == 2 and is_list and len(lines[0]) < 1000 else f"bad message: {error}"
         except Exception as error:
             problem = f"traceback: {type(error).__name__}: {error}"
         result.add(problem and f"{problem}\n{content}")

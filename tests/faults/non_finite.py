@@ -1,4 +1,4 @@
-"""Numbers that are not finite, put into losses, gradients and weights at some step."""
+"""Injection of non-finite values into losses, gradients and weights."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ PLACES = ("loss", "one gradient", "all gradients", "weight after the update", "m
 
 
 class Poison:
-    """Puts a value into a place of a session in one step, counted from 0."""
+    """Injects a value into a place of a session in one step, counted from 0."""
 
     def __init__(self, session: Session, place: str, value: float, step: int, draw: random.Random) -> None:
         self.place, self.value, self.step, self.session = place, value, step, session
@@ -44,7 +44,7 @@ class Poison:
         torch.nn.utils.clip_grad_norm_ = self._clip
 
     def clip(self, parameters: Any, max_norm: float) -> torch.Tensor:
-        """What comes after all gradients are there."""
+        """Replaces clip_grad_norm_, which runs after all gradients are computed."""
         if self.is_now and self.place == "one gradient":
             self.parameter.grad.view(-1)[self.index] = self.value
         if self.is_now and self.place == "all gradients":
@@ -64,7 +64,7 @@ class Poison:
 
 
 def poisoned_checkpoints(session: Session) -> list[str]:
-    """The checkpoints that hold anything that is not finite."""
+    """The checkpoints with non-finite values."""
     found = []
     for step in session.store.steps():
         content = session.store.load(step)
@@ -78,7 +78,7 @@ def poisoned_checkpoints(session: Session) -> list[str]:
 
 
 def non_finite(folder: Path, cases: int, seed: int = 0) -> Result:
-    """Each has to end with exit code 3, without an update by such a gradient, or a checkpoint that holds the number."""
+    """Each case must end with exit code 3, without an update by such a gradient or a checkpoint with the value."""
     draw = random.Random(seed)
     kinds = itertools.cycle(itertools.product(PLACES, VALUES, ("adamw", "muon"), (torch.float32, torch.bfloat16)))
     result = Result("non-finite injections")
@@ -86,12 +86,12 @@ def non_finite(folder: Path, cases: int, seed: int = 0) -> Result:
         step = draw.randrange(5)
         session = Session(folder / str(number), precision=precision, optimizer=optimizer, max_steps=6)
         poison = Poison(session, place, value, step, draw)
-        problem = "no divergence was noticed"
+        problem = "no divergence was detected"
         try:
             with poison:
                 session.train()
         except DivergedError as error:
-            problem = None if error.exit_code == 3 and "\n" not in str(error) else f"told badly: {error}"
+            problem = None if error.exit_code == 3 and "\n" not in str(error) else f"bad message: {error}"
         if place in PLACES[:3] and step in poison.applied:
             problem = "the update was applied"
         if bad := poisoned_checkpoints(session):

@@ -1,11 +1,11 @@
-"""What a campaign of faults found."""
+"""The result of a fault injection campaign."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class Result:
-    """name: what was done. failures: what went wrong, a line each. notes: what else was measured."""
+    """name: of the campaign. failures: one line each. notes: other measurements."""
 
     name: str
     cases: int = 0
@@ -19,6 +19,6 @@ class Result:
             self.failures.append(problem)
 
     def check(self, at_least: int) -> None:
-        """For a test: nothing went wrong, and it was not for want of cases."""
+        """Asserts that there were no failures, in at least this number of cases."""
         assert not self.failures, "\n".join(self.failures[:20])
         assert self.cases >= at_least

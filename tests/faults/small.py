@@ -37,7 +37,7 @@ NUMBERS = ("step", "train_loss", "val_loss", "learning_rate", "grad_norm", "toke
 
 
 class NoRun:
-    """Tracking that nobody needs."""
+    """Tracking that does nothing."""
 
     run_id = "a" * 32
 
@@ -46,7 +46,7 @@ class NoRun:
 
 
 class Session:
-    """What a process does to the run: goes on from the newest checkpoint in a folder, to the end."""
+    """Continues a run from the newest checkpoint in a folder to its end."""
 
     def __init__(
         self, folder: Path, *, interval: int = 1, precision: torch.dtype = torch.float32, **changes: Any
@@ -91,7 +91,7 @@ class Session:
             callbacks.close()
 
     def outcome(self) -> dict[str, Any]:
-        """What two runs that are the same have in common, to the bit."""
+        """The results that must be bitwise identical in two runs."""
         digest = hashlib.sha256()
         for weights in (*self.model.parameters(), *self.state.best_weights.values()):
             digest.update(weights.detach().numpy().tobytes())
@@ -103,7 +103,7 @@ class Session:
 
 
 def whole_run(folder: Path, disk: Any = None, **options: Any) -> Callable[[], int]:
-    """A session as a function for `forked`, which leaves its outcome in `folder`.json. Gives the exit code."""
+    """A session as a function for `forked`. It writes its outcome to `folder`.json and returns the exit code."""
 
     def run() -> int:
         if disk is not None:
@@ -121,7 +121,7 @@ def whole_run(folder: Path, disk: Any = None, **options: Any) -> Callable[[], in
 
 
 def warm_up(folder: Path) -> None:
-    """Does once, before any fork, what torch imports at first use: that takes longer than a session."""
+    """Runs a session before any fork, because torch's imports at first use take longer than a session."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     Session(folder).train()
@@ -129,12 +129,12 @@ def warm_up(folder: Path) -> None:
 
 
 def outcome_of(folder: Path) -> Any:
-    """What `whole_run` left."""
+    """The outcome that `whole_run` wrote."""
     return json.loads(folder.with_suffix(".json").read_text())
 
 
 def forked(*functions: Callable[[], int]) -> list[int]:
-    """Runs functions in processes of their own, at the same time; gives their exit codes, 99 for a traceback."""
+    """Runs functions in forked processes at the same time. Returns their exit codes; 99 is a traceback."""
     pids = []
     for function in functions:
         sys.stdout.flush()

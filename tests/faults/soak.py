@@ -1,4 +1,4 @@
-"""The long version of the tests of faults: `make soak`. Prints a table, and everything that went wrong."""
+"""The long version of the fault injection tests: `make soak`. Prints a table, and all failures."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults.commands import PHASES, Trained, kills, orphans, signals
+from tests.faults.commands import PHASES, Trained, kills, orphaned_processes, signals
 from tests.faults.corruption import corruption
 from tests.faults.crash_points import crash_points
 from tests.faults.fuzz import corpora, params_files
@@ -17,11 +17,13 @@ from tests.faults.tracking import tracking_faults
 
 
 def main() -> int:
-    """Gives the exit code: 1 if anything went wrong."""
+    """Returns the exit code: 1 if there was a failure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="of the real command line (default: %(default)s)")
-    parser.add_argument("--orphans", type=int, default=50, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of what is random (default: %(default)s)")
+    parser.add_argument(
+        "--kills", type=int, default=200, help="number of kills of the real command line (default: %(default)s)"
+    )
+    parser.add_argument("--orphaned-processes", type=int, default=50, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -35,7 +37,7 @@ def main() -> int:
             lambda: params_files(folder / "params", 500, arguments.seed),
             lambda: signals(folder, trained, both, within_s=2.0),
             lambda: tracking_faults(folder, trained),
-            lambda: orphans(folder, trained, arguments.orphans, arguments.seed, within_s=5.0),
+            lambda: orphaned_processes(folder, trained, arguments.orphaned_processes, arguments.seed, within_s=5.0),
             lambda: kills(folder, trained, arguments.kills, arguments.seed),
         ]
         lines, failures = [], 0

@@ -1,4 +1,4 @@
-"""Faults of the real command line, a few of each kind; `make soak` has them all, and many more kills."""
+"""Fault injection into the real command line, a few cases of each kind; `make soak` runs all of them."""
 
 import re
 import resource
@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.faults.commands import PHASES, PLAIN, Trained, finish, forget, kills, orphans, results, signals
+from tests.faults.commands import PHASES, PLAIN, Trained, finish, forget, kills, orphaned_processes, results, signals
 from tests.faults.tracking import tracking_faults
 
 ALL_PHASES = [(phase, number % 4 > 1) for number, phase in enumerate(PHASES)]
@@ -29,16 +29,16 @@ def test_a_signal_in_any_phase_loses_nothing(tmp_path, trained, cases):
 
 
 @pytest.mark.parametrize("cases", [4, slow(10)])
-def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, trained, cases):
+def test_a_killed_run_resumes_to_the_same_result(tmp_path, trained, cases):
     kills(tmp_path, trained, cases).check(at_least=cases)
 
 
-def test_a_stage_whose_dvc_is_gone_ends_and_nobody_writes_beside_it(tmp_path, trained):
-    orphans(tmp_path, trained, 2).check(at_least=2)
+def test_an_orphaned_stage_ends_and_no_second_run_writes(tmp_path, trained):
+    orphaned_processes(tmp_path, trained, 2).check(at_least=2)
 
 
 def full_disk():
-    """No file can be as large as a checkpoint."""
+    """Limits the file size to less than a checkpoint."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
 
@@ -59,7 +59,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, trained):
     assert results(project) == trained.expected
 
 
-def test_checkpoints_that_cannot_be_written_are_told_before_the_run(tmp_path, trained):
+def test_an_invalid_checkpoint_folder_is_reported_before_the_run(tmp_path, trained):
     project = trained.copy(tmp_path / "project")
     project.change(runtime={"checkpoint_folder": "mine.txt/inside"})
     output = project.run(*PLAIN, code=74)
@@ -70,12 +70,12 @@ def test_checkpoints_that_cannot_be_written_are_told_before_the_run(tmp_path, tr
 def test_a_divergence_names_its_step_and_the_last_good_checkpoint(tmp_path, trained):
     project = trained.copy(tmp_path / "project")
     project.change(train={"learning_rate": 1.0e20, "optimizer": "adamw"}, runtime={"checkpoint_interval": 1})
-    told = [project.run(*PLAIN, code=3).splitlines()[-1] for _ in range(3)]
+    errors = [project.run(*PLAIN, code=3).splitlines()[-1] for _ in range(3)]
     assert re.match(
-        r"error: training diverged at step \d+: loss .*The last good checkpoint is .*step-00000\d$", told[0]
+        r"error: training diverged at step \d+: loss .*The last good checkpoint is .*step-00000\d$", errors[0]
     )
-    assert told[1] == told[0]
-    assert "This happened 2 times at the same step" in told[2]
+    assert errors[1] == errors[0]
+    assert "This happened 2 times at the same step" in errors[2]
 
 
 @pytest.mark.parametrize("faults", [["black hole"], slow(["refused", "black hole", "database locked"])])

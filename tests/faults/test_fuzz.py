@@ -1,4 +1,4 @@
-"""Strange corpora and params, in this process."""
+"""Fuzzing of corpora and params, in this process."""
 
 import os
 
@@ -12,7 +12,7 @@ from gpt2.errors import FileError, UserError
 from tests.faults.fuzz import corpora, params_files
 
 
-def test_strange_corpora_are_taken_as_they_are_or_refused(tmp_path):
+def test_fuzzed_corpora_are_unchanged_or_refused(tmp_path):
     corpora(tmp_path, 300).check(at_least=300)
 
 
@@ -22,11 +22,11 @@ def test_wrong_params_are_refused_in_one_message(tmp_path):
 
 @given(st.text(max_size=200))
 @settings(max_examples=200, deadline=None)
-def test_every_text_comes_back_from_its_tokens(text):
+def test_decode_inverts_encode_for_strange_texts(text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_end_of_text_in_a_corpus_is_ordinary_text():
+def test_end_of_text_in_a_corpus_is_encoded_as_text():
     assert tokenizer.END_OF_TEXT not in tokenizer.encode("<|endoftext|>")
 
 
@@ -35,13 +35,13 @@ def write(tmp_path, source):
 
 
 @pytest.mark.parametrize("text", ["a" * 1_000_000, "word " * 1_000_000, " " * 1_000_000 + "x"])
-def test_a_long_line_is_tokenized_in_memory_for_a_part_of_it(tmp_path, text):
+def test_a_long_line_is_tokenized_in_chunks(tmp_path, text):
     (tmp_path / "corpus.txt").write_text(text)
     meta = token_files.write_tokens(tmp_path / "corpus.txt", tmp_path / "tokens", 0.1)
     assert sum(split["bytes"] for split in meta["splits"].values()) == len(text)
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_sources_that_are_no_files_are_refused(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     os.mkfifo(tmp_path / "pipe")

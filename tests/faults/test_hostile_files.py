@@ -1,4 +1,4 @@
-"""Files that would run code, or eat memory, if they were loaded as people often load them."""
+"""Malicious files, which run code or exhaust memory if they are unpickled."""
 
 import io
 import json
@@ -85,7 +85,7 @@ PAYLOADS = {
 
 @pytest.fixture(params=PAYLOADS)
 def hostile(request, tmp_path):
-    """Bytes of a .pt file, and a check that it ran nothing and nothing took long."""
+    """The bytes of a .pt file. Checks that it ran no code and that loading was quick."""
     canary = tmp_path / "canary"
     started_s = time.monotonic()
     yield PAYLOADS[request.param](canary)
@@ -95,13 +95,13 @@ def hostile(request, tmp_path):
 
 
 def test_the_payloads_are_live(tmp_path):
-    """That the canary would appear if files were loaded as they must not be."""
+    """Unpickling a payload creates the canary."""
     canary = tmp_path / "canary"
     torch.load(io.BytesIO(PAYLOADS["os.system"](canary)), weights_only=False)
     assert canary.exists()
 
 
-def test_a_checkpoint_of_anybody_runs_nothing(hostile, tmp_path):
+def test_a_malicious_checkpoint_runs_nothing(hostile, tmp_path):
     folder = tmp_path / "run/step-000001"
     folder.parent.mkdir()
     write_folder(folder, {CHECKPOINT_FILE: lambda file: file.write(hostile)}, {"step": 1})
@@ -109,7 +109,7 @@ def test_a_checkpoint_of_anybody_runs_nothing(hostile, tmp_path):
         CheckpointStore(folder.parent).load(1)
 
 
-def test_a_model_of_anybody_runs_nothing(hostile, tmp_path):
+def test_a_malicious_model_runs_nothing(hostile, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(hostile)
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
     with pytest.raises(GPT2Error):
@@ -117,7 +117,7 @@ def test_a_model_of_anybody_runs_nothing(hostile, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt_model.pt", "gpt_config.pt"])
-def test_a_space_of_anybody_runs_nothing(hostile, tmp_path, name):
+def test_a_malicious_space_runs_nothing(hostile, tmp_path, name):
     torch.save(TINY.to_dict(), tmp_path / "gpt_config.pt")
     torch.save({}, tmp_path / "gpt_model.pt")
     (tmp_path / name).write_bytes(hostile)

@@ -1,4 +1,4 @@
-"""A token in an address of the corpus, followed through the whole pipeline."""
+"""A token in the URL of the corpus must not leave params.yaml."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +12,7 @@ SECRET = "s3cretT0ken"
 
 
 class Texts(BaseHTTPRequestHandler):
-    """Gives our text to whoever has the token."""
+    """Serves our text to requests with the token."""
 
     def do_GET(self):
         found = self.path.endswith(f"?token={SECRET}")
@@ -44,8 +44,8 @@ def test_a_secret_of_the_corpus_stays_in_params(tmp_path, address):
     output = refused + project.run("dvc", "repro")
     assert SECRET not in output
     folder = project.folder
-    rooms = ("data", "models", "reports", "dist", "mlartifacts", "mlflow-outbox", "checkpoints", "mlflow.db")
-    files = [file for room in rooms for file in (folder / room, *(folder / room).rglob("*")) if file.is_file()]
+    outputs = ("data", "models", "reports", "dist", "mlartifacts", "mlflow-outbox", "checkpoints", "mlflow.db")
+    files = [file for output in outputs for file in (folder / output, *(folder / output).rglob("*")) if file.is_file()]
     assert len(files) > 30
     assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
     assert f"{address}/text.txt?***" in (folder / "data/corpus.json").read_text()

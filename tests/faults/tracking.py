@@ -1,4 +1,4 @@
-"""Tracking servers and databases that fail, while the real command line trains."""
+"""Failing tracking servers and databases during training with the real command line."""
 
 import json
 import socket
@@ -26,7 +26,7 @@ ANSWERS = {
 
 
 class Server(ThreadingHTTPServer):
-    """As much of MLflow's REST interface as a run needs; it forgets all. Slow, broken, or gone after some requests."""
+    """A stub of MLflow's REST API, which stores nothing. Slow, broken, or closed after some requests."""
 
     daemon_threads = True
 
@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        with suppress(OSError):  # the other side does not wait for ever
+        with suppress(OSError):  # the client may time out
             self.wfile.write(body)
 
     do_GET = do_POST = do_PATCH = answer  # noqa: N815 - so the base class calls them
@@ -76,7 +76,7 @@ Where = Callable[[Project], AbstractContextManager[dict[str, str]]]
 
 
 def at_server(**options: Any) -> Where:
-    """Tracking at a server."""
+    """A stub server as the tracking server."""
 
     @contextmanager
     def where(_: Project) -> Iterator[dict[str, str]]:
@@ -88,7 +88,7 @@ def at_server(**options: Any) -> Where:
 
 @contextmanager
 def black_hole(_: Project) -> Iterator[dict[str, str]]:
-    with socket.create_server(("127.0.0.1", 0)) as listening:  # connections are made, and nobody ever answers
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # accepts connections and never responds
         yield {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{listening.getsockname()[1]}"}
 
 
@@ -130,7 +130,7 @@ FAULTS: dict[str, Where] = {
 
 
 def tracking_faults(folder: Path, trained: Trained, names: Iterable[str] = FAULTS) -> Result:
-    """One warning, the same weights, at most 5 s more; and afterwards everything can be delivered, no step twice."""
+    """Each fault must cost one warning and at most 5 s; later, all records must be delivered, no step twice."""
     result = Result("tracking faults")
     project = trained.copy(folder / "tracking")
     for name in names:
@@ -154,7 +154,7 @@ def tracking_faults(folder: Path, trained: Trained, names: Iterable[str] = FAULT
 
 
 def timed(project: Project, environment: dict[str, str]) -> tuple[float, Command, int]:
-    """A whole training run: seconds, the command, and its exit code."""
+    """Runs a training run. Returns seconds, the command, and its exit code."""
     forget(project)
     started_s = time.monotonic()
     run = Command(project, PLAIN, **environment)
@@ -163,7 +163,7 @@ def timed(project: Project, environment: dict[str, str]) -> tuple[float, Command
 
 
 def missing(project: Project) -> str | None:
-    """What MLflow does not have of the last run, or has twice."""
+    """Describes records of the last run that MLflow lacks or has twice; None if there are none."""
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")

@@ -6,7 +6,7 @@ from gpt2.errors import UserError
 SIZES = {"block_size": 8, "vocab_size": 100, "n_layer": 2, "n_head": 2, "n_embd": 16}
 
 
-def test_from_dict_takes_the_five_keys():
+def test_from_dict_accepts_the_five_keys():
     assert GPTConfig.from_dict(SIZES).to_dict() == SIZES
 
 
@@ -21,12 +21,12 @@ def test_from_dict_takes_the_five_keys():
         ({"vocab_size": 2.0}, "vocab_size is 2.0"),
     ],
 )
-def test_from_dict_names_what_is_wrong(changes, message):
+def test_from_dict_names_the_invalid_value(changes, message):
     with pytest.raises(UserError, match=message):
         GPTConfig.from_dict({**SIZES, **changes})
 
 
-def test_from_dict_refuses_other_things():
+def test_from_dict_refuses_other_types():
     with pytest.raises(UserError, match="list"):
         GPTConfig.from_dict([1, 2])
     with pytest.raises(UserError, match="keys"):

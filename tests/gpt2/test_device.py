@@ -16,7 +16,7 @@ def test_the_best_device_is_chosen(monkeypatch, cuda, mps, chosen):
     assert choose_device("cpu").type == "cpu"
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch):
+def test_an_unavailable_device_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"runtime\.device is 'cuda', which is not available"):
         choose_device("cuda")
@@ -31,7 +31,7 @@ def test_bf16_is_chosen_where_it_is_faster(monkeypatch, bf16, expected):
     assert choose_precision(CPU, "fp16") == torch.float16
 
 
-def test_a_cpu_without_bf16_is_found_out_by_small_products(monkeypatch):
+def test_small_products_detect_a_cpu_without_bf16(monkeypatch):
     sizes = []
 
     def flops(_, dtype, size):
@@ -70,7 +70,7 @@ def test_a_product_is_timed():
     assert 1e6 < device.matmul_flops(CPU, torch.float32, 64) < 1e15
 
 
-def test_peak_memory_is_that_of_the_process():
+def test_peak_memory_is_measured_for_the_process():
     import psutil
 
     assert peak_memory_bytes(CPU) >= 0.9 * psutil.Process().memory_info().rss

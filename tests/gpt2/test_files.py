@@ -23,7 +23,7 @@ from gpt2.files import (
 from tests.conftest import ROOT
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
+def test_a_write_is_atomic(tmp_path):
     path = tmp_path / "new" / "file"
     with atomic_write(path) as file:
         file.write(b"first")
@@ -40,7 +40,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert os.listdir(path.parent) == ["file"]
 
 
-def test_write_with_keeps_the_old_file_if_saving_fails(tmp_path):
+def test_atomic_save_keeps_the_old_file_if_saving_fails(tmp_path):
     path = tmp_path / "picture.png"
     write_text(path, "old")
 
@@ -70,7 +70,7 @@ def test_sha256_of_a_known_text(tmp_path):
     assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_a_lock_names_its_holder_and_goes_with_it(tmp_path):
+def test_a_lock_names_its_holder_and_is_released_with_it(tmp_path):
     program = (
         "import sys, pathlib; from gpt2.files import file_lock\n"
         f"with file_lock(pathlib.Path({str(tmp_path / 'lock')!r})):\n print('held', flush=True); sys.stdin.read()"
@@ -87,15 +87,15 @@ def test_a_lock_names_its_holder_and_goes_with_it(tmp_path):
         pass
 
 
-def test_what_a_killed_process_had_begun_is_removed(tmp_path):
+def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     (tmp_path / f".{gone.stdout.strip()}.tmp.file").write_text("half")
-    (tmp_path / f".{os.getppid()}.tmp.file").write_text("somebody else writes this")
+    (tmp_path / f".{os.getppid()}.tmp.file").write_text("of a running process")
     write_text(tmp_path / "file", "whole")
     assert sorted(os.listdir(tmp_path)) == [f".{os.getppid()}.tmp.file", "file"]
 
 
-def test_a_published_folder_is_whole_and_its_sums_are_checked(tmp_path):
+def test_a_folder_write_is_atomic_and_its_sums_are_verified(tmp_path):
     folder = tmp_path / "new/folder"
     write_folder(folder, {"a": lambda file: file.write(b"abc"), "b": lambda file: file.write(b"")}, {"step": 3})
     manifest = verify_folder(folder)
@@ -119,7 +119,7 @@ def test_a_published_folder_is_whole_and_its_sums_are_checked(tmp_path):
     assert not folder.exists()
 
 
-def test_a_manifest_that_means_the_same_and_is_not_as_written_is_damaged(tmp_path):
+def test_a_reformatted_manifest_is_damaged(tmp_path):
     write_folder(tmp_path / "folder", {}, {"step": 3})
     path = tmp_path / "folder/manifest.json"
     path.write_text(path.read_text().replace("\n", ""))
@@ -127,7 +127,7 @@ def test_a_manifest_that_means_the_same_and_is_not_as_written_is_damaged(tmp_pat
         verify_folder(tmp_path / "folder")
 
 
-def test_lines_are_there_at_once_and_a_cut_one_is_left_out(tmp_path):
+def test_lines_are_visible_at_once_and_a_partial_line_is_skipped(tmp_path):
     path = tmp_path / "lines.jsonl"
     lines = JsonLines(path, [{"step": 1}])
     lines.append({"step": 2, "text": "é\u2028\r\n"})
@@ -138,7 +138,7 @@ def test_lines_are_there_at_once_and_a_cut_one_is_left_out(tmp_path):
     assert read_json_lines(path, offset) == ([], offset)
     lines.append({})
     lines.close()
-    JsonLines(path, [{"step": 9}]).close()  # anew
+    JsonLines(path, [{"step": 9}]).close()  # replaces the file
     assert read_json_lines(path)[0] == [{"step": 9}]
 
 

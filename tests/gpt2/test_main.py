@@ -44,7 +44,7 @@ def test_generate_continues_the_prompt(model_folder, capsys):
     assert capsys.readouterr().out != first
 
 
-def test_generate_takes_a_hugging_face_folder_and_standard_input(
+def test_generate_accepts_a_hugging_face_folder_and_standard_input(
     tiny_model, model_folder, tmp_path, capsys, monkeypatch
 ):
     import io
@@ -59,16 +59,16 @@ def test_generate_takes_a_hugging_face_folder_and_standard_input(
 
 
 @pytest.mark.parametrize("name", ["auto", "fp32", "bf16", "int8"])
-def test_stats_say_the_format_and_how_fast_it_was(model_folder, capsys, name):
+def test_stats_print_the_dtype_and_the_speed(model_folder, capsys, name):
     arguments = ["generate", "--model", model_folder, "--max-new-tokens", "30", "--dtype", name, "--stats"]
     assert main(arguments) == 0
     pattern = r"(fp32|bf16|int8): first token after \d+ ms, then [\d.]+ tokens/s; \d+ tokens in [\d.]+ s\n"
-    told = re.fullmatch(pattern, capsys.readouterr().err)
-    assert told
-    assert name in ("auto", told[1])
+    match = re.fullmatch(pattern, capsys.readouterr().err)
+    assert match
+    assert name in ("auto", match[1])
 
 
-def test_a_text_ends_before_a_stop_string(model_folder, capsys):
+def test_generate_ends_before_a_stop_string(model_folder, capsys):
     arguments = ["generate", "--model", model_folder, "--dtype", "fp32", "--max-new-tokens", "40", "--prompt", "Hello"]
     assert main(arguments) == 0
     text = capsys.readouterr().out
@@ -77,7 +77,7 @@ def test_a_text_ends_before_a_stop_string(model_folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--temperature", "nan"], "temperature is nan"),
@@ -89,20 +89,20 @@ def test_a_text_ends_before_a_stop_string(model_folder, capsys):
         (["--context-length", "0"], "--context-length is 0"),
     ],
 )
-def test_settings_out_of_range_are_one_line(model_folder, capsys, arguments, told):
+def test_settings_out_of_range_are_one_line_errors(model_folder, capsys, arguments, expected):
     assert main(["generate", "--model", model_folder, *arguments]) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert expected in error
     assert error.count("\n") == 1
 
 
-def test_a_missing_model_says_how_to_get_one(tmp_path, capsys):
+def test_a_missing_model_error_names_the_command_that_trains_one(tmp_path, capsys):
     assert main(["generate", "--model", str(tmp_path / "none")]) == 74
     assert "dvc repro" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("old", "new"), [("--format", "--dtype"), ("--context", "--context-length")])
-def test_options_of_earlier_versions_are_refused_with_their_new_names(old, new, capsys):
+def test_renamed_options_are_refused_with_their_new_names(old, new, capsys):
     with pytest.raises(SystemExit) as exited:
         main(["generate", old, "8"])
     assert exited.value.code == 2

@@ -21,14 +21,14 @@ MEASURED = json.loads((ROOT / "reports/benchmarks/train.json").read_text())
         ("ours, fp32", {"reduced_precision": False}),
     ],
 )
-def test_the_estimate_is_near_the_measured_peaks(case, contender, options):
+def test_the_estimate_is_close_to_the_measured_peaks(case, contender, options):
     sizes, batch_size, length, _ = CASES[case]
     measured = next(row["peak_gb"] for row in MEASURED[case]["rows"] if row["contender"] == contender)
     config = GPTConfig(vocab_size=GPT2_VOCAB_SIZE, **sizes)
     assert training_bytes(config, batch_size, length, **options) / 1e9 == pytest.approx(measured, rel=0.2)
 
 
-def test_three_configurations_were_measured():
+def test_the_measurements_cover_three_configurations():
     assert len(MEASURED) >= 3
 
 
@@ -42,7 +42,7 @@ def test_the_largest_batch_is_the_largest(checkpointing):
         assert training_bytes(config, n + 1, 1024, **options) > size
 
 
-def test_checkpointing_takes_less():
+def test_gradient_checkpointing_takes_less_memory():
     for config in (TINY, *PRESETS.values()):
         plain, less = (
             training_bytes(config, 8, 32, reduced_precision=True, gradient_checkpointing=c) for c in (False, True)
@@ -50,5 +50,5 @@ def test_checkpointing_takes_less():
         assert less < plain
 
 
-def test_the_chunk_is_that_of_the_loss():
+def test_the_chunk_size_matches_the_loss():
     assert memory.CHUNK_TOKENS == loss.CHUNK_TOKENS

@@ -21,37 +21,37 @@ def test_known_tokens():
 @pytest.mark.parametrize(
     "text", ["naïve café", "漢字かな交じり文", "👩‍👩‍👧‍👦🏽", "שלום עולם", "a\x00b\ufffd", "\r\n\t \u00a0  x  "]
 )
-def test_text_comes_back_as_it_was(text):
+def test_decode_inverts_encode(text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert "".join(tokenizer.decode_stream(tokenizer.encode(text))) == text
 
 
 @given(st.text())
-def test_any_text_comes_back_as_it_was(text):
+def test_decode_inverts_encode_for_any_text(text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
 
 
-def test_end_of_text_in_a_text_is_ordinary():
+def test_end_of_text_is_encoded_as_text():
     ids = tokenizer.encode("a<|endoftext|>b")
     assert tokenizer.END_OF_TEXT not in ids
     assert tokenizer.decode(ids) == "a<|endoftext|>b"
 
 
-def test_ids_beyond_the_encoding_have_no_text():
+def test_ids_beyond_the_encoding_decode_to_no_text():
     assert tokenizer.decode([15496, 50300, 995]) == "Hello world"
     assert tokenizer.token_bytes(50300) == b""
 
 
-def test_a_character_of_several_tokens_streams_whole():
+def test_a_character_of_several_tokens_is_streamed_complete():
     ids = tokenizer.encode("🙂")
     assert len(ids) > 1
     assert [piece for piece in tokenizer.decode_stream(ids) if piece] == ["🙂"]
     assert "".join(tokenizer.decode_stream(ids[:-1])) == "\ufffd"
 
 
-def test_no_network_and_no_cache_is_needed(tmp_path):
+def test_the_tokenizer_needs_no_network_and_no_cache(tmp_path):
     program = (
         "import socket\n"
         "def refuse(*_, **__): raise AssertionError('network')\n"

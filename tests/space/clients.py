@@ -1,4 +1,4 @@
-"""Visitors of a page: many at once, careless, or meaning harm."""
+"""API clients for tests: load, fuzzing and floods."""
 
 import json
 import random
@@ -22,8 +22,8 @@ ODD: list[Any] = [
 ]  # fmt: skip
 
 
-def answers(client: httpx.Client, data: list[Any]) -> Iterator[dict[str, Any]]:
-    """What the API says for these arguments, as it comes. Raises RuntimeError for an error that it tells."""
+def stream_results(client: httpx.Client, data: list[Any]) -> Iterator[dict[str, Any]]:
+    """Calls the API and streams its results. Raises RuntimeError if it returns an error event."""
     sent = client.post(CALL, json={"data": data})
     sent.raise_for_status()
     event = ""
@@ -37,12 +37,12 @@ def answers(client: httpx.Client, data: list[Any]) -> Iterator[dict[str, Any]]:
                 yield json.loads(line[6:])[0]
 
 
-def answer_when_there_is_room(client: httpx.Client, data: list[Any], timeout_s: float) -> dict[str, Any]:
-    """The whole answer, which may take several tries; all that was in line before it is answered then."""
+def result_after_queueing(client: httpx.Client, data: list[Any], timeout_s: float) -> dict[str, Any]:
+    """The last result of a call, which is retried while the queue is full."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
-            return list(answers(client, data))[-1]
+            return list(stream_results(client, data))[-1]
         except httpx.HTTPStatusError as error:
             if error.response.status_code != QUEUE_FULL or time.monotonic() > deadline_s:
                 raise
@@ -50,7 +50,7 @@ def answer_when_there_is_room(client: httpx.Client, data: list[Any], timeout_s: 
 
 
 def fuzz(url: str, calls: int, seed: int = 0) -> Counter[str]:
-    """Calls with odd values, odd bodies and odd addresses: how many were answered how."""
+    """Sends calls with odd values, bodies and paths. Returns the number of each outcome."""
     draw, found = random.Random(seed), Counter[str]()
     with httpx.Client(base_url=url, timeout=60) as client:
         for _ in range(calls):
@@ -63,10 +63,10 @@ def fuzz(url: str, calls: int, seed: int = 0) -> Counter[str]:
                 if kind == 2:
                     data = draw.choice([data[: draw.randrange(9)], data + ODD[:3], ODD])
                 try:
-                    last = list(answers(client, data))[-1]
+                    last = list(stream_results(client, data))[-1]
                     found["answered" if last["finish_reasons"][0] else "unfinished"] += 1
                 except (RuntimeError, httpx.HTTPStatusError) as error:
-                    found[str(error.response.status_code) if isinstance(error, httpx.HTTPStatusError) else "told"] += 1
+                    found[str(error.response.status_code) if isinstance(error, httpx.HTTPStatusError) else "error"] += 1
                 continue
             if kind == 3:
                 body = draw.randbytes(draw.randrange(200))
@@ -102,7 +102,7 @@ def fuzz(url: str, calls: int, seed: int = 0) -> Counter[str]:
 
 
 def flood(url: str, posts: int) -> Counter[int]:
-    """Long calls, sent as fast as possible, whose answers nobody reads: how many were taken."""
+    """Sends long calls as fast as possible and never reads results. Returns the number of each status."""
     found, lock = Counter[int](), threading.Lock()
 
     def send(count: int) -> None:
@@ -120,20 +120,20 @@ def flood(url: str, posts: int) -> Counter[int]:
     return found
 
 
-def visit(url: str, visitors: int, seconds: float) -> dict[str, float]:
-    """Visitors who each ask for 60 tokens, again and again: errors, first tokens (s) and rates (tokens/s)."""
+def load_test(url: str, num_clients: int, seconds: float) -> dict[str, float]:
+    """Clients that each request 60 tokens in a loop. Returns errors, times to first token and tokens/s."""
     end_s = time.monotonic() + seconds
-    firsts: list[list[float]] = [[] for _ in range(visitors)]
-    rates: list[float] = [0.0] * visitors
+    firsts: list[list[float]] = [[] for _ in range(num_clients)]
+    rates: list[float] = [0.0] * num_clients
     errors: list[str] = []
 
-    def ask(number: int) -> None:
+    def run_client(number: int) -> None:
         tokens, busy_s = 0, 0.0
         with httpx.Client(base_url=url, timeout=60) as client:
             while time.monotonic() < end_s:
                 start_s, first_s, count = time.monotonic(), None, 0
                 try:
-                    for part in answers(client, [f"Old Tobias {number} {tokens}", *GOOD[1:]]):
+                    for part in stream_results(client, [f"Old Tobias {number} {tokens}", *GOOD[1:]]):
                         count = len(part["logprobs"][0]) if part["logprobs"] else 0
                         if part["texts"][0] and first_s is None:
                             first_s = time.monotonic() - start_s
@@ -144,7 +144,7 @@ def visit(url: str, visitors: int, seconds: float) -> dict[str, float]:
                 tokens, busy_s = tokens + count, busy_s + time.monotonic() - start_s
         rates[number] = tokens / busy_s
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(visitors)]
+    threads = [threading.Thread(target=run_client, args=(number,)) for number in range(num_clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -155,13 +155,13 @@ def visit(url: str, visitors: int, seconds: float) -> dict[str, float]:
         "errors": len(errors),
         "first token, median s": statistics.median(waits),
         "first token, 95th percentile s": waits[int(0.95 * len(waits))],
-        "slowest visitor, tokens/s": min(rates),
-        "fastest visitor, tokens/s": max(rates),
+        "slowest client, tokens/s": min(rates),
+        "fastest client, tokens/s": max(rates),
     }
 
 
 def seconds_to_free_slots(url: str, slots: int) -> float:
-    """All slots are taken by visitors who then vanish: seconds until a new one gets the first token."""
+    """Occupies all slots, disconnects, and measures the seconds until a new client gets its first token."""
     clients = [httpx.Client(base_url=url, timeout=60) for _ in range(slots)]
     streams = []
     for client in clients:
@@ -174,7 +174,7 @@ def seconds_to_free_slots(url: str, slots: int) -> float:
         stream.__exit__(None, None, None)
         client.close()
     with httpx.Client(base_url=url, timeout=60) as client:
-        for part in answers(client, GOOD):
+        for part in stream_results(client, GOOD):
             if part["texts"][0]:
                 return time.monotonic() - start_s
     raise AssertionError("no token came")

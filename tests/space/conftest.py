@@ -93,12 +93,12 @@ class Server:
                 time.sleep(0.1)
 
     def resident_bytes(self) -> int:
-        """Memory that the process takes."""
+        """Resident memory of the process."""
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
     def stop(self) -> str:
-        """Ends the process; gives what it said."""
+        """Stops the process. Returns its output."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(timeout=30)
         return self.log.read_text()
@@ -106,8 +106,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """One page for all tests of a module; none of them may leave a traceback."""
+    """One server for all tests of a module, which must print no traceback."""
     server = Server(write_space(tmp_path_factory.mktemp("space")))
     yield server
-    told = server.stop()
-    assert "Traceback" not in told, told[-3000:]
+    output = server.stop()
+    assert "Traceback" not in output, output[-3000:]

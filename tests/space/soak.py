@@ -1,4 +1,4 @@
-"""Visitors of every kind at a Space of GPT-2 124M, for a quarter of an hour: `make soak-space`."""
+"""Load test of a Space of GPT-2 124M, for a quarter of an hour: `make soak-space`."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def main() -> None:
     minutes = float(sys.argv[1]) if len(sys.argv) > 1 else MINUTES
     found: dict[str, float | str] = {}
 
-    def tell(name: str, value: float | str) -> None:
+    def record(name: str, value: float | str) -> None:
         found[name] = round(value, 3) if isinstance(value, float) else value
         print(f"{name:<50} {found[name]}", flush=True)
 
@@ -43,32 +43,34 @@ def main() -> None:
         start_s = time.monotonic()
         server = Server(folder)
         with httpx.Client(base_url=server.url, timeout=60) as client:
-            next(part for part in clients.answers(client, clients.GOOD) if part["texts"][0])
-        tell("seconds from start to first token", time.monotonic() - start_s)
-        let_in(server, tell, minutes)
+            next(part for part in clients.stream_results(client, clients.GOOD) if part["texts"][0])
+        record("seconds from start to first token", time.monotonic() - start_s)
+        measure(server, record, minutes)
     REPORT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def let_in(server: Server, tell: Callable[[str, float | str], None], minutes: float) -> None:
-    """Everything that visitors do to a server, and what it said."""
-    clients.visit(server.url, SLOTS, 20)  # every slot has been used
+def measure(server: Server, record: Callable[[str, float | str], None], minutes: float) -> None:
+    """Runs all load tests against a server, and records their results."""
+    clients.load_test(server.url, SLOTS, 20)  # every slot has been used
     before = server.resident_bytes()
-    for name, value in clients.visit(server.url, SLOTS, 60 * minutes).items():
-        tell(f"{SLOTS} visitors, {minutes:g} minutes: {name}", value)
-    tell("after the visitors: more memory, MB", (server.resident_bytes() - before) / 1e6)
+    for name, value in clients.load_test(server.url, SLOTS, 60 * minutes).items():
+        record(f"{SLOTS} clients, {minutes:g} minutes: {name}", value)
+    record("after the load test: more memory, MB", (server.resident_bytes() - before) / 1e6)
     freed = [clients.seconds_to_free_slots(server.url, SLOTS) for _ in range(5)]
-    tell("all slots abandoned: seconds to a new first token", max(freed))
+    record("all slots abandoned: seconds to a new first token", max(freed))
     fuzzed = clients.fuzz(server.url, FUZZED_CALLS)
-    tell(f"{FUZZED_CALLS} fuzzed calls", ", ".join(f"{key} {value}" for key, value in sorted(fuzzed.items())))
+    record(f"{FUZZED_CALLS} fuzzed calls", ", ".join(f"{key} {value}" for key, value in sorted(fuzzed.items())))
     flooded = clients.flood(server.url, POSTS)
-    tell(f"{POSTS} calls as a flood, by status", ", ".join(f"{key}: {value}" for key, value in sorted(flooded.items())))
+    record(
+        f"{POSTS} calls as a flood, by status", ", ".join(f"{key}: {value}" for key, value in sorted(flooded.items()))
+    )
     drained_s = time.monotonic()
     with httpx.Client(base_url=server.url, timeout=600) as client:
         while client.post(clients.CALL, json={"data": clients.GOOD}).status_code == clients.QUEUE_FULL:
             time.sleep(0.5)
-    tell("seconds until there is room in line again", time.monotonic() - drained_s)
-    tell("more memory in the end, MB", (server.resident_bytes() - before) / 1e6)
-    tell("tracebacks", server.stop().count("Traceback"))
+    record("seconds until the queue has a free place again", time.monotonic() - drained_s)
+    record("more memory in the end, MB", (server.resident_bytes() - before) / 1e6)
+    record("tracebacks", server.stop().count("Traceback"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The page in a real browser, as people use it."""
+"""The page in a real browser, as users use it."""
 
 import os
 import shutil
@@ -13,13 +13,13 @@ TEXT = "#text-1 textarea"
 
 
 @pytest.fixture
-def visit(server):
-    """Runs something with a browser and fails for what it raises, or what the page's scripts do."""
+def browse(server):
+    """Runs a function with a browser. Fails if it or a script of the page raises."""
 
     def run(what, **options):
         failures = []
 
-        def guarded():  # playwright's own event loop wants a thread without one
+        def guarded():  # playwright needs a thread without an event loop
             from playwright.sync_api import sync_playwright
 
             try:
@@ -54,8 +54,8 @@ def set_number(page, label, value):
     page.keyboard.press("Tab")
 
 
-def test_a_person_writes_and_sees_it_stream(visit):
-    def person(open_page):
+def test_a_completion_streams_to_the_page(browse):
+    def user(open_page):
         page = open_page()
         assert page.input_value("#prompt textarea") == "The miller"
         page.fill("#prompt textarea", "Old Tobias")
@@ -74,11 +74,11 @@ def test_a_person_writes_and_sees_it_stream(visit):
         assert "Likeliest tokens:" in tip
         assert page.locator(".tokens span").count() == 500
 
-    visit(person)
+    browse(user)
 
 
-def test_a_person_stops_and_keeps_what_is_there(visit):
-    def person(open_page):
+def test_stopping_keeps_the_text_so_far(browse):
+    def user(open_page):
         page = open_page()
         set_number(page, "Max new tokens", 500)
         set_number(page, "Samples", 4)
@@ -93,11 +93,11 @@ def test_a_person_stops_and_keeps_what_is_there(visit):
             page.wait_for_timeout(300)
             assert page.input_value(TEXT) == texts[0]
 
-    visit(person)
+    browse(user)
 
 
-def test_a_link_writes_the_same_text_and_so_does_the_keyboard(visit):
-    def person(open_page):
+def test_a_link_generates_the_same_text_and_so_does_the_keyboard(browse):
+    def user(open_page):
         page = open_page()
         page.fill("#prompt textarea", 'A "quoted" <b> & 100 %')
         set_number(page, "Max new tokens", 40)
@@ -109,50 +109,50 @@ def test_a_link_writes_the_same_text_and_so_does_the_keyboard(visit):
         assert again.input_value(TEXT) == page.input_value(TEXT)
         assert again.input_value("#prompt textarea") == page.input_value("#prompt textarea")
 
-    visit(person)
+    browse(user)
 
 
-def test_an_example_fills_the_beginning(visit):
-    def person(open_page):
+def test_an_example_fills_the_prompt(browse):
+    def user(open_page):
         page = open_page()
         page.get_by_role("button", name="Nobody").click()
         page.wait_for_function("document.querySelector('#prompt textarea').value === 'Nobody'")
 
-    visit(person)
+    browse(user)
 
 
-def test_find_problemput_is_told(visit):
-    def person(open_page):
+def test_invalid_input_is_reported(browse):
+    def user(open_page):
         page = open_page("?seed=1&max_new_tokens=99999")
         page.get_by_text("The link cannot be read").wait_for()
         page.wait_for_timeout(1000)
-        assert page.get_by_text("The link cannot be read").is_visible()  # nothing begins by itself
+        assert page.get_by_text("The link cannot be read").is_visible()  # no generation starts
         assert page.input_value(TEXT) == ""
         page.locator("#prompt textarea").evaluate("element => element.removeAttribute('maxlength')")
         page.fill("#prompt textarea", "a" * 10_050)
         page.click("#generate")
         page.get_by_text("must be text of at most").wait_for()
 
-    visit(person)
+    browse(user)
 
 
-def test_two_visitors_at_once(visit):
-    def people(open_page):
+def test_two_users_at_once(browse):
+    def users(open_page):
         pages = [open_page(), open_page()]
         for number, page in enumerate(pages):
-            page.fill("#prompt textarea", f"Visitor {number}")
+            page.fill("#prompt textarea", f"Prompt {number}")
             set_number(page, "Max new tokens", 300)
             page.click("#generate")
         for number, page in enumerate(pages):
             page.wait_for_function(f"{STATUS}.startsWith('Done: 300 tokens')")
-            assert page.input_value(TEXT).startswith(f"Visitor {number}")
+            assert page.input_value(TEXT).startswith(f"Prompt {number}")
 
-    visit(people)
+    browse(users)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_needs_no_sideways_scrolling(visit, scheme):
-    def person(open_page):
+def test_a_phone_needs_no_sideways_scrolling(browse, scheme):
+    def user(open_page):
         page = open_page()
         page.click("#generate")
         page.wait_for_function(f"{STATUS}.startsWith('Done')")
@@ -160,4 +160,4 @@ def test_a_phone_needs_no_sideways_scrolling(visit, scheme):
         dark = page.evaluate("document.body.classList.contains('dark')")
         assert dark == (scheme == "dark")
 
-    visit(person, viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    browse(user, viewport={"width": 390, "height": 844}, color_scheme=scheme)

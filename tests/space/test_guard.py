@@ -7,7 +7,7 @@ from space.guard import MAX_BODY_BYTES, Guard
 
 
 def sent_to(method, path, chunks=(b"",), headers=()):
-    """The status of an answer, and what the application behind the guard was given."""
+    """The status of the response, and the request that the guarded application received."""
     given, answers, chunks = [], [], list(chunks)
 
     async def app(scope, receive, send):
@@ -31,7 +31,7 @@ def sent_to(method, path, chunks=(b"",), headers=()):
     ["/", "/config", "/gradio_api/info", "/gradio_api/queue/data", "/assets/index.js", "/gradio_api/heartbeat/a1b2",
      "/theme.css", "/gradio_api/call/generate/0a1b", "/static/img/logo.svg", "/gradio_api/startup-events"],
 )  # fmt: skip
-def test_what_the_page_needs_is_let_in(path):
+def test_endpoints_of_the_page_are_allowed(path):
     assert sent_to("GET", path)[0] == 200
 
 
@@ -58,7 +58,7 @@ def test_what_the_page_needs_is_let_in(path):
         ("POST", "/gradio_api/call/" + "a" * 100),
     ],
 )
-def test_what_it_does_not_need_is_not_there(method, path):
+def test_other_endpoints_do_not_exist(method, path):
     assert sent_to(method, path) == (404, [])
 
 
@@ -80,7 +80,7 @@ def test_a_body_may_be_as_large_as_the_limit_and_not_larger():
 
 
 @pytest.mark.parametrize("length", [b"64001", b"-1", b"1e3", b""])
-def test_a_length_that_is_too_large_or_none_is_refused_unread(length):
+def test_a_wrong_content_length_is_refused_before_reading(length):
     assert sent_to("POST", "/gradio_api/call/generate", [CALL], [(b"content-length", length)]) == (413, [])
 
 
@@ -107,11 +107,11 @@ def test_a_length_that_is_too_large_or_none_is_refused_unread(length):
         b'{"data": [1], "event_data": []}',
     ],
 )
-def test_what_is_no_call_is_refused(body):
+def test_invalid_calls_are_refused(body):
     assert sent_to("POST", "/gradio_api/call/generate", [body]) == (422, [])
 
 
-def test_what_is_not_there_cannot_be_called():
+def test_unknown_functions_are_refused():
     assert sent_to("POST", "/gradio_api/call/other", [CALL]) == (422, [])
     assert sent_to("POST", "/gradio_api/queue/join", [CALL]) == (422, [])
 

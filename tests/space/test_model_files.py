@@ -14,7 +14,7 @@ from tests.space.conftest import FACTS, write_manifest
 WEIGHTS, CONFIG, MANIFEST = model_files.WEIGHTS, model_files.CONFIG, model_files.MANIFEST
 
 
-def test_the_model_comes_back(folder, tiny_model):
+def test_the_exported_model_loads(folder, tiny_model):
     found = load_model(folder)
     idx = torch.arange(12)[None]
     torch.manual_seed(0)
@@ -35,7 +35,7 @@ def flip_a_bit(folder):
     (folder / WEIGHTS).write_bytes(data)
 
 
-# each is followed by a manifest with the right sums, as somebody who means harm would write it
+# each has a manifest with the right sums, as an attacker would write it
 HOSTILE = {
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "gpt_model.pt is missing"),
     "no config": (lambda f: (f / CONFIG).unlink(), "gpt_config.pt is missing"),
@@ -79,7 +79,7 @@ HOSTILE = {
 
 
 def bomb(folder, name):
-    """An archive that is small until it is unpacked."""
+    """A zip bomb."""
     with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"0" * 300_000_000)
     with (folder / name).open("ab") as file:
@@ -90,12 +90,12 @@ HOSTILE["a bomb"] = (lambda f: bomb(f, CONFIG), "unpacks to more|not a zip")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_what_is_wrong_is_said_in_a_line_and_soon(folder, name):
-    harm, told = HOSTILE[name]
+def test_malicious_files_are_a_quick_one_line_error(folder, name):
+    harm, expected = HOSTILE[name]
     harm(folder)
     write_manifest(folder, FACTS)
     start_s = time.monotonic()
-    with pytest.raises(FileError, match=told) as error:
+    with pytest.raises(FileError, match=expected) as error:
         load_model(folder)
     assert "\n" not in str(error.value)
     text = json.dumps(server.build(folder)[0].get_config_file(), default=str)
@@ -127,18 +127,18 @@ MANIFESTS = {
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_a_manifest_that_is_none_is_said(folder, name):
-    content, told = MANIFESTS[name]
+def test_an_invalid_manifest_is_reported(folder, name):
+    content, expected = MANIFESTS[name]
     (folder / MANIFEST).unlink()
     if content is not None:
         (folder / MANIFEST).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(FileError, match=told):
+    with pytest.raises(FileError, match=expected):
         load_metadata(folder)
 
 
 @pytest.mark.parametrize("key", sorted(FACTS.keys() & model_files.METADATA.keys()))
 @pytest.mark.parametrize("value", [object, [1], float("nan")])
-def test_facts_of_another_kind_are_refused(folder, key, value):
+def test_facts_of_the_wrong_type_are_refused(folder, key, value):
     facts = {k: v for k, v in FACTS.items() if k != key} if value is object else {**FACTS, key: value}
     write_manifest(folder, facts)
     with pytest.raises(FileError, match=key if key != "examples" else "examples|cannot"):
@@ -149,7 +149,7 @@ def test_facts_of_another_kind_are_refused(folder, key, value):
     "wrong",
     [{"context": 0}, {"dtype_losses": {"int8": "x"}}, {"dtype_losses": {"int8": float("inf")}}, {"examples": []}],
 )
-def test_facts_that_cannot_be_are_refused(folder, wrong):
+def test_impossible_facts_are_refused(folder, wrong):
     write_manifest(folder, {**FACTS, **wrong})
     with pytest.raises(FileError, match=r"manifest\.json has no"):
         load_metadata(folder)

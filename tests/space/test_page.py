@@ -16,12 +16,12 @@ from tests.space.conftest import FACTS, write_manifest
         ({}, ("fp32",)),
     ],
 )
-def test_int8_is_for_those_whom_it_costs_little(folder, monkeypatch, losses, among):
+def test_int8_is_used_only_if_the_loss_increases_little(folder, monkeypatch, losses, among):
     monkeypatch.setattr(server, "fastest_dtype", lambda model, among: among)
     assert server.choose_dtype(load_model(folder), {**FACTS, "dtype_losses": losses}) == among
 
 
-def test_the_page_says_what_the_model_is(folder):
+def test_the_page_describes_the_model(folder):
     text = json.dumps(server.build(folder)[0].get_config_file(), default=str)
     for fact in ("A tiny model", f"{FACTS['parameters']:,}", "12,345", "5.5 nats", "abc123", "0123456789ab"):
         assert fact in text

@@ -30,7 +30,7 @@ def registry(folder):
 GOOD = {**service.DEFAULTS, "prompt": "The miller", "max_new_tokens": 20, "seed": 3}
 
 
-def test_text_streams_and_is_that_of_the_engine(registry, folder):
+def test_streamed_text_matches_the_engine(registry, folder):
     (request,) = service.requests_for(service.validate_settings(GOOD))
     steps = list(registry.generate([request]))
     texts = ["".join(token.text for token in step.samples[0]) for step in steps]
@@ -41,7 +41,7 @@ def test_text_streams_and_is_that_of_the_engine(registry, folder):
     assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
 
 
-def test_several_samples_have_seeds_of_their_own(registry):
+def test_samples_have_consecutive_seeds(registry):
     requests = service.requests_for(service.validate_settings({**GOOD, "samples": 3}))
     assert [request.seed for request in requests] == [3, 4, 5]
     *_, last = registry.generate(requests)
@@ -54,7 +54,7 @@ def test_an_empty_prompt_and_broken_characters_are_fine(registry):
         assert last.status_line().startswith("Done")
 
 
-def test_no_seed_draws_one():
+def test_no_seed_is_a_random_seed():
     seeds = {service.validate_settings({**GOOD, "seed": None})["seed"] for _ in range(5)}
     assert len(seeds) > 1
     assert all(0 <= seed <= service.MAX_SEED for seed in seeds)
@@ -91,7 +91,7 @@ def test_no_seed_draws_one():
         ("seed", {}),
     ],
 )
-def test_what_is_out_of_range_is_refused(key, value):
+def test_values_out_of_range_are_refused(key, value):
     with pytest.raises(UserError, match=r"expected|must be text"):
         service.validate_settings({**GOOD, key: value})
 
@@ -99,29 +99,29 @@ def test_what_is_out_of_range_is_refused(key, value):
 LONG = Request(tokenizer.encode("a"), 100_000, stop_token_ids=frozenset())
 
 
-def test_a_visitor_who_stops_listening_frees_the_slots(registry):
+def test_a_client_that_disconnects_frees_its_slots(registry):
     for _ in range(3):
-        answer = registry.generate([LONG, LONG])
-        next(answer)
-        answer.close()
+        progress = registry.generate([LONG, LONG])
+        next(progress)
+        progress.close()
     assert registry.engine._running == []
 
 
-def test_stop_ends_a_text_with_all_that_is_there(registry):
-    answer = registry.generate([LONG], "somebody")
-    while not next(answer).num_tokens:
+def test_stop_keeps_the_tokens_so_far(registry):
+    progress = registry.generate([LONG], "session 1")
+    while not next(progress).num_tokens:
         pass
-    registry.stop("nobody")
-    assert next(answer).reasons == [None]
-    registry.stop("somebody")
-    *_, last = answer
+    registry.stop("session 2")
+    assert next(progress).reasons == [None]
+    registry.stop("session 1")
+    *_, last = progress
     assert last.reasons == ["cancelled"]
     assert last.status_line().startswith("Stopped after ")
     assert last.num_tokens > 0
 
 
-def test_a_visitor_writes_one_thing_at_a_time(registry):
-    first, second = registry.generate([LONG], "somebody"), registry.generate([LONG], "somebody")
+def test_a_session_has_one_generation_at_a_time(registry):
+    first, second = registry.generate([LONG], "session 1"), registry.generate([LONG], "session 1")
     next(first)
     next(second)
     *_, last = first
@@ -129,27 +129,27 @@ def test_a_visitor_writes_one_thing_at_a_time(registry):
     second.close()
 
 
-def test_those_in_line_are_told_their_place(registry):
-    service = [registry.generate([LONG]) for _ in range(4)]
-    steps = [next(answer) for answer in service]
-    steps = [next(answer) for answer in service]
+def test_queued_requests_report_their_position(registry):
+    generations = [registry.generate([LONG]) for _ in range(4)]
+    steps = [next(progress) for progress in generations]
+    steps = [next(progress) for progress in generations]
     assert [step.queue_position for step in steps] == [-1, -1, 0, 1]
     assert steps[3].status_line() == "Queued: position 2"
     with pytest.raises(BusyError, match="in the queue"):
         next(registry.generate([LONG]))
-    for answer in service:
-        answer.close()
+    for progress in generations:
+        progress.close()
     assert registry.engine._running == []
 
 
-def test_on_zero_gpu_the_answer_is_decorated_and_needs_no_thread(folder, monkeypatch):
+def test_on_zero_gpu_generate_is_decorated_and_needs_no_thread(folder, monkeypatch):
     decorated = []
     spaces = ModuleType("spaces")
     spaces.GPU = lambda duration: lambda function: decorated.append(duration) or function
     monkeypatch.setitem(sys.modules, "spaces", spaces)
     model = load_model(folder)
     monkeypatch.setattr(type(model), "to", lambda self, device: self)  # there is no GPU here
-    answer = service.on_zero_gpu(model, 16)
-    *_, last = answer(service.requests_for(service.validate_settings({**GOOD, "samples": 2})), None)
+    generate_on_gpu = service.on_zero_gpu(model, 16)
+    *_, last = generate_on_gpu(service.requests_for(service.validate_settings({**GOOD, "samples": 2})), None)
     assert decorated == [60]
     assert [len(sample) for sample in last.samples] == [20, 20]

@@ -9,7 +9,7 @@ from space import view
 from tests.space.conftest import FACTS
 
 
-def test_nothing_that_was_written_is_markup():
+def test_generated_text_is_escaped():
     evil = "<img src=x onerror=alert(1)>\"'&"
     ids = tokenizer.encode(evil)
     tokens = [Token(i, tokenizer.decode([i]), -1.0, ((i, -1.0),)) for i in ids]
@@ -20,7 +20,7 @@ def test_nothing_that_was_written_is_markup():
     assert 'data-tip="&lt;' in html
 
 
-def test_the_less_likely_the_stronger_the_colour():
+def test_less_likely_tokens_have_a_stronger_colour():
     tokens = [Token(i, "x", math.log(p)) for i, p in ((1, 1.0), (2, 0.5), (3, 0.01), (4, 1e-9))]
     html = view.probabilities_html([tokens])
     strengths = [int(part.split('"')[0]) for part in html.split("--surprise:")[1:]]
@@ -28,7 +28,7 @@ def test_the_less_likely_the_stronger_the_colour():
     assert (strengths[0], strengths[-1]) == (0, 70)
 
 
-def test_alternatives_are_told_with_their_probabilities():
+def test_alternatives_are_shown_with_their_probabilities():
     (war,), (the,) = tokenizer.encode(" war"), tokenizer.encode(" the")
     end = (tokenizer.END_OF_TEXT, math.log(0.0005))
     html = view.probabilities_html([[Token(war, " war", math.log(0.004), ((the, math.log(0.18)), end))]])
@@ -44,7 +44,7 @@ def test_samples_have_headings_if_there_are_several():
     assert view.probabilities_html([[], []]) == ""
 
 
-def test_the_facts_stand_in_the_table_and_are_no_markup(tmp_path):
+def test_the_table_shows_the_facts_escaped(tmp_path):
     html = view.model_table({**FACTS, "corpus": "<b>bold</b>", "fallback_reason": "<i>"}, "int8", tmp_path)
     for fact in (
         f"{FACTS['parameters']:,}",

@@ -11,7 +11,7 @@ def params():
     return load_params(ROOT / "params.yaml")
 
 
-def test_samples_are_shown_with_their_prompts_and_what_is_learned_by_heart(params):
+def test_samples_are_shown_with_prompts_and_verbatim_copies(params):
     text = evaluate.describe_samples(
         params.evaluate, ["ROMEO:\n", "a", ""], ["one\ntwo", "three", "four"], "by heart\nyes", 5.25
     )

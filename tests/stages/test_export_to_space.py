@@ -24,7 +24,7 @@ CORPUS = {
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch, tiny_model):
-    """A folder that looks as it does before the export stage."""
+    """A folder with the inputs of the export stage."""
     for name in ("gpt2", "space"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -41,11 +41,11 @@ def trained(tmp_path, monkeypatch, tiny_model):
     return load_params(ROOT / "params.yaml")
 
 
-def test_both_folders_are_written_and_checked(trained, capsys, never_stops):
+def test_both_folders_are_written_and_verified(trained, capsys, never_stops):
     export_to_space.export(trained, "abc", never_stops)
-    told = capsys.readouterr().err
-    assert "dist/space: the same logits to 0" in told
-    assert "dist/hf: the same logits to" in told
+    output = capsys.readouterr().err
+    assert "dist/space: the same logits to 0" in output
+    assert "dist/hf: the same logits to" in output
     manifest = json.loads((paths.SPACE / "manifest.json").read_text())
     assert manifest["model"]["context"] == 16
     assert manifest["model"]["examples"] == ["The miller"]
@@ -69,7 +69,7 @@ def test_both_folders_are_written_and_checked(trained, capsys, never_stops):
     assert front["python_version"] == "3.12"
 
 
-def test_a_page_that_cannot_load_its_model_fails_the_stage(trained, monkeypatch, never_stops):
+def test_a_space_that_cannot_load_its_model_fails_the_stage(trained, monkeypatch, never_stops):
     def write_other(model, folder):
         torch.save(TINY.to_dict(), folder / "gpt_config.pt")
         torch.save({"transformer.wte.weight": torch.zeros(3)}, folder / "gpt_model.pt")
@@ -79,7 +79,7 @@ def test_a_page_that_cannot_load_its_model_fails_the_stage(trained, monkeypatch,
         export_to_space.export(trained, None, never_stops)
 
 
-def test_other_weights_fail_the_stage(trained, monkeypatch, never_stops):
+def test_wrong_weights_fail_the_stage(trained, monkeypatch, never_stops):
     from gpt2.hub import export
     from gpt2.model.transformer import GPT
 
@@ -90,7 +90,7 @@ def test_other_weights_fail_the_stage(trained, monkeypatch, never_stops):
         export_to_space.export(trained, None, never_stops)
 
 
-def test_a_space_for_zero_gpu_asks_for_what_there_is(trained, monkeypatch, never_stops):
+def test_a_space_for_zero_gpu_has_its_requirements(trained, monkeypatch, never_stops):
     target = replace(trained, export=replace(trained.export, target="zerogpu"))
     export_to_space.export(target, None, never_stops)
     lines = (paths.SPACE / "requirements.txt").read_text().splitlines()
@@ -111,5 +111,5 @@ def test_a_space_for_zero_gpu_asks_for_what_there_is(trained, monkeypatch, never
         ("python-docs (CPython 3.11.7)", "python-docs (CPython 3.11.7)"),
     ],
 )
-def test_a_source_is_shown_without_what_is_private(source, shown):
+def test_a_source_is_shown_without_private_parts(source, shown):
     assert export_to_space.public_source(source) == shown

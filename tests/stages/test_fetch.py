@@ -58,7 +58,7 @@ def test_links_follow_the_source(project):
     assert (folder / "a.txt").read_text() == "a.txt"
 
 
-def test_a_fallback_is_loud(project):
+def test_a_fallback_prints_a_warning(project):
     result = project.fetch("http://127.0.0.1:9/text.txt", "python-docs")
     assert result.returncode == 0, result.stderr
     assert "WARNING: cannot download http://127.0.0.1:9/text.txt" in result.stderr
@@ -69,7 +69,7 @@ def test_a_fallback_is_loud(project):
 
 
 @pytest.mark.parametrize(
-    ("source", "code", "told"),
+    ("source", "code", "expected"),
     [
         ("http://127.0.0.1:9/text.txt", 74, "cannot download http://127.0.0.1:9/text.txt"),
         ("nowhere.txt", 2, "'nowhere.txt' is not a known corpus (tinyshakespeare, python-docs) or an http(s) URL"),
@@ -77,12 +77,12 @@ def test_a_fallback_is_loud(project):
         ("latin.txt", 2, "is not UTF-8: byte 0xe9 at offset 3"),
     ],
 )
-def test_what_cannot_be_fetched_is_one_line(project, source, code, told):
+def test_a_failed_fetch_is_a_one_line_error(project, source, code, expected):
     (project.folder / "empty.txt").write_text("")
     (project.folder / "latin.txt").write_bytes(b"caf\xe9")
     result = project.fetch(source)
     assert result.returncode == code
-    assert told in result.stderr
+    assert expected in result.stderr
     assert result.stderr.count("\n") == 1
     assert not project.corpus.exists()
 

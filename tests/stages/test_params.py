@@ -36,7 +36,7 @@ def test_the_presets_are_there_and_laptop_is_the_default():
     assert (ROOT / "presets/laptop.yaml").read_text() == COMMITTED
 
 
-def test_seed_is_the_old_projects_setting():
+def test_seed_has_the_settings_of_the_original_project():
     params = load_params(ROOT / "presets/seed.yaml")
     train = params.train
     assert params.model.num_parameters() == 124_439_808
@@ -48,7 +48,7 @@ def test_seed_is_the_old_projects_setting():
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "expected"),
     [
         ("max_steps: ", "max_step: ", "unknown key train.max_step; did you mean 'max_steps'?"),
         ("gradient_accumulation_steps: ", "accumulation_steps: ", "was renamed to train.gradient_accumulation_steps"),
@@ -77,28 +77,28 @@ def test_seed_is_the_old_projects_setting():
         ("corpus:\n", "corpus: [\n", "cannot read"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_one_line_that_names_it(tmp_path, old, new, told):
+def test_an_invalid_value_is_a_one_line_error_that_names_it(tmp_path, old, new, expected):
     with pytest.raises(UserError) as raised:
         load(tmp_path, change(old, new))
     message = str(raised.value)
-    assert told in message
+    assert expected in message
     assert "\n" not in message
     assert "params.yaml" in message
 
 
-def test_all_problems_are_told_at_once(tmp_path):
+def test_all_problems_are_reported_at_once(tmp_path):
     text = COMMITTED.replace("n_layer: 4", "n_layer: -1").replace("beta2: 0.95", "beta2: x")
     with pytest.raises(UserError, match=r"(?s)has 2 problems:.*model\.n_layer.*train\.beta2"):
         load(tmp_path, text)
 
 
 @pytest.mark.parametrize("text", ["", "- 1\n", "just text", "corpus: 3\n"])
-def test_what_is_no_params_file_is_refused(tmp_path, text):
+def test_invalid_yaml_is_refused(tmp_path, text):
     with pytest.raises(UserError, match=r"params\.yaml"):
         load(tmp_path, text)
 
 
-def test_a_missing_file_says_where_to_get_one(tmp_path):
+def test_a_missing_file_error_names_the_command_that_creates_it(tmp_path):
     with pytest.raises(UserError, match="make preset NAME=laptop"):
         load_params(tmp_path / "params.yaml")
 

@@ -30,7 +30,7 @@ def project(tmp_path_factory):
     return project
 
 
-def test_repro_makes_what_the_stages_promise(project):
+def test_repro_writes_all_outputs(project):
     assert ran(project.output) == ["fetch", "tokenize", "train", "evaluate", "export-to-space"]
     folder = project.folder
     train, evaluate = project.read("reports/train/metrics.json"), project.read("reports/evaluate/metrics.json")
@@ -60,10 +60,10 @@ def test_repro_makes_what_the_stages_promise(project):
     assert YAML(typ="safe").load(card.split("---")[1])["sdk"] == "gradio"
     facts = project.read("dist/space/manifest.json")["model"]
     assert facts["mlflow_run_id"] == project.read("models/run.json")["mlflow_run_id"]
-    assert str(folder) not in json.dumps(facts)  # where the text lies on this machine is nobody's business
+    assert str(folder) not in json.dumps(facts)  # no local paths
 
 
-def test_checkpoints_have_the_format_of_the_old_project(project):
+def test_checkpoints_have_the_format_of_the_original_project(project):
     from gpt2.model.transformer import GPT
 
     paths = sorted(project.folder.glob("checkpoints/*/step-*/gpt_model_checkpoint.pt"))
@@ -132,7 +132,7 @@ def test_a_changed_evaluate_param_reruns_nothing_before_evaluate(project):
     project.run("dvc", "repro")
 
 
-def test_an_edit_of_the_own_text_is_noticed(project):
+def test_an_edit_of_the_users_text_is_detected(project):
     text = (project.folder / "mine.txt").read_text()
     (project.folder / "mine.txt").write_text(text + "One more line.\n")
     assert "fetch" in project.run("dvc", "status")
@@ -173,7 +173,7 @@ EXPERIMENTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", EXPERIMENTS)
-def test_a_killed_experiment_goes_on_wherever_it_ran(tmp_path, way):
+def test_a_killed_experiment_resumes_wherever_it_ran(tmp_path, way):
     project = Project(tmp_path)
     project.change(train={"max_steps": 900, "eval_interval": 900}, runtime={"log_interval": 1})
     project.run("git", "commit", "-qam", "longer")
@@ -215,7 +215,7 @@ def test_an_interrupted_training_is_not_recorded_and_goes_on(project, number):
     command = [sys.executable, "-m", "stages.train"]
     before = len(project.runs())
     stage = subprocess.Popen(command, cwd=project.folder, env=project.environment, stderr=subprocess.PIPE, text=True)
-    for line in stage.stderr:  # wait until the run is in MLflow, that is, the loop has begun
+    for line in stage.stderr:  # wait until the run is in MLflow, that is, the loop has started
         if "training" in line:
             break
     while len(project.runs()) == before:
@@ -239,7 +239,7 @@ def test_an_interrupted_training_is_not_recorded_and_goes_on(project, number):
 
 
 @pytest.mark.parametrize(
-    ("changes", "code", "told"),
+    ("changes", "code", "expected"),
     [
         ({"model": {"n_head": 3}}, 2, "model: n_embd 16 is not a multiple of n_head 3"),
         ({"train": {"sequence_length": 32}, "tokenize": {"validation_fraction": 0.999}}, 2, "use a longer text"),
@@ -249,11 +249,11 @@ def test_an_interrupted_training_is_not_recorded_and_goes_on(project, number):
     ],
 )  # fmt: skip
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="one of the cases needs a machine without MPS")
-def test_what_is_wrong_is_one_line_also_through_dvc(project, changes, code, told):
+def test_errors_are_one_line_also_through_dvc(project, changes, code, expected):
     project.change(**changes)
     output = project.run("dvc", "repro", code=255)
     assert f"exited with {code}" in output
     (line,) = [line for line in output.splitlines() if line.startswith("error:")]
-    assert told in line
+    assert expected in line
     project.run("git", "checkout", "-q", "params.yaml", "dvc.lock", "reports")
     project.run("dvc", "checkout", "-q", "--force")

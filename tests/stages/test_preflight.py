@@ -28,11 +28,11 @@ def of_size(params, model, **train):
     return replace(params, model=model, train=replace(params.train, **train))
 
 
-def test_what_fits_is_computed_as_configured(params):
+def test_a_batch_that_fits_is_not_split(params):
     assert preflight.micro_batch_that_fits(params) == params.train.batch_size
 
 
-def test_a_batch_that_does_not_fit_is_computed_in_parts_that_divide_it(params, monkeypatch):
+def test_a_batch_that_does_not_fit_is_split_into_micro_batches(params, monkeypatch):
     monkeypatch.setattr(preflight, "memory_bytes", lambda: 8 * GIB)
     large = of_size(params, PRESETS["gpt2"], batch_size=96, sequence_length=1024)
     size = preflight.micro_batch_that_fits(large)
@@ -43,7 +43,7 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts_that_divide_it(params, m
     assert preflight.micro_batch_that_fits(large) == 96
 
 
-def test_a_model_that_cannot_fit_is_refused_with_numbers(params, monkeypatch):
+def test_a_model_that_does_not_fit_is_refused_with_numbers(params, monkeypatch):
     monkeypatch.setattr(preflight, "memory_bytes", lambda: 8 * GIB)
     with pytest.raises(
         UserError,
@@ -54,7 +54,7 @@ def test_a_model_that_cannot_fit_is_refused_with_numbers(params, monkeypatch):
         preflight.micro_batch_that_fits(of_size(params, replace(PRESETS["gpt2-xl"], n_layer=10**6)))
 
 
-def test_a_full_disk_is_told_before_the_run(params, monkeypatch, tmp_path):
+def test_a_full_disk_is_reported_before_the_run(params, monkeypatch, tmp_path):
     preflight.check_disk(params, tmp_path / "checkpoints/abc")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1, 1, 10**8))
     with pytest.raises(FileError, match=r"need about 1\.\d GiB, and the disk of .* has 0\.1 GiB left: free disk space"):

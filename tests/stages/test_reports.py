@@ -35,7 +35,7 @@ def test_history_is_a_table_with_a_row_for_each_point(tmp_path):
 
 
 @pytest.mark.parametrize("history", [HISTORY, HISTORY[:1]], ids=["evaluated", "never evaluated"])
-def test_curves_are_pictures(tmp_path, history):
+def test_curves_are_written_as_png(tmp_path, history):
     table = reports.write_history(history, tmp_path)
     reports.draw_loss(table, tmp_path / "loss.png")
     reports.draw_schedule(table, tmp_path / "schedule.png")

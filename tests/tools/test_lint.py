@@ -27,21 +27,21 @@ from tools.lint import problems
         "yaml.load(text)",
     ],
 )
-def test_what_runs_code_of_a_file_is_found(source):
+def test_forbidden_code_is_found(source):
     assert list(problems(source, "x.py"))
 
 
-def test_what_is_harmless_is_not():
+def test_harmless_code_is_allowed():
     harmless = "import pickle\ntry: torch.load(path, weights_only=True)\nexcept pickle.UnpicklingError: model.eval()"
     assert list(problems(harmless, "x.py")) == []
 
 
-def test_the_project_has_none_of_it():
+def test_the_project_has_no_forbidden_code():
     done = subprocess.run([sys.executable, "-m", "tools.lint"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "no pickles, no eval\n")
 
 
-def test_findings_and_what_could_not_be_audited_are_told_apart():
+def test_findings_and_unaudited_packages_are_separate():
     packages = [
         {"name": "good", "version": "1", "vulns": []},
         {"name": "bad", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["2.1"]}]},

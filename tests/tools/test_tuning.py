@@ -6,7 +6,7 @@ from tests.conftest import ROOT
 from tools import tuning
 
 
-def test_the_table_says_what_each_experiment_changes_best_first(monkeypatch):
+def test_the_table_shows_the_changes_of_each_experiment_best_first(monkeypatch):
     monkeypatch.chdir(ROOT)
     params = flatten(load_params(Path("presets/laptop.yaml")))
     rows = [

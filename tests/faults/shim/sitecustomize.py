@@ -1,8 +1,8 @@
-"""Python runs this at its start if a test puts this folder on PYTHONPATH.
+"""Python imports this module at start-up if a test puts this folder on PYTHONPATH.
 
-FAULT names a module, a function of it, and which call of it (from 1); in that call this process gets a signal, before
-the function does its work. FAULT_SENT is a file for the time at which that was. Only a stage is hurt, not DVC or the
-process that brings its record to MLflow; that one gets its files limited to FAULT_UPLOADER_FILE_BYTES.
+FAULT names a module, a function, and the number of a call, counted from 1. Before that call, the process sends itself a
+signal and writes the time to the file FAULT_SENT. The fault applies only to a stage, not to DVC or the uploader;
+FAULT_UPLOADER_FILE_BYTES limits the size of files that the uploader writes.
 """
 
 import functools

@@ -60,7 +60,7 @@ def write(source, tmp_path):
     return facts, target.read_bytes()
 
 
-def test_a_file_is_taken_as_it_is(tmp_path):
+def test_a_file_is_used_unchanged(tmp_path):
     text = "Zwölf Boxkämpfer\n\nund <|endoftext|> 漢字, no line end"
     (tmp_path / "mine.txt").write_text(text)
     facts, content = write("mine.txt", tmp_path)
@@ -71,14 +71,14 @@ def test_a_file_is_taken_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 1 << 20])
-def test_line_ends_and_the_byte_order_mark_are_made_uniform(tmp_path, monkeypatch, chunk_bytes):
+def test_line_ends_and_the_byte_order_mark_are_normalized(tmp_path, monkeypatch, chunk_bytes):
     monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk_bytes)
     (tmp_path / "dos.txt").write_bytes("\ufeffone\r\ntwo\rthree é\n\r\r\nend\r".encode())
     assert write("dos.txt", tmp_path)[1].decode() == "one\ntwo\nthree é\n\n\nend\n"
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 3, 1 << 20])
-def test_what_is_no_utf8_is_named_with_its_offset(tmp_path, monkeypatch, chunk_bytes):
+def test_invalid_utf8_is_reported_with_its_offset(tmp_path, monkeypatch, chunk_bytes):
     monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk_bytes)
     (tmp_path / "latin.txt").write_bytes("é caf".encode() + b"\xe9 noir")
     with pytest.raises(UserError, match=r"latin\.txt is not UTF-8: byte 0xe9 at offset 6;"):
@@ -86,13 +86,13 @@ def test_what_is_no_utf8_is_named_with_its_offset(tmp_path, monkeypatch, chunk_b
     assert not (tmp_path / "out/corpus.txt").exists()
 
 
-def test_a_character_cut_off_at_the_end_is_no_utf8(tmp_path):
+def test_a_truncated_character_at_the_end_is_not_utf8(tmp_path):
     (tmp_path / "cut.txt").write_bytes("abcé".encode()[:-1])
     with pytest.raises(UserError, match="offset 3"):
         write("cut.txt", tmp_path)
 
 
-def test_utf16_is_recognised(tmp_path):
+def test_utf16_is_detected(tmp_path):
     (tmp_path / "wide.txt").write_text("hello", encoding="utf-16")
     with pytest.raises(UserError, match="UTF-16"):
         write("wide.txt", tmp_path)
@@ -129,7 +129,7 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path):
         write("nowhere.txt", tmp_path)
 
 
-def test_a_relative_path_is_looked_for_in_each_root(tmp_path):
+def test_a_relative_path_is_looked_up_in_each_root(tmp_path):
     first, second = tmp_path / "copy", tmp_path / "real"
     second.mkdir()
     (second / "mine.txt").write_text("x")
@@ -152,7 +152,7 @@ def test_a_failed_download_leaves_nothing_behind(server, tmp_path, reply):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_server_that_is_not_there_is_one_line(tmp_path):
+def test_an_unreachable_server_is_a_one_line_error(tmp_path):
     with pytest.raises(DownloadError, match=r"cannot download http://127\.0\.0\.1:9/"):
         write("http://127.0.0.1:9/x.txt", tmp_path)
 
@@ -176,7 +176,7 @@ def test_prose_has_no_tables_and_no_indentation():
     assert prose(text) == "A title\n\nSome text.\n\nMore text."
 
 
-def test_pythons_documentation_is_a_corpus_of_megabytes(tmp_path):
+def test_python_docs_is_a_corpus_of_megabytes(tmp_path):
     facts, content = write("python-docs", tmp_path)
     assert facts.characters > 1_000_000
     assert facts.source.startswith("python-docs (CPython 3.")

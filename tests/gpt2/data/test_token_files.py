@@ -22,7 +22,7 @@ def test_chunks_have_the_tokens_of_the_whole_text(text, size):
     assert found == tokenizer.encode(text)
 
 
-def test_a_text_without_white_space_is_still_that_text(monkeypatch):
+def test_a_text_without_white_space_is_unchanged(monkeypatch):
     monkeypatch.setattr(token_files, "MAX_PENDING_CHARACTERS", 100)
     text = "a" * 1000
     parts = list(token_files.encode_chunks(text[i : i + 10] for i in range(0, 1000, 10)))
@@ -31,7 +31,7 @@ def test_a_text_without_white_space_is_still_that_text(monkeypatch):
 
 
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
-def test_the_last_tenth_of_the_characters_is_held_out(tmp_path, monkeypatch, chunk):
+def test_the_validation_split_is_the_last_tenth_of_the_characters(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(token_files, "CHUNK_CHARACTERS", chunk)
     text = "Über den Wolken.\n\nUnd darunter 漢字!\n" * 41 + "The end"
     (tmp_path / "corpus.txt").write_text(text)
@@ -62,13 +62,13 @@ def test_a_large_corpus_takes_little_memory(tmp_path):
     assert peak_bytes < 0.7 * 8 * tokens, (peak_bytes, tokens)
 
 
-def test_too_short_a_corpus_is_refused(tmp_path):
+def test_a_corpus_that_is_too_short_is_refused(tmp_path):
     (tmp_path / "corpus.txt").write_text("Hello world")
     with pytest.raises(UserError, match="the val split has 2 of the corpus's 11 characters"):
         write_tokens(tmp_path / "corpus.txt", tmp_path / "tokens", 0.1)
 
 
-def test_token_files_that_were_cut_off_are_noticed(tokens):
+def test_truncated_token_files_are_detected(tokens):
     path = tokens / "train.bin"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(FileError, match=r"train\.bin has \d+ tokens, not \d+; run the tokenize stage again"):

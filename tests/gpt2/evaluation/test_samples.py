@@ -2,7 +2,7 @@ from gpt2.evaluation.samples import generate_samples
 from gpt2.inference.request import Sampling
 
 
-def test_each_prompt_has_a_sample_of_its_own(tiny_model):
+def test_each_prompt_has_its_own_sample(tiny_model):
     counts = []
 
     def samples():

@@ -19,7 +19,7 @@ def tokens(text):
 
 
 def expected_losses(model, tokens, length):
-    """Plainly: window by window."""
+    """A plain reference, window by window."""
     losses = []
     for start in range(0, len(tokens) - 1, length):
         window = torch.from_numpy(tokens[start : start + length + 1].astype(np.int64))
@@ -37,7 +37,7 @@ def test_validation_loss_is_the_mean_over_every_token(tiny_model, tokens, batch_
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_token_losses_are_those_of_the_windows(tiny_model, tokens):
+def test_token_losses_match_the_windows(tiny_model, tokens):
     assert token_losses(tiny_model, tokens, sequence_length=16) == pytest.approx(
         expected_losses(tiny_model, tokens, 16), rel=1e-4
     )
@@ -76,7 +76,7 @@ def test_a_model_that_knows_the_text_is_always_right(tokens):
 
 
 @pytest.mark.parametrize("stretch", [50, 1 << 20])
-def test_the_longest_verbatim_passage_is_found(text, monkeypatch, stretch):
+def test_longest_verbatim_finds_the_longest_passage(text, monkeypatch, stretch):
     monkeypatch.setattr(memorization, "CHUNK_TOKENS", stretch)
     tokens = np.array(tokenizer.encode(text), dtype=np.uint16)
     passage = text[4321:4421]
@@ -87,7 +87,7 @@ def test_the_longest_verbatim_passage_is_found(text, monkeypatch, stretch):
     assert passage in longest_verbatim(samples, tokens)
 
 
-def test_what_stands_nowhere_is_empty(text):
+def test_without_a_copy_longest_verbatim_is_empty(text):
     tokens = np.array(tokenizer.encode(text), dtype=np.uint16)
     assert longest_verbatim(["qqqqqqqqqqqqqqqq", ""], tokens) == ""
     assert longest_verbatim([], tokens) == ""

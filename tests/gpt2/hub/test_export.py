@@ -19,7 +19,7 @@ def hugging_face(tiny_model, tmp_path):
     return tmp_path
 
 
-def test_transformers_gives_our_logits(tiny_model, hugging_face):
+def test_transformers_computes_our_logits(tiny_model, hugging_face):
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(str(hugging_face))
@@ -29,7 +29,7 @@ def test_transformers_gives_our_logits(tiny_model, hugging_face):
     assert tiny_model(idx)[0].abs().max() > 0.1
 
 
-def test_transformers_gives_our_tokens(hugging_face, text):
+def test_transformers_tokenizes_like_us(hugging_face, text):
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(str(hugging_face))
@@ -40,17 +40,17 @@ def test_transformers_gives_our_tokens(hugging_face, text):
     assert theirs.model_max_length == TINY.block_size
 
 
-def test_our_own_import_takes_our_export(tiny_model, hugging_face):
+def test_from_pretrained_loads_our_export(tiny_model, hugging_face):
     idx = torch.arange(20)[None]
     assert torch.equal(from_pretrained(str(hugging_face)).eval()(idx)[0], tiny_model(idx)[0])
 
 
-def test_the_config_has_what_other_converters_ask_for(hugging_face):
+def test_the_config_has_the_keys_that_converters_need(hugging_face):
     config = json.loads((hugging_face / "config.json").read_text())
     assert config["n_ctx"] == config["n_positions"] == TINY.block_size
 
 
-def test_the_spaces_files_are_plain(tiny_model, tmp_path):
+def test_the_space_files_are_plain_dicts(tiny_model, tmp_path):
     save_space_model(tiny_model, tmp_path)
     config = torch.load(tmp_path / "gpt_config.pt", weights_only=True)
     weights = torch.load(tmp_path / "gpt_model.pt", weights_only=True)
@@ -66,7 +66,7 @@ def test_the_spaces_files_are_plain(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [1e-3, float("nan")])
-def test_other_logits_are_an_error(tiny_model, wrong):
+def test_different_logits_are_an_error(tiny_model, wrong):
     def logits(tokens):
         return tiny_model(tokens)[0]
 

@@ -1,4 +1,4 @@
-"""Publishing, to a server of our own that speaks the few calls of the Hub."""
+"""Publishing to a local stub of the Hub."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ TOKEN = "hf_" + "a" * 34
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories in memory. refuses: a path's beginning, and the status that it gets."""
+    """Repositories in memory. refuses: a prefix of paths, and the status for them."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -134,7 +134,7 @@ def publish(folder, hub, *arguments, token=TOKEN):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
 
-def test_a_dry_run_lists_files_and_needs_nobody(dist):
+def test_a_dry_run_lists_files_and_needs_no_token(dist):
     done = publish(dist, "http://127.0.0.1:9", "--dry-run", token="")
     assert done.returncode == 0
     assert "space me/x, from dist/space: 3 files, 2,6" in done.stdout
@@ -142,7 +142,7 @@ def test_a_dry_run_lists_files_and_needs_nobody(dist):
     assert "model me/x, from dist/hf: 1 files, 2 bytes" in done.stdout
 
 
-def test_a_space_is_made_filled_and_waited_for(dist, hub):
+def test_publish_creates_a_space_and_waits_until_it_runs(dist, hub):
     done = publish(dist, hub, "--space")
     assert done.returncode == 0, done.stderr
     files = hub.repos["spaces/me/x"]
@@ -156,7 +156,7 @@ def test_a_space_is_made_filled_and_waited_for(dist, hub):
     assert "the Space is running\n" in done.stderr
 
 
-def test_a_second_time_changes_what_has_changed(dist, hub):
+def test_a_second_upload_changes_only_changed_files(dist, hub):
     assert publish(dist, hub, "--space").returncode == 0
     (dist / "dist/space/gpt2/model.py").unlink()
     done = publish(dist, hub, "--space")
@@ -170,14 +170,14 @@ def test_without_a_flag_both_are_published(dist, hub):
     assert hub.commits == ["models/me/x", "spaces/me/x"]
 
 
-def test_a_space_for_zero_gpu_asks_for_it(dist, hub):
+def test_a_space_for_zero_gpu_requests_the_hardware(dist, hub):
     (dist / "dist/space/README.md").write_text("---\nsuggested_hardware: zero-a10g\n---\n")
     assert publish(dist, hub, "--space").returncode == 0
     assert hub.created["hardware"] == "zero-a10g"
 
 
 @pytest.mark.parametrize(
-    ("start", "status", "told"),
+    ("start", "status", "expected"),
     [
         ("/api/whoami", 401, "does not accept the token"),
         ("/api/repos/create", 402, "paid plan"),
@@ -187,42 +187,42 @@ def test_a_space_for_zero_gpu_asks_for_it(dist, hub):
         ("/api/spaces/me/x/runtime", 404, "the repository does not exist"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(dist, hub, start, status, told):
+def test_errors_of_the_hub_are_one_line_with_a_remedy(dist, hub, start, status, expected):
     hub.refuses[start] = status
     done = publish(dist, hub, "--space")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ")
-    assert told in last
+    assert expected in last
     assert "Traceback" not in done.stderr
     assert TOKEN not in done.stderr + done.stdout
 
 
-def test_no_token_is_told(dist, hub):
+def test_a_missing_token_is_an_error(dist, hub):
     done = publish(dist, hub, "--space", token="")
     assert (done.returncode, "no token: log in" in done.stderr) == (1, True)
 
 
-def test_no_network_is_told(dist):
+def test_a_missing_network_is_an_error(dist):
     done = publish(dist, "http://127.0.0.1:9", "--space")
     assert done.returncode == 1
     assert "http://127.0.0.1:9 cannot be reached" in done.stderr.splitlines()[-1]
 
 
-def test_a_space_that_does_not_build_is_told(dist, hub):
+def test_a_space_that_does_not_build_is_an_error(dist, hub):
     hub.stages = ["BUILDING", "BUILD_ERROR"]
     done = publish(dist, hub, "--space")
     assert done.returncode == 1
     assert f"does not run (BUILD_ERROR); its log is at {hub.url}/spaces/me/x" in done.stderr
 
 
-def test_nothing_to_publish_is_told(tmp_path, hub):
+def test_an_empty_folder_is_an_error(tmp_path, hub):
     done = publish(tmp_path, hub)
     assert (done.returncode, "dist/hf has no files" in done.stderr) == (74, True)
     assert hub.asked == []
 
 
 @pytest.mark.parametrize("name", ["x", "me/", "me/x/y", "../x y/z"])
-def test_a_name_that_is_none_is_refused(dist, hub, name):
+def test_an_invalid_repository_name_is_refused(dist, hub, name):
     done = publish(dist, hub, "--repo", name)
     assert (done.returncode, "expected user/name" in done.stderr) == (2, True)

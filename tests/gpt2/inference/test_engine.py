@@ -26,8 +26,8 @@ SAMPLINGS = [
 
 
 @pytest.fixture
-def lively_model() -> GPT:
-    """A random model whose choices depend on what it has seen."""
+def random_model() -> GPT:
+    """A random model whose predictions depend on the context."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=24, vocab_size=50257, n_layer=2, n_head=2, n_embd=32)).eval()
     with torch.no_grad():
@@ -37,8 +37,8 @@ def lively_model() -> GPT:
 
 
 def recomputed(model, request, context):
-    """What the engine has to write, by computing the whole view anew for each token."""
-    random, ids, written = torch.Generator().manual_seed(request.seed), list(request.prompt), []
+    """The expected tokens and log probabilities, computed without a KV cache."""
+    random, ids, generated = torch.Generator().manual_seed(request.seed), list(request.prompt), []
     for _ in range(request.max_new_tokens):
         view = ids[window_start(len(ids), context) :]
         with torch.inference_mode():
@@ -48,10 +48,10 @@ def recomputed(model, request, context):
                 apply_repetition_penalty(logits, view, request.sampling.repetition_penalty), request.sampling, random
             )
         )
-        written.append((ids[-1], float(logits.log_softmax(0)[ids[-1]])))
+        generated.append((ids[-1], float(logits.log_softmax(0)[ids[-1]])))
         if ids[-1] in request.stop_token_ids:
             break
-    return written
+    return generated
 
 
 def ids_of(tokens):
@@ -60,30 +60,30 @@ def ids_of(tokens):
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("context", [24, 10])
-def test_the_cache_changes_no_token_and_no_probability(lively_model, sampling, context):
+def test_the_kv_cache_changes_no_token_and_no_probability(random_model, sampling, context):
     request = Request([1, 2, 3], 60, sampling, seed=4)  # far past the context
-    (found,) = generate(Engine(lively_model, context_length=context), [request])
-    expected = recomputed(lively_model, request, context)
+    (found,) = generate(Engine(random_model, context_length=context), [request])
+    expected = recomputed(random_model, request, context)
     assert ids_of(found) == [token for token, _ in expected]
     assert [token.logprob for token in found] == pytest.approx([logprob for _, logprob in expected], abs=1e-4)
     assert len(set(ids_of(found))) > 3
 
 
-def test_several_requests_at_once_are_those_of_each_alone(lively_model):
+def test_batched_requests_match_single_requests(random_model):
     requests = [
         Request(tokenizer.encode(f"number {i} " * i), 10 + 7 * i, SAMPLINGS[i % 4], seed=i, top_logprobs=i)
         for i in range(1, 8)
     ]
-    together = generate(Engine(lively_model, slots=3), requests)
+    together = generate(Engine(random_model, slots=3), requests)
     for request, tokens in zip(requests, together, strict=True):
-        (alone,) = generate(Engine(lively_model), [request])
+        (alone,) = generate(Engine(random_model), [request])
         assert ids_of(alone) == ids_of(tokens)
         assert [len(token.top_logprobs) for token in tokens] == [request.top_logprobs] * len(tokens)
 
 
 @pytest.mark.parametrize("attention", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_embd", [32, 256])
-def test_in_int8_company_changes_not_one_bit(n_embd, attention, monkeypatch):
+def test_in_int8_the_batch_does_not_change_a_bit(n_embd, attention, monkeypatch):
     monkeypatch.setattr(quantization, "attention_dtype", lambda: attention)
     torch.manual_seed(1)
     model = quantize(GPT(GPTConfig(block_size=24, vocab_size=50257, n_layer=2, n_head=2, n_embd=n_embd)), "int8")
@@ -92,8 +92,8 @@ def test_in_int8_company_changes_not_one_bit(n_embd, attention, monkeypatch):
     assert together == [generate(Engine(model), [request])[0] for request in requests]
 
 
-def test_a_new_request_joins_while_others_are_being_answered(lively_model):
-    engine = Engine(lively_model, slots=2)
+def test_a_new_request_joins_a_running_batch(random_model):
+    engine = Engine(random_model, slots=2)
     early = engine.submit(Request([1], 20, seed=1, stop_token_ids=frozenset()))
     for _ in range(5):
         engine.step()
@@ -105,31 +105,31 @@ def test_a_new_request_joins_while_others_are_being_answered(lively_model):
     assert len(early.new_tokens()) == 8
 
 
-def test_the_seed_decides_the_text(lively_model):
+def test_the_seed_decides_the_text(random_model):
     def run(seed):
-        return ids_of(generate(Engine(lively_model), [Request([1], 12, seed=seed)])[0])
+        return ids_of(generate(Engine(random_model), [Request([1], 12, seed=seed)])[0])
 
     assert run(1) == run(1)
     assert run(1) != run(2)
 
 
-def test_a_prompt_longer_than_the_context_is_looked_at_from_its_end(lively_model):
+def test_a_prompt_longer_than_the_context_is_truncated_from_the_left(random_model):
     prompt = list(range(100))
-    (tokens,) = generate(Engine(lively_model), [Request(prompt, 5, Sampling(temperature=0))])
+    (tokens,) = generate(Engine(random_model), [Request(prompt, 5, Sampling(temperature=0))])
     view = prompt[window_start(100, 24) :]
-    assert tokens[0].id == int(lively_model(torch.tensor([view]))[0][0, -1].argmax())
+    assert tokens[0].id == int(random_model(torch.tensor([view]))[0][0, -1].argmax())
 
 
-def test_alternatives_are_the_likeliest_with_their_probabilities(lively_model):
-    (tokens,) = generate(Engine(lively_model), [Request([5, 6], 1, Sampling(temperature=0), top_logprobs=4)])
-    logprobs = lively_model(torch.tensor([[5, 6]]))[0][0, -1].log_softmax(0)
+def test_alternatives_are_the_likeliest_with_their_probabilities(random_model):
+    (tokens,) = generate(Engine(random_model), [Request([5, 6], 1, Sampling(temperature=0), top_logprobs=4)])
+    logprobs = random_model(torch.tensor([[5, 6]]))[0][0, -1].log_softmax(0)
     assert [i for i, _ in tokens[0].top_logprobs] == logprobs.topk(4).indices.tolist()
     assert tokens[0].top_logprobs[0] == (tokens[0].id, tokens[0].logprob)
     assert tokens[0].logprob == pytest.approx(float(logprobs.max()), abs=1e-5)
 
 
 def always(model, token):
-    """The model with one token the likeliest by far, whatever it sees."""
+    """Changes the model so that one token is always the likeliest by far."""
     with torch.no_grad():
         model.lm_head.weight[token] *= 3
         model.transformer["ln_f"].weight.zero_()
@@ -137,20 +137,20 @@ def always(model, token):
     return model
 
 
-def test_a_text_ends_at_the_end_of_text(tiny_model):
-    reply = Engine(always(tiny_model, END_OF_TEXT)).submit(Request([1], 9, Sampling(temperature=0)))
-    assert [(token.id, token.text) for token in reply] == [(END_OF_TEXT, "")]
-    assert reply.finish_reason == "end_of_text"
+def test_generation_ends_at_end_of_text(tiny_model):
+    completion = Engine(always(tiny_model, END_OF_TEXT)).submit(Request([1], 9, Sampling(temperature=0)))
+    assert [(token.id, token.text) for token in completion] == [(END_OF_TEXT, "")]
+    assert completion.finish_reason == "end_of_text"
 
 
-def test_a_text_ends_at_a_stop_string(tiny_model):
+def test_generation_ends_at_a_stop_string(tiny_model):
     (token,) = tokenizer.encode(" again")
-    reply = Engine(always(tiny_model, token)).submit(Request([1], 9, Sampling(temperature=0), stop=("in aga",)))
-    assert "".join(token.text for token in reply) == " aga"
-    assert reply.finish_reason == "stop"
+    completion = Engine(always(tiny_model, token)).submit(Request([1], 9, Sampling(temperature=0), stop=("in aga",)))
+    assert "".join(token.text for token in completion) == " aga"
+    assert completion.finish_reason == "stop"
 
 
-def test_half_a_character_at_the_end_is_shown_as_such(tiny_model):
+def test_half_a_character_at_the_end_is_a_replacement_character(tiny_model):
     engine = Engine(always(tiny_model, tokenizer.encode("🙂")[0]))
     assert (
         "".join(token.text for token in generate(engine, [Request([1], 2, Sampling(temperature=0))])[0])
@@ -158,8 +158,8 @@ def test_half_a_character_at_the_end_is_shown_as_such(tiny_model):
     )
 
 
-def test_a_cancelled_request_frees_its_slot(lively_model):
-    engine = Engine(lively_model, slots=1)
+def test_a_cancelled_request_frees_its_slot(random_model):
+    engine = Engine(random_model, slots=1)
     first, second = (engine.submit(Request([i], 20, stop_token_ids=frozenset())) for i in (1, 2))
     engine.step()
     assert (first.queue_position, second.queue_position) == (-1, 0)
@@ -173,19 +173,19 @@ def test_a_cancelled_request_frees_its_slot(lively_model):
     assert engine._running == []
 
 
-def test_a_cancelled_request_leaves_the_line(lively_model):
-    engine = Engine(lively_model, slots=1)
-    replies = [engine.submit(Request([i], 3, stop_token_ids=frozenset())) for i in (1, 2, 3)]
+def test_a_cancelled_request_leaves_the_queue(random_model):
+    engine = Engine(random_model, slots=1)
+    completions = [engine.submit(Request([i], 3, stop_token_ids=frozenset())) for i in (1, 2, 3)]
     engine.step()
-    assert [reply.queue_position for reply in replies] == [-1, 0, 1]
-    replies[1].cancel()
-    assert [reply.queue_position for reply in replies] == [-1, -1, 0]
-    assert list(replies[1]) == []
-    assert len(list(replies[2])) == 3
+    assert [completion.queue_position for completion in completions] == [-1, 0, 1]
+    completions[1].cancel()
+    assert [completion.queue_position for completion in completions] == [-1, -1, 0]
+    assert list(completions[1]) == []
+    assert len(list(completions[2])) == 3
 
 
-def test_a_deadline_counts_waiting_too(lively_model):
-    engine = Engine(lively_model, slots=1)
+def test_a_timeout_includes_the_time_in_the_queue(random_model):
+    engine = Engine(random_model, slots=1)
     running = engine.submit(Request([1], 1000, timeout_s=0.2, stop_token_ids=frozenset()))
     waiting = engine.submit(Request([1], 1000, timeout_s=0.1, stop_token_ids=frozenset()))
     assert 0 < len(list(running)) < 1000
@@ -193,13 +193,13 @@ def test_a_deadline_counts_waiting_too(lively_model):
     assert list(waiting) == []
 
 
-def test_a_full_line_refuses(lively_model):
-    engine = Engine(lively_model, slots=2, max_queue_size=1)
-    replies = [engine.submit(Request([1], 2)) for _ in range(3)]
+def test_a_full_queue_refuses_requests(random_model):
+    engine = Engine(random_model, slots=2, max_queue_size=1)
+    completions = [engine.submit(Request([1], 2)) for _ in range(3)]
     with pytest.raises(BusyError, match="requests are in the queue"):
         engine.submit(Request([1], 2))
-    for reply in replies:
-        list(reply)
+    for completion in completions:
+        list(completion)
     engine.submit(Request([1], 2))
 
 
@@ -209,7 +209,7 @@ def test_a_prompt_outside_the_vocabulary_is_refused(tiny_model, prompt):
         Engine(tiny_model).submit(Request(prompt, 1))
 
 
-def test_numbers_that_are_not_finite_are_an_error_and_free_the_slot(tiny_model):
+def test_non_finite_logits_are_an_error_and_free_the_slot(tiny_model):
     with torch.no_grad():
         tiny_model.transformer["ln_f"].bias[0] = torch.nan
     engine = Engine(tiny_model)
@@ -218,8 +218,8 @@ def test_numbers_that_are_not_finite_are_an_error_and_free_the_slot(tiny_model):
             engine.submit(Request([1], 5)).new_tokens()
 
 
-def test_what_goes_wrong_in_the_model_reaches_those_who_wait_and_no_others(lively_model, monkeypatch):
-    engine = Engine(lively_model)
+def test_an_error_of_the_model_fails_only_its_requests(random_model, monkeypatch):
+    engine = Engine(random_model)
     monkeypatch.setattr(engine._runner, "prefill", lambda slot, ids: 1 / 0)
     with pytest.raises(GPT2Error, match="generation failed: division by zero"):
         list(engine.submit(Request([1], 5)))
@@ -228,8 +228,8 @@ def test_what_goes_wrong_in_the_model_reaches_those_who_wait_and_no_others(livel
 
 
 @pytest.fixture
-def served(lively_model):
-    engine = Engine(lively_model, slots=3, serving_thread=True)
+def served(random_model):
+    engine = Engine(random_model, slots=3, serving_thread=True)
     thread = threading.Thread(target=engine.serve)
     thread.start()
     yield engine
@@ -237,39 +237,39 @@ def served(lively_model):
     thread.join()
 
 
-def test_a_thread_answers_many_visitors(served, lively_model):
+def test_a_serving_thread_completes_concurrent_requests(served, random_model):
     requests = [Request([i], 25, seed=i) for i in range(12)]
     found = [None] * len(requests)
 
-    def visit(i):
+    def consume(i):
         found[i] = ids_of(served.submit(requests[i]))
 
-    visitors = [threading.Thread(target=visit, args=(i,)) for i in range(len(requests))]
-    for visitor in visitors:
-        visitor.start()
-    for visitor in visitors:
-        visitor.join()
-    assert found == [ids_of(tokens) for tokens in generate(Engine(lively_model), requests)]
+    clients = [threading.Thread(target=consume, args=(i,)) for i in range(len(requests))]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    assert found == [ids_of(tokens) for tokens in generate(Engine(random_model), requests)]
 
 
-def test_a_visitor_waits_no_longer_than_asked(served):
-    replies = [served.submit(Request([1], 100_000, stop_token_ids=frozenset())) for _ in range(3)]
+def test_a_client_waits_at_most_its_timeout(served):
+    completions = [served.submit(Request([1], 100_000, stop_token_ids=frozenset())) for _ in range(3)]
     waiting = served.submit(Request([1], 5))
     start_s = time.monotonic()
     assert waiting.new_tokens(timeout_s=0.1) == []
     assert 0.09 < time.monotonic() - start_s < 5
-    for reply in replies:
-        reply.cancel()
+    for completion in completions:
+        completion.cancel()
     assert len(list(waiting)) <= 5
     assert waiting.finish_reason is not None
 
 
-def test_closing_ends_what_is_going_on(served):
-    reply = served.submit(Request([1], 100_000, stop_token_ids=frozenset()))
-    assert reply.new_tokens()
+def test_close_cancels_running_requests(served):
+    completion = served.submit(Request([1], 100_000, stop_token_ids=frozenset()))
+    assert completion.new_tokens()
     served.close()
-    list(reply)
-    assert reply.finish_reason == "cancelled"
+    list(completion)
+    assert completion.finish_reason == "cancelled"
 
 
 @pytest.mark.parametrize(
@@ -281,9 +281,9 @@ def test_closing_ends_what_is_going_on(served):
         ("int8", torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_the_cache_has_the_format_of_the_attention(lively_model, name, attention, expected, monkeypatch):
+def test_the_kv_cache_has_the_dtype_of_the_attention(random_model, name, attention, expected, monkeypatch):
     monkeypatch.setattr(quantization, "attention_dtype", lambda: attention)
-    engine = Engine(quantize(lively_model, name), slots=2)
+    engine = Engine(quantize(random_model, name), slots=2)
     assert engine._runner.cache.buffer.dtype == expected
     request = Request([1, 2], 30, seed=2, stop_token_ids=frozenset())
     assert [len(tokens) for tokens in generate(engine, [request, replace(request, seed=3)])] == [30, 30]

@@ -48,7 +48,7 @@ def test_int8_is_exact_where_nothing_is_rounded(exact):
     assert torch.allclose(Int8Linear(layer)(x), expected, rtol=1e-6 if exact else 1e-2, atol=0 if exact else 100)
 
 
-def test_int8_gives_the_format_that_is_asked_for(exact):
+def test_int8_returns_the_requested_dtype(exact):
     layer, x = nn.Linear(16, 8), torch.randn(2, 16)
     y = Int8Linear(layer, torch.bfloat16)(x)
     assert y.dtype == torch.bfloat16
@@ -79,7 +79,7 @@ if quantization.has_exact_int8_matmul():
     assert not [line for line in lines if any(part.startswith("ref") for part in line)]
 
 
-def test_rows_of_zeros_and_of_very_large_numbers_are_fine(exact):
+def test_int8_handles_rows_of_zeros_and_very_large_values(exact):
     layer = nn.Linear(16, 8)
     with torch.no_grad():
         layer.weight[0] = 0
@@ -98,14 +98,14 @@ def test_a_row_does_not_depend_on_the_others():
     assert torch.equal(layer(x), torch.cat([layer(row[None]) for row in x]))
 
 
-def test_numbers_that_are_not_finite_stay_so():
+def test_non_finite_inputs_give_non_finite_outputs():
     y = Int8Linear(nn.Linear(16, 8))(torch.tensor([[torch.nan] + [1.0] * 15, [torch.inf] + [1.0] * 15]))
     assert not torch.isfinite(y).any()
 
 
 @pytest.mark.parametrize("attention", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "tolerance"), [("fp32", 1e-5), ("bf16", 0.02), ("int8", 0.05)])
-def test_a_model_in_a_format_gives_almost_its_logits(tiny_model, name, tolerance, attention, monkeypatch):
+def test_a_quantized_model_has_almost_the_same_logits(tiny_model, name, tolerance, attention, monkeypatch):
     monkeypatch.setattr(quantization, "attention_dtype", lambda: attention)
     idx = torch.randint(50257, (2, 20))
     before = {key: value.clone() for key, value in tiny_model.state_dict().items()}
@@ -118,24 +118,24 @@ def test_a_model_in_a_format_gives_almost_its_logits(tiny_model, name, tolerance
 
 
 def test_fp32_shares_the_weights(tiny_model):
-    writer = quantize(tiny_model, "fp32")
-    assert writer.lm_head.weight.data_ptr() == tiny_model.lm_head.weight.data_ptr()
+    quantized = quantize(tiny_model, "fp32")
+    assert quantized.lm_head.weight.data_ptr() == tiny_model.lm_head.weight.data_ptr()
 
 
-def test_formats_that_there_are_not_are_refused(tiny_model):
+def test_unknown_dtypes_are_refused(tiny_model):
     with pytest.raises(UserError, match="no dtype 'int4'"):
         quantize(tiny_model, "int4")
     with pytest.raises(UserError, match="int8 runs only on the CPU"):
         quantize(tiny_model.to("meta"), "int8")
 
 
-def test_the_fastest_format_is_chosen(tiny_model, monkeypatch):
+def test_the_fastest_dtype_is_chosen(tiny_model, monkeypatch):
     monkeypatch.setattr(quantization, "seconds_per_token", lambda model, among: {n: ord(n[0]) for n in among})
     assert fastest_dtype(tiny_model) == "bf16"
     assert fastest_dtype(tiny_model, ("fp32", "int8")) == "fp32"
 
 
-def test_every_format_is_measured_and_the_model_left_as_it_was():
+def test_every_dtype_is_measured_and_the_model_is_unchanged():
     model = GPT(GPTConfig(block_size=8, vocab_size=50257, n_layer=3, n_head=2, n_embd=32))
     seconds = seconds_per_token(model)
     assert tuple(seconds) == DTYPES
@@ -144,7 +144,7 @@ def test_every_format_is_measured_and_the_model_left_as_it_was():
     assert isinstance(model.lm_head, nn.Module)
 
 
-def test_a_vocabulary_that_is_padded_works_in_every_format():
+def test_a_padded_vocabulary_works_in_every_dtype():
     model = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=1, n_head=2, n_embd=16))
     for name in DTYPES:
         (tokens,) = generate(Engine(quantize(model, name)), [Request([1], 20)])

@@ -25,7 +25,7 @@ def distribution(of, sampling):
     return full
 
 
-def test_prompts_are_beginnings_of_lines_from_all_over_a_text():
+def test_prompts_are_first_words_of_evenly_spaced_lines():
     text = "".join(f"Line {i} has  five words\n\nshort line\n" for i in range(60))
     assert prompts_from(text) == ["Line 10 has", "Line 30 has", "Line 50 has"]
     assert prompts_from("one two three four") == ["one two three"]
@@ -34,7 +34,7 @@ def test_prompts_are_beginnings_of_lines_from_all_over_a_text():
 
 
 @pytest.mark.parametrize("context", [1, 2, 7, 24])
-def test_the_view_never_exceeds_the_context_and_moves_rarely(context):
+def test_the_window_never_exceeds_the_context_and_moves_rarely(context):
     starts = [window_start(length, context) for length in range(1, 200)]
     seen = [length - start for length, start in zip(range(1, 200), starts, strict=True)]
     assert all(1 <= s <= context for s in seen)
@@ -55,7 +55,7 @@ def test_top_k_keeps_the_k_likeliest():
 @pytest.mark.parametrize(
     ("top_p", "kept"), [(0.3, [1]), (0.4, [1]), (0.45, [1, 3]), (0.71, [1, 2, 3]), (1.0, [0, 1, 2, 3])]
 )
-def test_top_p_keeps_the_fewest_that_have_it_together(top_p, kept, top_k):
+def test_top_p_keeps_the_smallest_set(top_p, kept, top_k):
     probs = distribution(logits(0.1, 0.4, 0.2, 0.3), Sampling(top_p=top_p, top_k=top_k))
     assert probs.nonzero().flatten().tolist() == kept
     assert probs.sum().item() == pytest.approx(1)
@@ -63,7 +63,7 @@ def test_top_p_keeps_the_fewest_that_have_it_together(top_p, kept, top_k):
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.999])
-def test_top_p_looks_at_as_many_as_it_needs(spread, top_p):
+def test_top_p_sorts_as_many_candidates_as_needed(spread, top_p):
     many = spread * torch.randn(50257, generator=torch.Generator().manual_seed(3))
     probs = many.softmax(0)
     ordered, order = probs.sort(descending=True)
@@ -80,7 +80,7 @@ def test_temperature_sharpens():
     assert torch.allclose(probs, torch.tensor([0.04, 0.64]) / 0.68)
 
 
-def test_the_repetition_penalty_makes_what_was_seen_less_likely():
+def test_the_repetition_penalty_makes_earlier_tokens_less_likely():
     raw = torch.tensor([2.0, -2.0, 1.0, 0.5])
     assert apply_repetition_penalty(raw, [0, 1, 1, 99], 2.0).tolist() == [1.0, -4.0, 1.0, 0.5]
     assert raw.tolist() == [2.0, -2.0, 1.0, 0.5]
@@ -91,7 +91,7 @@ def test_the_repetition_penalty_makes_what_was_seen_less_likely():
     "sampling",
     [Sampling(), Sampling(temperature=0), Sampling(top_k=50300), Sampling(top_p=0.99), Sampling(top_k=9, top_p=0.5)],
 )
-def test_ids_of_a_padded_vocabulary_are_no_candidates(sampling):
+def test_padded_ids_are_never_sampled(sampling):
     padded = torch.zeros(50304)
     padded[50257:] = 100.0
     probs, ids = candidate_tokens(padded, sampling)
@@ -102,7 +102,7 @@ def test_ids_of_a_padded_vocabulary_are_no_candidates(sampling):
         assert sample_token(padded, sampling, random) < 50257
 
 
-def test_draws_are_distributed_as_the_model_says():
+def test_samples_follow_the_distribution_of_the_model():
     of, random = logits(0.1, 0.4, 0.2, 0.3), torch.Generator().manual_seed(1)
     for sampling in (Sampling(), Sampling(top_k=3), Sampling(top_p=0.8)):
         counts = torch.zeros(4)
@@ -111,7 +111,7 @@ def test_draws_are_distributed_as_the_model_says():
         assert torch.allclose(counts / 5000, distribution(of, sampling), atol=0.02)
 
 
-def test_what_has_no_probability_is_never_drawn():
+def test_tokens_without_probability_are_never_sampled():
     of, random = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf]), torch.Generator().manual_seed(1)
     assert {sample_token(of, Sampling(), random) for _ in range(100)} == {1, 3}
 
@@ -126,7 +126,7 @@ def pieces(text, stop=()):
     return [*found, stream.flush()]
 
 
-def test_characters_of_several_tokens_come_whole():
+def test_characters_of_several_tokens_are_complete():
     found = pieces("naïve 漢字 🙂!")
     assert "".join(found) == "naïve 漢字 🙂!"
     assert not any("\ufffd" in piece for piece in found)
@@ -147,7 +147,7 @@ def test_characters_of_several_tokens_come_whole():
         ("🙂🙃", ("🙃",), "🙂"),
     ],
 )
-def test_a_text_ends_before_a_stop_string_and_never_shows_its_beginning(text, stop, expected):
+def test_a_stop_string_ends_the_text_and_is_never_shown(text, stop, expected):
     found = pieces(text, stop)
     assert "".join(found) == expected
     for end in range(len(found)):
@@ -172,7 +172,7 @@ def test_settings_out_of_range_are_refused(wrong):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "expected"),
     [
         ({"prompt": []}, "a prompt needs"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
@@ -180,8 +180,8 @@ def test_settings_out_of_range_are_refused(wrong):
         ({"stop": ("a", "")}, "a stop string is empty"),
     ],
 )
-def test_requests_that_make_no_sense_are_refused(wrong, told):
-    with pytest.raises(UserError, match=told):
+def test_invalid_requests_are_refused(wrong, expected):
+    with pytest.raises(UserError, match=expected):
         Request(**{"prompt": [1], "max_new_tokens": 5, **wrong})
 
 

@@ -11,7 +11,7 @@ from gpt2.model.transformer import GPT
 from tests.conftest import TINY
 
 
-def test_count_of_parameters_is_that_of_the_formula():
+def test_num_parameters_matches_the_formula():
     for config in (TINY, GPTConfig(block_size=10, vocab_size=51, n_layer=3, n_head=3, n_embd=12)):
         assert sum(p.numel() for p in GPT(config).parameters()) == config.num_parameters()
 
@@ -38,18 +38,18 @@ def test_initialisation_has_the_standard_deviations_of_the_table():
             assert values.mean().abs().item() < expected / 10, kind
 
 
-def test_first_loss_is_that_of_guessing():
+def test_the_initial_loss_is_that_of_a_uniform_distribution():
     torch.manual_seed(0)
     idx = torch.randint(50257, (4, 32))
     _, loss = GPT(TINY)(idx, torch.randint(50257, (4, 32)))
     assert loss.item() == pytest.approx(math.log(50257), abs=0.05)
 
 
-def test_embedding_and_head_are_one_matrix(tiny_model):
+def test_embedding_and_head_are_tied(tiny_model):
     assert tiny_model.lm_head.weight is tiny_model.transformer["wte"].weight
 
 
-def test_weights_carry_the_names_of_the_original(tiny_model):
+def test_weights_have_openais_names(tiny_model):
     names = set(tiny_model.state_dict())
     assert {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight", "transformer.ln_f.bias"} <= names
     block = {n.removeprefix("transformer.h.1.") for n in names if n.startswith("transformer.h.1.")}
@@ -57,7 +57,7 @@ def test_weights_carry_the_names_of_the_original(tiny_model):
     assert block == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
 
 
-def test_a_token_does_not_see_what_follows(tiny_model):
+def test_attention_is_causal(tiny_model):
     idx = torch.randint(50257, (1, 20))
     changed = idx.clone()
     changed[0, 12:] = 0
@@ -66,7 +66,7 @@ def test_a_token_does_not_see_what_follows(tiny_model):
     assert not torch.allclose(before[:, 12:], after[:, 12:], atol=1e-3)
 
 
-def test_the_old_projects_lines_load_a_checkpoint(tiny_model, tmp_path):
+def test_the_original_projects_code_loads_our_weights(tiny_model, tmp_path):
     path = tmp_path / "checkpoint.pt"
     torch.save({"config": TINY.to_dict(), "model_state_dict": tiny_model.state_dict()}, path)
     checkpoint = torch.load(path, weights_only=True)
@@ -100,7 +100,7 @@ def their_model(**changes):
     return model
 
 
-def test_hugging_face_weights_give_hugging_face_logits(tmp_path):
+def test_imported_hugging_face_weights_have_the_same_logits(tmp_path):
     theirs = their_model()
     theirs.save_pretrained(tmp_path)
     ours = from_pretrained(str(tmp_path)).eval()
@@ -110,7 +110,7 @@ def test_hugging_face_weights_give_hugging_face_logits(tmp_path):
     assert theirs(idx).logits.abs().max() > 0.1  # they are not just all near 0
 
 
-def test_another_activation_is_refused(tmp_path):
+def test_a_model_with_another_activation_is_refused(tmp_path):
     their_model(activation_function="relu").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="activation"):
         from_pretrained(str(tmp_path))
@@ -122,13 +122,13 @@ def test_a_folder_without_weights_is_one_line(tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_without_transformers_the_remedy_is_named(monkeypatch):
+def test_without_transformers_the_error_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match="pip install"):
         from_pretrained("gpt2")
 
 
-def test_openais_names_are_not_taken_for_local_folders(monkeypatch):
+def test_openais_names_are_never_local_folders(monkeypatch):
     import transformers
 
     asked = []
@@ -143,7 +143,7 @@ def test_openais_names_are_not_taken_for_local_folders(monkeypatch):
     assert asked == ["openai-community/gpt2"]
 
 
-def test_swapping_the_layout_twice_changes_nothing(tiny_model):
+def test_swap_conv1d_layout_is_its_own_inverse(tiny_model):
     state = tiny_model.state_dict()
     swapped = swap_conv1d_layout(state)
     assert swapped["transformer.h.0.mlp.c_fc.weight"].shape == (16, 64)

@@ -20,7 +20,7 @@ def content(step):
     return {"step": step, "weights": {"w": torch.full((50,), float(step))}}
 
 
-def test_the_newest_checkpoint_comes_back(store):
+def test_the_newest_checkpoint_is_loaded(store):
     assert store.load_newest() is None
     for step in (2, 9, 10):
         store.save(step, content(step))
@@ -28,7 +28,7 @@ def test_the_newest_checkpoint_comes_back(store):
     assert torch.equal(store.load(9)["weights"]["w"], torch.full((50,), 9.0))
 
 
-def test_the_newest_two_are_kept_and_leftovers_go(store):
+def test_the_newest_two_are_kept_and_leftovers_are_deleted(store):
     (store.folder / "step-000003.tmp").mkdir(parents=True)
     (store.folder / "step-000003.tmp/gpt_model_checkpoint.pt").write_bytes(b"half")
     for step in range(1, 7):
@@ -38,7 +38,7 @@ def test_the_newest_two_are_kept_and_leftovers_go(store):
     assert store.steps() == [6]
 
 
-def test_a_sound_checkpoint_is_never_written_over(store):
+def test_a_valid_checkpoint_is_never_overwritten(store):
     path = store.save(3, content(3))
     before = (path / "gpt_model_checkpoint.pt").stat()
     store.save(3, content(4))
@@ -46,7 +46,7 @@ def test_a_sound_checkpoint_is_never_written_over(store):
     assert (path / "gpt_model_checkpoint.pt").stat().st_ino == before.st_ino
 
 
-def test_the_manifest_has_the_sum_of_the_file(store):
+def test_the_manifest_has_the_sha256_of_the_checkpoint(store):
     path = store.save(3, content(3))
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["step"] == 3
@@ -73,7 +73,7 @@ def damage_manifest(path):
 
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_remove, damage_manifest])
-def test_a_damaged_checkpoint_is_named_and_passed_over(store, damage):
+def test_a_damaged_checkpoint_is_reported_and_skipped(store, damage):
     store.save(1, content(1))
     damage(store.save(2, content(2)))
     warnings = []
@@ -96,7 +96,7 @@ def damage_manifest_gone(path):
 
 
 @pytest.mark.parametrize("damage", [damage_swap, damage_manifest_gone])
-def test_one_that_is_mixed_up_or_half_deleted_is_named_and_replaced(store, damage):
+def test_a_swapped_or_partial_checkpoint_is_reported_and_replaced(store, damage):
     store.save(1, content(1))
     damage(store.save(2, content(2)))
     warnings = []
@@ -106,7 +106,7 @@ def test_one_that_is_mixed_up_or_half_deleted_is_named_and_replaced(store, damag
     assert store.load_newest()["step"] == 2
 
 
-def test_a_damaged_one_does_not_push_out_a_sound_one(store):
+def test_a_damaged_checkpoint_does_not_replace_a_valid_one(store):
     store.save(1, content(1))
     damage_flip(store.save(9, content(9)))
     store.load_newest(lambda _: None)
@@ -127,7 +127,7 @@ def test_a_failed_save_leaves_the_older_ones(store, monkeypatch):
     assert store.load_newest()["step"] == 1
 
 
-def test_a_pickle_is_refused_and_not_run(store, tmp_path):
+def test_a_pickle_is_refused_and_not_executed(store, tmp_path):
     canary = tmp_path / "canary"
 
     class Hostile:
@@ -145,7 +145,7 @@ def test_a_pickle_is_refused_and_not_run(store, tmp_path):
     assert not canary.exists()
 
 
-def test_the_fingerprint_changes_with_each_thing_it_is_made_of(tmp_path):
+def test_the_fingerprint_changes_with_each_input(tmp_path):
     source = tmp_path / "a.py"
     source.write_text("x = 1")
     before = fingerprint({"lr": 1, "n": 2}, [source])
@@ -155,7 +155,7 @@ def test_the_fingerprint_changes_with_each_thing_it_is_made_of(tmp_path):
     assert fingerprint({"lr": 1, "n": 2}, [source]) != before
 
 
-def test_a_model_folder_gives_the_model_back(tiny_model, tmp_path):
+def test_a_saved_model_loads(tiny_model, tmp_path):
     save_weights(tiny_model.state_dict(), tmp_path / "model.safetensors")
     write_json(tmp_path / "config.json", TINY.to_dict())
     loaded = load_folder(tmp_path)
@@ -169,13 +169,13 @@ def test_a_model_folder_gives_the_model_back(tiny_model, tmp_path):
     ("content", "length"),
     [('{"sequence_length": 128}', 128), ('{"sequence_length": "128"}', None), ("{}", None), ("[]", None), ("{", None)],
 )
-def test_a_model_folder_may_say_on_what_length_it_was_trained(tmp_path, content, length):
+def test_a_model_folder_may_contain_its_trained_context_length(tmp_path, content, length):
     assert trained_context_length(tmp_path) is None
     (tmp_path / "run.json").write_text(content)
     assert trained_context_length(tmp_path) == length
 
 
-def test_a_model_folder_that_does_not_fit_is_one_line(tiny_model, tmp_path):
+def test_a_damaged_model_folder_is_a_one_line_error(tiny_model, tmp_path):
     with pytest.raises(FileError, match="cannot load a model from"):
         load_folder(tmp_path)
     save_weights(tiny_model.state_dict(), tmp_path / "model.safetensors")

@@ -37,7 +37,7 @@ def relative_error(a, b):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-6)]
 )  # 4 units of bf16's last place
-def test_loss_and_gradients_are_those_of_the_plain_formula(n, label_smoothing, dtype, tolerance):
+def test_loss_and_gradients_match_the_plain_formula(n, label_smoothing, dtype, tolerance):
     hidden, weight, targets = example(n, dtype)
     value, hidden_grad, weight_grad = reference(hidden, weight, targets, label_smoothing)
     ours = linear_cross_entropy(hidden, weight, targets, label_smoothing=label_smoothing)
@@ -48,7 +48,7 @@ def test_loss_and_gradients_are_those_of_the_plain_formula(n, label_smoothing, d
     assert relative_error(weight.grad / 3, weight_grad) < tolerance
 
 
-def test_a_token_that_is_all_but_certain_keeps_its_small_gradient():
+def test_an_almost_certain_token_keeps_its_small_gradient():
     # softmax - 1 near 1 would be 0 or 2^-8 in bf16
     hidden, weight = torch.ones(1, 1, dtype=torch.bfloat16), torch.zeros(3, 1, dtype=torch.bfloat16)
     weight[0] = 8.0
@@ -58,7 +58,7 @@ def test_a_token_that_is_all_but_certain_keeps_its_small_gradient():
     assert hidden.grad.item() == pytest.approx(expected.item(), rel=0.01)
 
 
-def test_without_gradients_it_gives_the_same_loss_and_keeps_nothing():
+def test_without_gradients_the_loss_is_the_same_and_nothing_is_stored():
     hidden, weight, targets = example(21)
     with torch.no_grad():
         value = linear_cross_entropy(hidden, weight, targets)

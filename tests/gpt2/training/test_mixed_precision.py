@@ -49,7 +49,7 @@ def worst_error(ours, theirs):
     ("precision", "loss_tolerance", "gradient_tolerance"),
     [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 2e-3, 0.03), (torch.float16, 3e-4, 0.01)],
 )
-def test_every_format_gives_loss_and_gradients_of_plain_fp32(
+def test_every_dtype_matches_loss_and_gradients_of_plain_fp32(
     precision, loss_tolerance, gradient_tolerance, checkpointing
 ):
     inputs, targets = batch(SMALL)
@@ -76,7 +76,7 @@ def compiled(request):
 
 
 @needs_compiler
-def test_compiled_gives_loss_and_gradients_of_plain_fp32(compiled):
+def test_compiled_matches_loss_and_gradients_of_plain_fp32(compiled):
     loss_tolerance, gradient_tolerance = (2e-3, 0.03) if compiled.compute is not compiled.master else (1e-6, 1e-5)
     inputs, targets = batch(SMALL)
     loss, expected = plain(SMALL, inputs, targets)
@@ -92,7 +92,7 @@ def test_compiled_gives_loss_and_gradients_of_plain_fp32(compiled):
 
 
 @needs_compiler
-def test_compiled_gradients_are_the_same_bits_each_time(compiled):
+def test_compiled_gradients_are_deterministic(compiled):
     shape = batch(SMALL)[0].shape
     inputs, targets = torch.randint(0, 5, (2, *shape))  # many of each token, so that threads meet in its gradient
     seen = []
@@ -103,7 +103,7 @@ def test_compiled_gradients_are_the_same_bits_each_time(compiled):
     assert all(torch.equal(each, seen[0]) for each in seen)
 
 
-def test_without_a_compiler_everything_stays_as_it_was(monkeypatch):
+def test_without_a_compiler_the_model_stays_uncompiled(monkeypatch):
     def no_compiler(*_, **__):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand a long story")
 
@@ -118,7 +118,7 @@ def test_without_a_compiler_everything_stays_as_it_was(monkeypatch):
     assert all(p.grad is None for p in compute.master.parameters())
 
 
-def test_narrow_weights_follow_the_model_and_layer_norm_is_shared():
+def test_compute_copies_follow_the_master_weights_and_share_layer_norm():
     compute = MixedPrecisionModel(model_of(TINY), torch.bfloat16)
     wide, narrow = compute.master, compute.compute
     assert narrow.lm_head.weight is narrow.transformer["wte"].weight  # still tied
@@ -144,7 +144,7 @@ def test_gradients_add_up_in_fp32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_of_short_sequences_is_that_of_pytorch(dtype):
+def test_attention_of_short_sequences_matches_pytorch(dtype):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 17, 8).to(dtype).requires_grad_() for _ in range(3))
     y = causal_attention(q, k, v)

@@ -20,7 +20,7 @@ def test_learning_rate_rises_then_falls(train_config):
     assert rates[7:] == sorted(rates[7:], reverse=True)
 
 
-def test_a_straight_line_at_its_corners(train_config):
+def test_linear_decay_at_its_corners(train_config):
     config = train_config(max_steps=101, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1, schedule="linear")
     assert [learning_rate_at(step, config) for step in (10, 55, 100)] == pytest.approx([1.0, 0.55, 0.1])
 
@@ -34,7 +34,7 @@ def test_warm_up_stable_decay_at_its_corners(train_config):
     assert [learning_rate_at(step, config) for step in (81, 90, 100)] == pytest.approx([0.95, 0.5, 0.0])
 
 
-def test_a_decay_of_all_steps_begins_after_the_warm_up(train_config):
+def test_a_decay_of_all_steps_starts_after_the_warm_up(train_config):
     config = train_config(max_steps=50, warmup_steps=10, schedule="wsd", decay_fraction=1.0)
     assert learning_rate_at(10, config) == pytest.approx(config.learning_rate)
     assert learning_rate_at(49, config) == pytest.approx(config.min_learning_rate)
@@ -55,7 +55,7 @@ def test_only_matrices_decay(tiny_model):
     assert len(decayed["params"]) + len(kept["params"]) == len(list(tiny_model.parameters()))
 
 
-def test_adamw_takes_one_step_as_published(train_config):
+def test_one_step_of_adamw_matches_the_paper(train_config):
     # with bias correction the first step is lr * sign(gradient), after the decay lr * weight_decay * weight
     layer = torch.nn.Linear(3, 2)
     config = train_config(learning_rate=0.01, weight_decay=0.5)
@@ -93,6 +93,6 @@ def test_muons_update_is_orthogonal(tiny_model, train_config):
     assert 0.6 < singular.min() < singular.max() < 1.3  # Newton-Schulz in five steps comes this near to 1
 
 
-def test_with_adamw_alone_its_state_is_torchs_own(tiny_model, train_config):
+def test_the_state_of_adamw_alone_is_that_of_torch(tiny_model, train_config):
     optimizer = Optimizer(tiny_model, train_config())
     torch.optim.AdamW(optimizer.parts["adamw"].param_groups).load_state_dict(optimizer.state_dict())

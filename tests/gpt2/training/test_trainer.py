@@ -19,7 +19,7 @@ from tests.conftest import TINY, needs_compiler
 
 
 class Recorder:
-    """Hooks that remember what they heard, and stop after a step if told to."""
+    """Callbacks that record their calls. stop_after: the step after which to stop the run."""
 
     def __init__(self, stop_after=None):
         self.rows, self.saved, self.steps, self.warnings, self.stop_after = [], [], [], [], stop_after
@@ -125,7 +125,7 @@ def test_accumulation_equals_one_large_batch(tokens, train_config):
         assert (run.weights() - runs[0].weights()).abs().mean() < 1e-6
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(tokens, train_config):
+def test_a_stopped_run_resumes_to_the_same_weights(tokens, train_config):
     whole, parts = Run(tokens, train_config()), Run(tokens, train_config())
     whole.go(Recorder())
     first = Recorder(stop_after=4)
@@ -174,7 +174,7 @@ def test_nan_is_never_the_best(tokens, train_config, monkeypatch):
     assert (run.state.best_val_loss, run.state.best_step) == (5.0, 6)
 
 
-def test_a_checkpoint_holds_what_the_old_project_read(tokens, train_config):
+def test_a_checkpoint_has_the_keys_of_the_original_project(tokens, train_config):
     run = Run(tokens, train_config())
     content = checkpoint_content(run.model, run.optimizer, run.state)
     assert content["config"] == TINY.to_dict()
@@ -189,14 +189,14 @@ GOLDEN_LOSSES = {
 
 
 @pytest.mark.parametrize("optimizer", GOLDEN_LOSSES)
-def test_the_first_losses_are_what_they_were(tokens, train_config, optimizer):
+def test_the_first_losses_match_the_golden_values(tokens, train_config, optimizer):
     run, callbacks = Run(tokens, train_config(max_steps=10, optimizer=optimizer)), Recorder()
     run.go(callbacks)
     assert [row["train_loss"] for row in callbacks.rows] == pytest.approx(GOLDEN_LOSSES[optimizer], abs=2e-4)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
-def test_narrow_formats_learn_as_fp32_does(tokens, train_config, precision, tolerance):
+def test_reduced_precision_learns_like_fp32(tokens, train_config, precision, tolerance):
     config = train_config(max_steps=30, eval_interval=30)
     wide, narrow = Run(tokens, config), Run(tokens, config, precision)
     wide.go(Recorder())
@@ -236,7 +236,7 @@ def test_a_compiled_run_resumes_exactly(tokens, train_config):
     assert torch.equal(resumed.weights(), whole.weights())
 
 
-def test_gradients_that_overflow_in_float16_lower_the_scale_and_change_nothing(tokens, train_config):
+def test_an_overflow_in_float16_lowers_the_scale_and_skips_the_step(tokens, train_config):
     run, callbacks = Run(tokens, train_config(max_steps=3), torch.float16), Recorder(stop_after=1)
     run.state.loss_scale = 2.0**40
     before = run.weights()
@@ -254,7 +254,7 @@ def test_a_float16_run_that_no_scale_can_save_is_divergence(tokens, train_config
         run.go(Recorder())
 
 
-def test_utilisation_is_the_speed_in_flops_over_the_peak(tokens, train_config):
+def test_mfu_is_flops_over_peak_flops(tokens, train_config):
     run, callbacks = Run(tokens, train_config()), Recorder()
     run.go(callbacks, peak_flops=1e12)
     row = callbacks.rows[-1]
@@ -273,7 +273,7 @@ def test_an_error_while_reading_batches_is_raised(tokens, train_config, monkeypa
 
 
 def out_of_memory_above(run, sequences):
-    """Lets the run's memory be enough for so many sequences at a time."""
+    """Simulates memory for micro-batches of at most this number of sequences. Returns the sizes of all tries."""
     original, sizes = run.compute.loss, []
 
     def loss(inputs, targets, **options):
@@ -303,7 +303,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(tokens, train_c
         assert [row[key] for row in callbacks.rows] == pytest.approx([row[key] for row in expected.rows], rel=1e-4)
 
 
-def test_a_run_that_was_short_of_memory_resumes_exactly(tokens, train_config):
+def test_a_run_with_a_halved_micro_batch_resumes_exactly(tokens, train_config):
     config = train_config(batch_size=8)
     whole, parts, resumed = (Run(tokens, config) for _ in range(3))
     for run in (whole, parts):
@@ -318,7 +318,7 @@ def test_a_run_that_was_short_of_memory_resumes_exactly(tokens, train_config):
     assert torch.equal(resumed.weights(), whole.weights())
 
 
-def test_memory_for_not_even_one_sequence_is_an_error_with_advice(tokens, train_config):
+def test_out_of_memory_with_one_sequence_is_an_error_with_advice(tokens, train_config):
     run = Run(tokens, train_config())
     out_of_memory_above(run, 0)
     with pytest.raises(OutOfMemoryError, match=r"one sequence of 16 tokens.*gradient_checkpointing: true") as raised:
@@ -326,7 +326,7 @@ def test_memory_for_not_even_one_sequence_is_an_error_with_advice(tokens, train_
     assert raised.value.exit_code == 74
 
 
-def test_other_errors_are_not_taken_for_a_want_of_memory(tokens, train_config):
+def test_other_errors_are_not_treated_as_out_of_memory(tokens, train_config):
     run = Run(tokens, train_config())
 
     def fail(*_, **__):
@@ -338,11 +338,11 @@ def test_other_errors_are_not_taken_for_a_want_of_memory(tokens, train_config):
 
 
 class StopsAt(Recorder):
-    """Says stop at the question of a number."""
+    """Stops the run at call number `call` of should_stop."""
 
-    def __init__(self, question):
+    def __init__(self, call):
         super().__init__()
-        self.left = question
+        self.left = call
 
     def should_stop(self):
         self.left -= 1
@@ -355,9 +355,9 @@ def test_a_stop_at_any_moment_loses_nothing(tokens, train_config, precision):
     whole = Run(tokens, config, precision)
     whole.go(Recorder())
     stopped_in_evaluation = 0
-    for question in range(200):
+    for call in range(200):
         first, second = Run(tokens, config, precision), Run(tokens, config, precision)
-        callbacks = StopsAt(question)
+        callbacks = StopsAt(call)
         if first.go(callbacks):
             break
         assert callbacks.saved == [first.state.step]
@@ -370,11 +370,11 @@ def test_a_stop_at_any_moment_loses_nothing(tokens, train_config, precision):
             assert [row[key] for row in second.state.history] == [row[key] for row in whole.state.history]
         assert second.state.best_weights.keys() == whole.state.best_weights.keys()
         assert all(torch.equal(w, whole.state.best_weights[n]) for n, w in second.state.best_weights.items())
-    assert question > 20  # between micro-batches, steps, and batches of an evaluation
+    assert call > 20  # between micro-batches, steps, and batches of an evaluation
     assert stopped_in_evaluation > 3
 
 
-def test_checkpoints_are_due_by_time_and_never_take_more_than_a_fiftieth(tokens, train_config, monkeypatch):
+def test_checkpoints_are_due_by_time_and_take_at_most_2_percent(tokens, train_config, monkeypatch):
     now_s = [0.0]
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now_s[0])
 
@@ -392,7 +392,7 @@ def test_checkpoints_are_due_by_time_and_never_take_more_than_a_fiftieth(tokens,
     assert callbacks.saved == [3, 9, 15, 16]
 
 
-def test_a_save_that_fails_is_tried_again_and_the_third_failure_ends_the_run(tokens, train_config):
+def test_a_failed_save_is_retried_and_the_third_failure_ends_the_run(tokens, train_config):
     class Full(Recorder):
         def __init__(self, failures):
             super().__init__()
@@ -407,8 +407,8 @@ def test_a_save_that_fails_is_tried_again_and_the_third_failure_ends_the_run(tok
     assert Run(tokens, train_config(max_steps=6)).go(callbacks, checkpoint_interval=1)
     assert callbacks.saved == [3, 5, 6]
     assert len(callbacks.warnings) == 3
-    for failures, told in (({2, 3, 4}, "cannot write 4"), ({6}, "cannot write 6")):
-        with pytest.raises(FileError, match=told):
+    for failures, expected in (({2, 3, 4}, "cannot write 4"), ({6}, "cannot write 6")):
+        with pytest.raises(FileError, match=expected):
             Run(tokens, train_config(max_steps=6)).go(Full(failures), checkpoint_interval=1)
 
 
