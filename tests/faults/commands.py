@@ -63,8 +63,9 @@ def results(project: Project) -> dict[str, Any]:
 
 
 def forget(project: Project) -> None:
-    """Deletes all results of training."""
-    project.run("rm", "-rf", ".dvc/cache/runs", "models", "checkpoints", "reports", "mlflow-outbox")
+    """Deletes all results of training. Keeps what was measured of the machine, checkpoints/peak-flops.json."""
+    runs = [path for path in project.folder.glob("checkpoints/*") if path.is_dir()]
+    project.run("rm", "-rf", ".dvc/cache/runs", "models", "reports", "mlflow-outbox", *map(str, runs))
     with suppress(OSError):
         (project.folder / "dvc.lock").write_text((project.folder / "dvc.lock").read_text().partition("  train:")[0])
 

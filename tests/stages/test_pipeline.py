@@ -128,8 +128,8 @@ def test_a_changed_evaluate_param_reruns_nothing_before_evaluate(project):
     assert "train" not in ran(output)
     parents = [run.data.tags.get("mlflow.parentRunId") for run in project.runs()]
     assert project.read("models/run.json")["mlflow_run_id"] in parents  # the trained run keeps its own params
-    project.run("git", "checkout", "-q", "params.yaml")
-    project.run("dvc", "repro")
+    project.run("git", "checkout", "-q", "params.yaml", "dvc.lock", "reports")
+    project.run("dvc", "checkout", "-q", "--force")
 
 
 def test_an_edit_of_the_users_text_is_detected(project):

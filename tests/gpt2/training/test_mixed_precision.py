@@ -62,7 +62,9 @@ def test_every_dtype_matches_loss_and_gradients_of_plain_fp32(
         assert worst_error(found, expected) < gradient_tolerance
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=["fp32", "bf16"]
+)
 def compiled(request):
     """A compiled model that computes with two threads."""
     threads = torch.get_num_threads()

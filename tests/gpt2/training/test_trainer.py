@@ -221,6 +221,7 @@ def test_every_kind_of_run_resumes_exactly(tokens, train_config, optimizer, prec
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_compiled_run_resumes_exactly(tokens, train_config):
     def compiled_run():
         run = Run(tokens, train_config(max_steps=4), torch.bfloat16)
@@ -349,7 +350,7 @@ class StopsAt(Recorder):
         return self.left < 0
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_stop_at_any_moment_loses_nothing(tokens, train_config, precision):
     config = train_config(max_steps=5, eval_interval=2)
     whole = Run(tokens, config, precision)
