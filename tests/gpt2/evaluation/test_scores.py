@@ -6,35 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from gpt2 import tokenizer
-from gpt2.evaluation import memorization
-from gpt2.evaluation.memorization import longest_verbatim
 from gpt2.evaluation.scores import score, token_losses
-from gpt2.training.mixed_precision import MixedPrecisionModel
-from gpt2.training.validation import validation_loss
+from tests.gpt2.reference import expected_losses
 
 
 @pytest.fixture
 def tokens(text):
     return np.array(tokenizer.encode(text[:1500]), dtype=np.uint16)
-
-
-def expected_losses(model, tokens, length):
-    """A plain reference, window by window."""
-    losses = []
-    for start in range(0, len(tokens) - 1, length):
-        window = torch.from_numpy(tokens[start : start + length + 1].astype(np.int64))
-        logits = model(window[None, :-1])[0][0]
-        losses += F.cross_entropy(logits, window[1:], reduction="none").tolist()
-    return losses
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_validation_loss_is_the_mean_over_every_token(tiny_model, tokens, batch_size):
-    expected = np.mean(expected_losses(tiny_model, tokens, 16))
-    found = validation_loss(
-        MixedPrecisionModel(tiny_model, torch.float32), tokens, sequence_length=16, batch_size=batch_size
-    )
-    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_token_losses_match_the_windows(tiny_model, tokens):
@@ -73,21 +51,3 @@ def test_a_model_that_knows_the_text_is_always_right(tokens):
 
     scores = score(Oracle(), tokens[:50], sequence_length=16, batch_size=2)
     assert (scores.loss, scores.top1_accuracy, scores.top5_accuracy) == (0, 1, 1)
-
-
-@pytest.mark.parametrize("stretch", [50, 1 << 20])
-def test_longest_verbatim_finds_the_longest_passage(text, monkeypatch, stretch):
-    monkeypatch.setattr(memorization, "CHUNK_TOKENS", stretch)
-    tokens = np.array(tokenizer.encode(text), dtype=np.uint16)
-    passage = text[4321:4421]
-    samples = ["Nothing of this kind. " + text[100:130], f"@@{passage}@@ and more", "x"]
-    assert longest_verbatim(samples, tokens) == max(
-        (s[i:j] for s in samples for i in range(len(s)) for j in range(i, len(s) + 1) if s[i:j] in text), key=len
-    )
-    assert passage in longest_verbatim(samples, tokens)
-
-
-def test_without_a_copy_longest_verbatim_is_empty(text):
-    tokens = np.array(tokenizer.encode(text), dtype=np.uint16)
-    assert longest_verbatim(["qqqqqqqqqqqqqqqq", ""], tokens) == ""
-    assert longest_verbatim([], tokens) == ""

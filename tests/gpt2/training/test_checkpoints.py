@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from gpt2.errors import FileError
-from gpt2.files import fingerprint, write_json
-from gpt2.model.storage import load_folder, save_weights, trained_context_length
+from gpt2.files import write_json
+from gpt2.training import checkpoints
 from gpt2.training.checkpoints import CheckpointStore
-from tests.conftest import TINY
+from tests.gpt2.training.small_run import Recorder, Run
 
 
 @pytest.fixture
@@ -145,44 +145,39 @@ def test_a_pickle_is_refused_and_not_executed(store, tmp_path):
     assert not canary.exists()
 
 
-def test_the_fingerprint_changes_with_each_input(tmp_path):
-    source = tmp_path / "a.py"
-    source.write_text("x = 1")
-    before = fingerprint({"lr": 1, "n": 2}, [source])
-    assert fingerprint({"n": 2, "lr": 1}, [source]) == before
-    assert fingerprint({"lr": 1.5, "n": 2}, [source]) != before
-    source.write_text("x = 2")
-    assert fingerprint({"lr": 1, "n": 2}, [source]) != before
+def test_checkpoints_are_due_by_time_and_take_at_most_2_percent(tokens, train_config, monkeypatch):
+    now_s = [0.0]
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now_s[0])
+
+    class Clock(Recorder):
+        def progress(self, state, loss, tokens_per_s):
+            super().progress(state, loss, tokens_per_s)
+            now_s[0] += 25.0
+
+        def save(self, step, content):
+            super().save(step, content)
+            now_s[0] += 3.0  # so 150 s have to pass until the next
+
+    callbacks = Clock()
+    Run(tokens, train_config(max_steps=16, eval_interval=100)).go(callbacks)
+    assert callbacks.saved == [3, 9, 15, 16]
 
 
-def test_a_saved_model_loads(tiny_model, tmp_path):
-    save_weights(tiny_model.state_dict(), tmp_path / "model.safetensors")
-    write_json(tmp_path / "config.json", TINY.to_dict())
-    loaded = load_folder(tmp_path)
-    idx = torch.arange(20)[None]
-    assert torch.equal(loaded(idx)[0], tiny_model(idx)[0])
-    assert loaded.lm_head.weight is loaded.transformer["wte"].weight
-    assert not loaded.training
+def test_a_failed_save_is_retried_and_the_third_failure_ends_the_run(tokens, train_config):
+    class Full(Recorder):
+        def __init__(self, failures):
+            super().__init__()
+            self.failures = failures
 
+        def save(self, step, content):
+            if step in self.failures:
+                raise FileError(f"cannot write {step}")
+            super().save(step, content)
 
-@pytest.mark.parametrize(
-    ("content", "length"),
-    [('{"sequence_length": 128}', 128), ('{"sequence_length": "128"}', None), ("{}", None), ("[]", None), ("{", None)],
-)
-def test_a_model_folder_may_contain_its_trained_context_length(tmp_path, content, length):
-    assert trained_context_length(tmp_path) is None
-    (tmp_path / "run.json").write_text(content)
-    assert trained_context_length(tmp_path) == length
-
-
-def test_a_damaged_model_folder_is_a_one_line_error(tiny_model, tmp_path):
-    with pytest.raises(FileError, match="cannot load a model from"):
-        load_folder(tmp_path)
-    save_weights(tiny_model.state_dict(), tmp_path / "model.safetensors")
-    write_json(tmp_path / "config.json", {**TINY.to_dict(), "n_layer": 3})
-    with pytest.raises(FileError, match=r"do not fit its config\.json") as raised:
-        load_folder(tmp_path)
-    assert "\n" not in str(raised.value)
-    (tmp_path / "model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(FileError, match="cannot load a model from"):
-        load_folder(tmp_path)
+    callbacks = Full({1, 2, 4})
+    assert Run(tokens, train_config(max_steps=6)).go(callbacks, checkpoint_interval=1)
+    assert callbacks.saved == [3, 5, 6]
+    assert len(callbacks.warnings) == 3
+    for failures, expected in (({2, 3, 4}, "cannot write 4"), ({6}, "cannot write 6")):
+        with pytest.raises(FileError, match=expected):
+            Run(tokens, train_config(max_steps=6)).go(Full(failures), checkpoint_interval=1)

@@ -5,72 +5,13 @@ import math
 import pytest
 import torch
 
-from gpt2.data.sampler import Sampler
-from gpt2.data.token_files import open_tokens
-from gpt2.errors import DivergedError, FileError, OutOfMemoryError
-from gpt2.model.transformer import GPT
-from gpt2.training import checkpoints, mixed_precision
-from gpt2.training.mixed_precision import MixedPrecisionModel
-from gpt2.training.optimizers import Optimizer, learning_rate_at
-from gpt2.training.state import TrainState, checkpoint_content, restore_checkpoint
-from gpt2.training.trainer import Trainer
-from gpt2.training.validation import validation_loss
+from gpt2.errors import DivergedError
+from gpt2.training import mixed_precision
+from gpt2.training.optimizers import learning_rate_at
+from gpt2.training.state import checkpoint_content, restore_checkpoint
 from tests.conftest import TINY, needs_compiler
-
-
-class Recorder:
-    """Callbacks that record their calls. stop_after: the step after which to stop the run."""
-
-    def __init__(self, stop_after=None):
-        self.rows, self.saved, self.steps, self.warnings, self.stop_after = [], [], [], [], stop_after
-
-    def log(self, row):
-        self.rows.append(row)
-
-    def progress(self, state, loss, tokens_per_s):
-        self.steps.append(state.step)
-
-    def save(self, step, content):
-        self.saved.append(step)
-
-    def warn(self, message):
-        self.warnings.append(message)
-
-    def should_stop(self):
-        return self.stop_after is not None and bool(self.steps) and self.steps[-1] >= self.stop_after
-
-
-class Run:
-    """A small training run."""
-
-    def __init__(self, tokens, config, precision=torch.float32, **options):
-        torch.manual_seed(config.seed)
-        self.config, self.tokens = config, tokens
-        self.model = GPT(TINY)
-        self.compute = MixedPrecisionModel(self.model, precision, **options)
-        self.optimizer = Optimizer(self.model, config)
-        self.state = TrainState.initial(precision, config.batch_size)
-
-    def go(self, callbacks, log_interval=1, **options):
-        config = self.config
-        sampler = Sampler(open_tokens(self.tokens, "train"), config)
-        validation = open_tokens(self.tokens, "val")[:200]
-        return Trainer(
-            self.compute,
-            self.optimizer,
-            sampler,
-            lambda batch_size, progress: validation_loss(
-                self.compute, validation, sequence_length=16, batch_size=batch_size, progress=progress
-            ),
-            config,
-            self.state,
-            callbacks,
-            log_interval=log_interval,
-            **options,
-        ).train()
-
-    def weights(self):
-        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+from tests.gpt2.training import small_run
+from tests.gpt2.training.small_run import Recorder, Run
 
 
 def test_training_lowers_the_loss_on_held_out_text(tokens, train_config):
@@ -102,27 +43,6 @@ def test_the_schedule_counts_optimizer_steps(tokens, train_config):
     Run(tokens, train_config(gradient_accumulation_steps=1)).go(few)
     Run(tokens, train_config(gradient_accumulation_steps=4)).go(many)
     assert [row["learning_rate"] for row in few.rows] == [row["learning_rate"] for row in many.rows]
-
-
-def test_accumulation_equals_one_large_batch(tokens, train_config):
-    runs = [
-        Run(
-            tokens,
-            train_config(
-                batch_size=8 // k, gradient_accumulation_steps=k, max_steps=3, warmup_steps=1, learning_rate=1e-3
-            ),
-        )
-        for k in (1, 2, 8)
-    ]
-    callbacks = [Recorder() for _ in runs]
-    for run, recorder in zip(runs, callbacks, strict=True):
-        run.go(recorder)
-    for run, recorder in zip(runs[1:], callbacks[1:], strict=True):
-        for key in ("train_loss", "grad_norm"):
-            expected = [row[key] for row in callbacks[0].rows]
-            assert [row[key] for row in recorder.rows] == pytest.approx(expected, rel=1e-4)
-        # Adam divides by the gradient's size, which makes rounding visible where it is near 0
-        assert (run.weights() - runs[0].weights()).abs().mean() < 1e-6
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(tokens, train_config):
@@ -168,17 +88,10 @@ def test_a_learning_rate_that_is_far_too_high_is_divergence(tokens, train_config
 def test_nan_is_never_the_best(tokens, train_config, monkeypatch):
     run, callbacks = Run(tokens, train_config()), Recorder()
     values = iter([math.nan, 5.0])
-    monkeypatch.setitem(globals(), "validation_loss", lambda *_, **__: next(values))
+    monkeypatch.setattr(small_run, "validation_loss", lambda *_, **__: next(values))
     run.go(callbacks)
     assert [row["val_loss"] for row in callbacks.rows if row["step"] in (3, 6)] == [None, 5.0]
     assert (run.state.best_val_loss, run.state.best_step) == (5.0, 6)
-
-
-def test_a_checkpoint_has_the_keys_of_the_original_project(tokens, train_config):
-    run = Run(tokens, train_config())
-    content = checkpoint_content(run.model, run.optimizer, run.state)
-    assert content["config"] == TINY.to_dict()
-    assert {"model_state_dict", "optimizer_state_dict"} <= content.keys()
 
 
 # The first losses of TINY on our text, in plain fp32; a change that is not meant to change numbers keeps them.
@@ -264,80 +177,6 @@ def test_mfu_is_flops_over_peak_flops(tokens, train_config):
     assert run.state.elapsed_s > run.state.data_s + run.state.log_s > 0
 
 
-def test_an_error_while_reading_batches_is_raised(tokens, train_config, monkeypatch):
-    def fail(self, step, micro_step):
-        raise OSError("the disk is gone")
-
-    monkeypatch.setattr(Sampler, "batch", fail)
-    with pytest.raises(OSError, match="the disk is gone"):
-        Run(tokens, train_config()).go(Recorder())
-
-
-def out_of_memory_above(run, sequences):
-    """Simulates memory for micro-batches of at most this number of sequences. Returns the sizes of all tries."""
-    original, sizes = run.compute.loss, []
-
-    def loss(inputs, targets, **options):
-        sizes.append(len(inputs))
-        if len(inputs) > sequences and torch.is_grad_enabled():
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
-        return original(inputs, targets, **options)
-
-    run.compute.loss = loss
-    return sizes
-
-
-def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(tokens, train_config):
-    whole, short = Run(tokens, train_config(batch_size=8)), Run(tokens, train_config(batch_size=8))
-    expected, callbacks = Recorder(), Recorder()
-    whole.go(expected)
-    sizes = out_of_memory_above(short, 2)
-    assert short.go(callbacks)
-    assert sizes[:3] == [8, 4, 2]
-    assert short.state.micro_batch_size == 2
-    assert len(callbacks.warnings) == 2
-    assert (
-        "with a micro-batch of 8: continuing with a micro-batch of 4 and 2 times the gradient accumulation"
-        in callbacks.warnings[0]
-    )
-    for key in ("train_loss", "grad_norm", "tokens"):
-        assert [row[key] for row in callbacks.rows] == pytest.approx([row[key] for row in expected.rows], rel=1e-4)
-
-
-def test_a_run_with_a_halved_micro_batch_resumes_exactly(tokens, train_config):
-    config = train_config(batch_size=8)
-    whole, parts, resumed = (Run(tokens, config) for _ in range(3))
-    for run in (whole, parts):
-        out_of_memory_above(run, 4)
-    whole.go(Recorder())
-    parts.go(Recorder(stop_after=3))
-    content = copy.deepcopy(checkpoint_content(parts.model, parts.optimizer, parts.state))
-    resumed.state = restore_checkpoint(content, resumed.model, resumed.optimizer)
-    sizes = out_of_memory_above(resumed, 4)
-    assert resumed.go(Recorder())
-    assert max(sizes) == 4
-    assert torch.equal(resumed.weights(), whole.weights())
-
-
-def test_out_of_memory_with_one_sequence_is_an_error_with_advice(tokens, train_config):
-    run = Run(tokens, train_config())
-    out_of_memory_above(run, 0)
-    with pytest.raises(OutOfMemoryError, match=r"one sequence of 16 tokens.*gradient_checkpointing: true") as raised:
-        run.go(Recorder())
-    assert raised.value.exit_code == 74
-
-
-def test_other_errors_are_not_treated_as_out_of_memory(tokens, train_config):
-    run = Run(tokens, train_config())
-
-    def fail(*_, **__):
-        raise RuntimeError("shapes do not match")
-
-    run.compute.loss = fail
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        run.go(Recorder())
-
-
 class StopsAt(Recorder):
     """Stops the run at call number `call` of should_stop."""
 
@@ -375,55 +214,9 @@ def test_a_stop_at_any_moment_loses_nothing(tokens, train_config, precision):
     assert stopped_in_evaluation > 3
 
 
-def test_checkpoints_are_due_by_time_and_take_at_most_2_percent(tokens, train_config, monkeypatch):
-    now_s = [0.0]
-    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now_s[0])
-
-    class Clock(Recorder):
-        def progress(self, state, loss, tokens_per_s):
-            super().progress(state, loss, tokens_per_s)
-            now_s[0] += 25.0
-
-        def save(self, step, content):
-            super().save(step, content)
-            now_s[0] += 3.0  # so 150 s have to pass until the next
-
-    callbacks = Clock()
-    Run(tokens, train_config(max_steps=16, eval_interval=100)).go(callbacks)
-    assert callbacks.saved == [3, 9, 15, 16]
-
-
-def test_a_failed_save_is_retried_and_the_third_failure_ends_the_run(tokens, train_config):
-    class Full(Recorder):
-        def __init__(self, failures):
-            super().__init__()
-            self.failures = failures
-
-        def save(self, step, content):
-            if step in self.failures:
-                raise FileError(f"cannot write {step}")
-            super().save(step, content)
-
-    callbacks = Full({1, 2, 4})
-    assert Run(tokens, train_config(max_steps=6)).go(callbacks, checkpoint_interval=1)
-    assert callbacks.saved == [3, 5, 6]
-    assert len(callbacks.warnings) == 3
-    for failures, expected in (({2, 3, 4}, "cannot write 4"), ({6}, "cannot write 6")):
-        with pytest.raises(FileError, match=expected):
-            Run(tokens, train_config(max_steps=6)).go(Full(failures), checkpoint_interval=1)
-
-
 def test_the_loss_scale_rises_again(tokens, train_config, monkeypatch):
     monkeypatch.setattr(mixed_precision, "LOSS_SCALE_GROWTH_INTERVAL", 3)
     run = Run(tokens, train_config(max_steps=7), torch.float16)
     run.state.loss_scale = 2.0**8
     run.go(Recorder())
     assert (run.state.loss_scale, run.state.steps_since_overflow) == (2.0**10, 1)
-
-
-def test_a_checkpoint_of_another_format_is_refused(tokens, train_config):
-    run = Run(tokens, train_config())
-    content = checkpoint_content(run.model, run.optimizer, run.state)
-    for version in (2, 4, None, "3"):
-        with pytest.raises(FileError, match="delete its folder to start a new run"):
-            restore_checkpoint({**content, "format_version": version}, run.model, run.optimizer)
