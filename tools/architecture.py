@@ -27,17 +27,17 @@ LIBRARY: tuple[dict[str, tuple[int, int]], ...] = (
     {"gpt2/data/": (0, 408), "gpt2/model/": (424, 820)},
     {"gpt2/": (0, 820)},
 )
-# Each stage, what it makes from what, where that is, and the left and the right edge of its box.
+# Each stage, what it makes from what, where that is, the left and the right edge of its box, and its line.
 PIPELINE = (
-    ("", "", "text", "file or URL", 0, 100),
-    ("fetch", "text", "corpus", "data/corpus.txt", 152, 276),
-    ("tokenize", "corpus", "tokens", "data/tokens/", 356, 456),
-    ("train", "tokens", "model", "models/", 510, 582),
-    ("evaluate", "model", "report", "reports/evaluate/", 684, 820),
-    ("export-to-space", "model", "Space", "dist/space/", 684, 820),
+    ("", "", "text", "file or URL", 0, 100, 0),
+    ("fetch", "text", "corpus", "data/corpus.txt", 152, 276, 0),
+    ("tokenize", "corpus", "tokens", "data/tokens/", 356, 456, 0),
+    ("train", "tokens", "model", "models/", 510, 582, 0),
+    ("evaluate", "model", "report", "reports/evaluate/", 684, 820, 0),
+    ("export-to-space", "model", "Space", "dist/space/", 684, 820, 1),
 )
 WIDTH, MARGIN, PADDING = 820, 32, 16
-PIPELINE_HEIGHT = 172
+PIPELINE_TOP, PIPELINE_LINE = 32, 66
 CHANNEL = 44
 """Height between two rows, for the arrows."""
 CLEARANCE = 14
@@ -192,8 +192,8 @@ def draw_pipeline() -> Iterator[str]:
         raise SystemExit("dvc.yaml has other stages than tools/architecture.py draws")
     yield draw_text(0, 14, "heading", "The pipeline: dvc repro runs the stages whose inputs changed")
     boxes: dict[str, Box] = {}
-    for stage, made_from, name, place, left, right in PIPELINE:
-        top = 98 if name == "Space" else 32
+    for stage, made_from, name, place, left, right, line in PIPELINE:
+        top = PIPELINE_TOP + PIPELINE_LINE * line
         box = boxes[name] = Box(0, left, right, top, top + 48)
         yield from draw_box(box, "thing", "", [])
         yield draw_text((left + right) / 2, top + 20, "name middle", name)
@@ -225,7 +225,7 @@ def place(lines: Mapping[str, list[str]]) -> tuple[dict[str, Box], list[tuple[in
     """The box of each package, and top and bottom of the two bands behind them."""
     boxes: dict[str, Box] = {}
     bands = []
-    y, row = PIPELINE_HEIGHT, 0
+    y, row = PIPELINE_TOP + PIPELINE_LINE * (1 + max(line for *_, line in PIPELINE)) + 8, 0
     for rows, header, footer in ((PROGRAMS, 36, PADDING), (LIBRARY, PADDING, 38)):
         top = y
         y += header - CHANNEL

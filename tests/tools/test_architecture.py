@@ -39,8 +39,8 @@ def test_the_picture_is_valid_and_loads_nothing(root):
     assert set(re.findall(r"https?://[^\"]+", picture)) == {"http://www.w3.org/2000/svg"}
 
 
-def test_every_module_is_in_its_box(root):
-    picture = architecture.PICTURE.read_text()
+def test_every_module_is_drawn(root):
+    picture = architecture.draw()
     for path in Path("gpt2").rglob("*.py"):
         assert path.stem == "__init__" or path.stem in picture, path
 
@@ -93,11 +93,11 @@ def test_an_arrow_goes_straight_down_or_around_what_is_in_its_way():
         route(source, target, [Box(1, 0, 100, 100, 150)])
 
 
-def test_screenshots_draw_the_picture_without_a_browser(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(architecture, "PICTURE", tmp_path / "architecture.svg")
+def test_screenshots_draw_the_picture_without_a_browser(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(architecture, "main", lambda: drawn.append(True))
     monkeypatch.delenv("CHROMIUM", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(SystemExit, match="no Chromium found"):
         screenshots.main()
-    assert (tmp_path / "architecture.svg").read_bytes() == (ROOT / "docs/architecture.svg").read_bytes()
+    assert drawn
