@@ -78,7 +78,7 @@ bench: setup ## measure speed and learning beside other implementations (about a
 tuning: setup ## reports/tuning.md from MLflow's records of the experiments tune-...
 	python -m tools.tuning
 
-screenshots: setup ## retake the pictures of the docs from the last run (needs a Chromium)
+screenshots: setup ## redraw the architecture; retake the pictures of the last run (needs a Chromium)
 	python -m tools.screenshots
 
 lock: setup ## compile requirements.txt from pyproject.toml

@@ -1,6 +1,7 @@
-"""Takes the screenshots of README and docs: the Space and MLflow's page of the last run, in a real browser.
+"""Makes the pictures of README and docs: the architecture, and the Space and MLflow's page of the last run.
 
-Needs a Chromium on the PATH (or its path in CHROMIUM). Run it from the repository's root: make screenshots
+The pages are taken in a real browser, a Chromium on the PATH (or its path in CHROMIUM). Run it from the repository's
+root: make screenshots
 """
 
 import os
@@ -16,12 +17,15 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
 
+from tools import architecture
+
 DOCS = Path("docs")
 START_TIMEOUT_S = 90
 
 
 def main() -> None:
-    """Takes all screenshots."""
+    """Takes all pictures. That of the architecture needs no browser."""
+    architecture.main()
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         sys.exit("no Chromium found; install one, or set CHROMIUM to its path")

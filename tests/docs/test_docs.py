@@ -1,8 +1,7 @@
-"""README and docs: their Python runs, and their commands exist."""
+"""README and docs: their Python runs, and the files that they name exist. Their commands are in test_commands.py."""
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 
@@ -17,33 +16,16 @@ from gpt2.model.transformer import GPT
 from tests.conftest import ROOT, TINY
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Commands that start with these words, and the test that runs them or their like.
-COVERED = {
-    "dvc repro": "tests/stages/test_pipeline.py",
-    "dvc exp run": "tests/stages/test_pipeline.py",
-    "dvc exp": "tests/stages/test_pipeline.py",
-    "dvc queue": "tests/stages/test_pipeline.py",
-    "dvc metrics": "tests/stages/test_pipeline.py",
-    "dvc plots": "tests/stages/test_pipeline.py",
-    "python -m gpt2 generate": "tests/gpt2/test_main.py",
-    "python -m gpt2 info": "tests/gpt2/test_main.py",
-    "python -m gpt2 publish": "tests/gpt2/hub/test_publish.py",
-}
+# What runs write, and git ignores.
+PRODUCED = ("data/", "models/", "dist/", "checkpoints/", "mlflow-outbox/")
 
 
 def python_blocks():
-    for page in PAGES:
-        for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)):
-            yield pytest.param(code, id=f"{page.name}-{number}")
-
-
-def commands():
-    """The shell commands in indented blocks, without their comments."""
-    for page in PAGES:
-        for line in page.read_text().splitlines():
-            if match := re.match(r"    ((?:make|dvc|python) .*)", line):
-                for command in match[1].split(" && "):
-                    yield page, shlex.split(command, comments=True)
+    return [
+        pytest.param(code, id=f"{page.name}-{number}")
+        for page in PAGES
+        for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+    ]
 
 
 @pytest.mark.parametrize("code", python_blocks())
@@ -60,17 +42,38 @@ def test_the_python_of_the_docs_runs(code, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_commands_of_the_docs_exist():
-    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    found = list(commands())
-    assert len(found) > 20
-    for page, words in found:
-        if words[0] == "make":
-            assert words[1] in targets, (page, words)
-        else:
-            (test, *_) = [test for start, test in COVERED.items() if " ".join(words).startswith(start)] or [None]
-            assert test is not None, (page, words)
-            assert (ROOT / test).is_file(), test
+def paths_in(text):
+    """The files and folders that a text names in code: with a folder or an ending. {a,b} is both, <...> is anything."""
+    for code in re.findall(r"`([^`\s]+)`", text):
+        if re.fullmatch(r"\w[\w.<>{},*/-]+", code) and re.search(r"/|\.(py|md|yaml|json|csv|lock|svg)$", code):
+            start, options, end = re.fullmatch(r"([^{]*)(?:\{(.*)\})?(.*)", code).groups()
+            yield from (f"{start}{option}{end}" for option in (options or "").split(","))
+
+
+def is_named_rightly(path):
+    """Whether a file or folder exists, or is one that runs produce. NAME is for the reader to choose."""
+    if path.startswith("MyDrive/"):
+        return True
+    if path.startswith(PRODUCED):
+        return f"/{path.partition('/')[0]}/" in (ROOT / ".gitignore").read_text().replace("/*", "/")
+    if "NAME" in path:
+        return (ROOT / path).parent.is_dir()
+    return any(ROOT.glob(path))
+
+
+@pytest.mark.parametrize(
+    "page", ["architecture.md", "reliability.md", "space.md", "training.md", "index.md", "own-text.md"]
+)
+def test_each_file_that_the_docs_name_exists(page):
+    paths = list(paths_in((ROOT / "docs" / page).read_text()))
+    assert paths
+    for path in paths:
+        assert is_named_rightly(path), path
+
+
+def test_a_file_that_is_not_there_is_noticed():
+    text = "`tests/none.py`, `a/b`, `gpt2/{config,none}.py`, `models/x.json`, `stages/NAME.py` and `int8`"
+    assert [path for path in paths_in(text) if not is_named_rightly(path)] == ["tests/none.py", "a/b", "gpt2/none.py"]
 
 
 def test_the_files_around_the_project_are_valid_and_name_what_there_is():
