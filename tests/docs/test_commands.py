@@ -29,6 +29,7 @@ LONG = {"-S": "--set-param", "-n": "--name", "-f": "--force", "-j": "--jobs"}
 # Commands that no test runs.
 NOT_RUN = {
     "dvc queue start -j 1": "it leaves a worker in the background; a slow test uses dvc exp run --run-all",
+    "dvc queue start -j 2": "the same; benchmarks/concurrency.py runs it",
     "source .venv/bin/activate": "the tests run in an environment",
     "python -m pytest": "it is what runs the tests",
     "hf auth login": "it needs an account",
