@@ -74,7 +74,7 @@ class Follower:
         """Uploads until the stage closes our standard input. Returns the exit code."""
         threading.Thread(target=self._watch, daemon=True).start()
         pause_s = SHORTEST_PAUSE_S
-        failed = is_last = False
+        failed = is_last = is_nice = False
         with file_lock(self.folder / "lock", wait_s=PREPARATION_PATIENCE_S):
             while not is_last:
                 is_last = self._stage_ended.is_set()
@@ -85,6 +85,9 @@ class Follower:
                     if not failed:
                         self._send(Message(failure=describe(error)))
                     failed, pause_s = True, min(2 * pause_s, LONGEST_PAUSE_S)
+                if not is_nice:  # training comes first, but its stage waits for the id of the run
+                    os.nice(10)
+                    is_nice = True
                 if not is_last:
                     self._stage_ended.wait(pause_s if failed else POLL_S)
         if self._monitor is not None:
@@ -116,9 +119,8 @@ class Follower:
         os._exit(UNDELIVERED_EXIT_CODE)
 
     def _end_preparation(self) -> None:
-        """Lowers the priority of this process from here on: training comes first."""
+        """Says that what follows is work of the server."""
         if not self._prepared.is_set():
-            os.nice(10)
             self._send(Message(is_prepared=True))
             self._prepared.set()
 
