@@ -26,7 +26,7 @@ def run_stage(body, folder, environment={}, **options):  # noqa: B006 - read onl
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "told"),
+    ("body", "code", "message"),
     [
         ("pass", 0, ""),
         ("raise UserError('wrong value')", 2, "error: wrong value\n"),
@@ -36,16 +36,16 @@ def run_stage(body, folder, environment={}, **options):  # noqa: B006 - read onl
         ("raise BusyError('held')", 75, "error: held\n"),
     ],
 )
-def test_exit_codes_and_their_line(tmp_path, body, code, told):
+def test_each_error_has_an_exit_code_and_one_line(tmp_path, body, code, message):
     result = run_stage(body, tmp_path)
     assert result.returncode == code
-    assert result.stderr.startswith(told)
+    assert result.stderr.startswith(message)
     assert "Traceback" not in result.stderr
-    assert result.stderr.count("\n") == bool(told)
+    assert result.stderr.count("\n") == bool(message)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_signal_does_no_more_than_set_a_flag_that_work_asks(tmp_path, number, code):
+def test_a_signal_only_sets_a_flag(tmp_path, number, code):
     body = f"os.kill(os.getpid(), {int(number)}); print('still here', bool(stop)); stop.check(); print('not here')"
     result = run_stage(body, tmp_path)
     assert result.returncode == code
@@ -53,7 +53,7 @@ def test_a_signal_does_no_more_than_set_a_flag_that_work_asks(tmp_path, number, 
     assert result.stderr == f"error: interrupted by {number.name}; run the same command again\n"
 
 
-def test_progress_asks_as_well(tmp_path):
+def test_progress_callbacks_check_the_flag(tmp_path):
     body = "report = stop.wrap(print); report(1); os.kill(os.getpid(), 15); report(2)"
     result = run_stage(body, tmp_path)
     assert (result.stdout, result.returncode) == ("1\n", 143)
@@ -86,7 +86,7 @@ def test_a_closed_terminal_does_not_end_the_work(tmp_path):
     assert (result.returncode, result.stdout) == (0, "x" * 100 + "\n")
 
 
-def test_memory_that_is_not_enough_is_one_line(tmp_path):
+def test_out_of_memory_is_one_line(tmp_path):
     for error in ("MemoryError()", "RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried')"):
         result = run_stage(f"raise {error}", tmp_path)
         assert result.returncode == 74
@@ -94,7 +94,7 @@ def test_memory_that_is_not_enough_is_one_line(tmp_path):
         assert result.stderr.count("\n") == 1
 
 
-def test_secrets_are_not_said():
+def test_secrets_are_redacted():
     from stages.process import redact_secrets
 
     for secret in ("https://me:s3cret@example.org/x.txt", "http://host/a?token=s3cret&x=1", "with hf_s3cretS3CRET"):
@@ -143,22 +143,24 @@ def test_a_stage_does_not_outlive_its_parent(tmp_path):
     pytest.fail("the child is still alive")
 
 
-def test_a_stage_whose_dvc_was_gone_before_it_began_ends(tmp_path):
+def test_a_stage_that_starts_after_its_dvc_ended_stops(tmp_path):
     (tmp_path / "stage.py").write_text(
         "from stages.process import *\ndef main(stop):\n    stop.check()\n    open('ran', 'w')\nrun_stage(main)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "train"}
-    told = tmp_path / "told"
-    told.touch()
-    begun_alone = f"(while kill -0 $$ 2> /dev/null; do sleep 0.01; done; exec {sys.executable} stage.py 2> told) & exit"
-    subprocess.run(["sh", "-c", begun_alone], cwd=tmp_path, env=environment, start_new_session=True, check=True)
+    stderr = tmp_path / "stderr"
+    stderr.touch()
+    started_alone = (
+        f"(while kill -0 $$ 2> /dev/null; do sleep 0.01; done; exec {sys.executable} stage.py 2> stderr) & exit"
+    )
+    subprocess.run(["sh", "-c", started_alone], cwd=tmp_path, env=environment, start_new_session=True, check=True)
     deadline = time.monotonic() + 20
-    while not told.read_text().endswith("\n"):
+    while not stderr.read_text().endswith("\n"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert told.read_text() == "error: interrupted by SIGTERM; run the same command again\n"
+    assert stderr.read_text() == "error: interrupted by SIGTERM; run the same command again\n"
     assert not (tmp_path / "ran").exists()
 
 
-def test_interruption_knows_its_exit_code():
+def test_an_interruption_has_the_exit_code_of_its_signal():
     assert errors.Interrupted("x", signal.SIGTERM).exit_code == 143

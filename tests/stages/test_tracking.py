@@ -15,7 +15,7 @@ from stages.params import load_params
 from stages.tracking import RunIds, protocol, uploader
 from tests.conftest import ROOT, NeverStops
 
-NAMES = RunIds("a" * 32, None)
+IDS = RunIds("a" * 32, None)
 STOP = NeverStops()
 
 
@@ -47,46 +47,46 @@ def with_seed(params, seed):
 
 def test_stages_share_one_run_and_other_params_get_a_child(project, params, tmp_path):
     (tmp_path / "report.md").write_text("hello")
-    with tracking.start_run(params, "train", NAMES, STOP) as run:
+    with tracking.start_run(params, "train", IDS, STOP) as run:
         for step in (10, 20):
             run.metrics(step, {"train/loss": 3.5 - step / 10, "val/loss": None if step == 10 else 2.0})
         run.tags({"model.sha256": "abc"})
-    names = run.ids()
-    assert names.run_id == NAMES.run_id
-    with tracking.start_run(params, "evaluate", names, STOP) as later:
+    ids = run.ids()
+    assert ids.run_id == IDS.run_id
+    with tracking.start_run(params, "evaluate", ids, STOP) as later:
         later.metrics(0, {"evaluate/loss": 2.5})
         later.files([tmp_path / "report.md"], "reports")
-    assert later.ids() == names
+    assert later.ids() == ids
 
-    found = client(project).get_run(names.mlflow_run_id)
+    found = client(project).get_run(ids.mlflow_run_id)
     assert found.info.status == "FINISHED"
     assert found.data.metrics == {"train/loss": 1.5, "val/loss": 2.0, "evaluate/loss": 2.5}
     assert found.data.params["train.learning_rate"] == str(params.train.learning_rate)
     assert found.data.params["model.n_layer"] == "4"
     assert not [key for key in found.data.params if key.startswith("runtime")]
     assert found.data.tags["model.sha256"] == "abc"
-    artifacts = project / "mlartifacts" / names.mlflow_run_id / "artifacts"
+    artifacts = project / "mlartifacts" / ids.mlflow_run_id / "artifacts"
     assert (artifacts / "reports/report.md").read_text() == "hello"
     assert client(project).get_experiment(found.info.experiment_id).name == "gpt2"
     assert protocol.records() == []  # delivered
 
-    # a run that goes on has no step twice, and the same evaluation again is no news
+    # a resumed run logs no step twice, and a repeated evaluation logs nothing
     earlier = [tracking.metrics_event(step, {"train/loss": 9.0}) for step in (10, 20)]
-    with tracking.start_run(params, "train", names, STOP, events=earlier) as resumed:
+    with tracking.start_run(params, "train", ids, STOP, events=earlier) as resumed:
         resumed.metrics(30, {"train/loss": 9.0})
-    with tracking.start_run(params, "evaluate", names, STOP) as again:
+    with tracking.start_run(params, "evaluate", ids, STOP) as again:
         again.metrics(0, {"evaluate/loss": 2.5})
-    history = client(project).get_metric_history(names.mlflow_run_id, "train/loss")
+    history = client(project).get_metric_history(ids.mlflow_run_id, "train/loss")
     assert sorted((m.step, m.value) for m in history) == [(10, 2.5), (20, 1.5), (30, 9.0)]
-    assert len(client(project).get_metric_history(names.mlflow_run_id, "evaluate/loss")) == 1
+    assert len(client(project).get_metric_history(ids.mlflow_run_id, "evaluate/loss")) == 1
 
-    with tracking.start_run(with_seed(params, 99), "evaluate", names, STOP) as child:
+    with tracking.start_run(with_seed(params, 99), "evaluate", ids, STOP) as child:
         child.metrics(0, {"evaluate/loss": 2.4})
     child_id = child.ids().mlflow_run_id
-    assert child_id != names.mlflow_run_id
-    assert client(project).get_run(child_id).data.tags[uploader.PARENT_TAG] == names.mlflow_run_id
-    assert client(project).get_run(names.mlflow_run_id).data.params["evaluate.seed"] == "1"
-    with tracking.start_run(with_seed(params, 99), "export-to-space", names, STOP) as next_stage:
+    assert child_id != ids.mlflow_run_id
+    assert client(project).get_run(child_id).data.tags[uploader.PARENT_TAG] == ids.mlflow_run_id
+    assert client(project).get_run(ids.mlflow_run_id).data.params["evaluate.seed"] == "1"
+    with tracking.start_run(with_seed(params, 99), "export-to-space", ids, STOP) as next_stage:
         pass
     assert next_stage.ids().mlflow_run_id == child_id
 
@@ -103,18 +103,18 @@ class Stopped(NeverStops):
         return True
 
 
-def leave_with(error, params, names, stop=STOP):
+def leave_with(error, params, ids, stop=STOP):
     """A run whose stage ends with an error."""
-    with suppress(type(error)), tracking.start_run(params, "train", names, stop) as run:
+    with suppress(type(error)), tracking.start_run(params, "train", ids, stop) as run:
         run.metrics(1, {"train/loss": 1.0})
         raise error
     return run
 
 
-def test_an_interrupted_stage_does_not_wait_and_is_logged_nevertheless(project, params):
+def test_an_interrupted_stage_is_logged_without_waiting(project, params):
     client(project).search_experiments()  # makes the database, which takes seconds
     started_s = time.monotonic()
-    run = leave_with(Interrupted("stop", 15), params, NAMES, Stopped())
+    run = leave_with(Interrupted("stop", 15), params, IDS, Stopped())
     assert time.monotonic() - started_s < 1
     run._uploader.wait(timeout=20)
     sync.sync()
@@ -122,15 +122,15 @@ def test_an_interrupted_stage_does_not_wait_and_is_logged_nevertheless(project, 
     assert (found.info.status, found.data.metrics) == ("KILLED", {"train/loss": 1.0})
 
 
-def test_what_could_not_be_delivered_is_delivered_later(project, params, monkeypatch, capsys, tmp_path):
+def test_undelivered_records_are_delivered_later(project, params, monkeypatch, capsys, tmp_path):
     (tmp_path / "report.md").write_text("hello")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     started_s = time.monotonic()
-    with tracking.start_run(params, "train", NAMES, STOP) as run:
+    with tracking.start_run(params, "train", IDS, STOP) as run:
         run.metrics(1, {"train/loss": 1.0})
         run.files([tmp_path / "report.md"], "reports")
     assert time.monotonic() - started_s < protocol.PATIENCE_S + 1
-    assert run.ids() == NAMES
+    assert run.ids() == IDS
     error = capsys.readouterr().err
     assert error.count("WARNING: MLflow does not") == 1
     assert "`python -m stages.sync`" in error
@@ -139,7 +139,7 @@ def test_what_could_not_be_delivered_is_delivered_later(project, params, monkeyp
     (tmp_path / "report.md").unlink()  # the record has a copy
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for message in (f"{NAMES.run_id}.train: delivered\n", "MLflow has everything\n"):
+    for message in (f"{IDS.run_id}.train: delivered\n", "MLflow has everything\n"):
         result = subprocess.run([sys.executable, "-m", "stages.sync"], env=environment, capture_output=True, text=True)
         assert (result.returncode, result.stderr) == (0, message)
     (found,) = client(project).search_runs([client(project).get_experiment_by_name("gpt2").experiment_id])
@@ -147,9 +147,9 @@ def test_what_could_not_be_delivered_is_delivered_later(project, params, monkeyp
     assert (project / "mlartifacts" / found.info.run_id / "artifacts/reports/report.md").read_text() == "hello"
 
 
-def test_an_answer_that_is_lost_makes_no_step_twice(project, params, monkeypatch):
-    folder = project / "mlflow-outbox" / f"{NAMES.run_id}.train"
-    protocol.Record(NAMES.run_id, None, "train", 1, None, {}, {}, system_metrics=False).write()
+def test_a_lost_response_logs_no_step_twice(project, params, monkeypatch):
+    folder = project / "mlflow-outbox" / f"{IDS.run_id}.train"
+    protocol.Record(IDS.run_id, None, "train", 1, None, {}, {}, system_metrics=False).write()
     JsonLines(folder / "events.jsonl", [{"step": 1, "metrics": {"train/loss": 2.0}, "time_ms": 1}]).close()
     store = uploader.MlflowStore()
     upload = uploader.Uploader(folder, store)
@@ -167,7 +167,7 @@ def test_an_answer_that_is_lost_makes_no_step_twice(project, params, monkeypatch
     assert [metric.step for metric in client(project).get_metric_history(upload.run_id, "train/loss")] == [1]
 
 
-def test_sync_says_what_it_cannot_deliver(project, params, monkeypatch, capsys):
+def test_sync_reports_what_it_cannot_deliver(project, params, monkeypatch, capsys):
     folder = project / "mlflow-outbox/abc.train"
     folder.mkdir(parents=True)
     (folder / "record.json").write_text("{")
@@ -176,9 +176,9 @@ def test_sync_says_what_it_cannot_deliver(project, params, monkeypatch, capsys):
     assert folder.exists()
 
 
-def test_a_record_that_cannot_be_written_costs_a_warning(project, params, capsys):
+def test_a_record_that_cannot_be_written_is_a_warning(project, params, capsys):
     (project / "mlflow-outbox").write_text("no folder")
-    with tracking.start_run(params, "train", NAMES, STOP) as run:
+    with tracking.start_run(params, "train", IDS, STOP) as run:
         run.metrics(1, {"train/loss": 1.0})
         run.files([project / "mlflow-outbox"], "reports")
     error = capsys.readouterr().err
@@ -189,14 +189,14 @@ def test_a_record_that_cannot_be_written_costs_a_warning(project, params, capsys
 def test_nothing_secret_is_recorded(project, params, monkeypatch):
     secret = replace(params, corpus=replace(params.corpus, source="https://me:s3cret@example.org/a.txt?key=s3cret"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
-    with tracking.start_run(secret, "train", NAMES, STOP) as run:
+    with tracking.start_run(secret, "train", IDS, STOP) as run:
         run.tags({"corpus.from": secret.corpus.source})
     files = [path for path in (project / "mlflow-outbox").rglob("*") if path.is_file()]
     assert files
     assert not [path for path in files if "s3cret" in path.read_text()]
 
 
-def test_names_are_read_from_the_trained_model(project):
+def test_run_ids_are_read_from_the_trained_model(project):
     (project / "models").mkdir()
     (project / "models/run.json").write_text(json.dumps({"run_id": "a", "mlflow_run_id": None}))
     assert tracking.read_run_ids() == RunIds("a", None)

@@ -37,7 +37,7 @@ def test_weights_of_other_sizes_are_refused_with_the_right_ones(params, tiny_mod
         session.initial_model(starting_from(other, str(tmp_path)))
 
 
-def test_the_code_that_decides_the_numbers_is_in_the_fingerprint(monkeypatch):
+def test_the_fingerprint_covers_the_code_that_decides_the_numbers(monkeypatch):
     monkeypatch.chdir(ROOT)
     sources = {path.as_posix() for path in train.training_sources()}
     assert sources >= {
@@ -58,7 +58,7 @@ def test_long_runs_are_compiled(params, peak_flops, compiled):
         assert session.is_compiled(chosen, "cpu", peak_flops) == expected
 
 
-def test_a_run_that_diverged_twice_at_one_step_is_not_tried_again(tmp_path):
+def test_a_run_that_diverged_twice_at_one_step_is_refused(tmp_path):
     def diverge(good_steps):
         with pytest.raises(DivergedError) as raised, train.limit_repeated_divergence(tmp_path):
             raise DivergedError(f"diverged after {good_steps}", good_steps)
@@ -66,13 +66,13 @@ def test_a_run_that_diverged_twice_at_one_step_is_not_tried_again(tmp_path):
 
     for good_steps in (7, 9, 9):
         assert diverge(good_steps) == f"diverged after {good_steps}"
-    told = diverge(11)  # not even tried
-    assert told.startswith("diverged after 9. This happened 2 times at the same step: change a parameter, or delete")
+    message = diverge(11)  # not even tried
+    assert message.startswith("diverged after 9. This happened 2 times at the same step: change a parameter, or delete")
     (tmp_path / train.DIVERGED_FILE).write_text("{")
     assert diverge(9) == "diverged after 9"
 
 
-def test_going_on_under_other_conditions_is_one_warning(capsys):
+def test_resuming_in_another_environment_is_one_warning(capsys):
     now = environment(torch.device("cpu"))
     session.warn_if_not_bitwise_reproducible(now, now)
     assert capsys.readouterr().err == ""
@@ -82,7 +82,7 @@ def test_going_on_under_other_conditions_is_one_warning(capsys):
     assert error.count("\n") == 1
 
 
-def test_without_a_compiler_training_goes_on_and_says_so(tiny_model, monkeypatch, capsys):
+def test_training_continues_without_a_compiler(tiny_model, monkeypatch, capsys):
     def fail(*_):
         raise CompileError("no working C++ compiler")
 
