@@ -36,7 +36,8 @@ def address():
 
 @pytest.mark.slow
 def test_a_secret_of_the_corpus_stays_in_params(tmp_path, address):
-    project = Project(tmp_path / "project") if (tmp_path / "project").mkdir() is None else None
+    (tmp_path / "project").mkdir()
+    project = Project(tmp_path / "project")
     project.change(corpus={"source": f"{address}/text.txt?token=wrong{SECRET}"})
     refused = project.run("dvc", "repro", code=255)
     assert f"cannot download {address}/text.txt?***: Forbidden" in refused
@@ -45,7 +46,7 @@ def test_a_secret_of_the_corpus_stays_in_params(tmp_path, address):
     assert SECRET not in output
     folder = project.folder
     outputs = ("data", "models", "reports", "dist", "mlartifacts", "mlflow-outbox", "checkpoints", "mlflow.db")
-    files = [file for output in outputs for file in (folder / output, *(folder / output).rglob("*")) if file.is_file()]
+    files = [file for name in outputs for file in (folder / name, *(folder / name).rglob("*")) if file.is_file()]
     assert len(files) > 30
     assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
     assert f"{address}/text.txt?***" in (folder / "data/corpus.json").read_text()
