@@ -14,6 +14,8 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
+from gpt2.files import file_lock
+from stages.cores import cores_lock
 from tests.project import Project
 
 
@@ -162,6 +164,23 @@ def test_queued_experiments_report_to_the_one_database(project):
     new = [run for run in project.runs() if run.info.run_id not in before]
     assert sorted(run.data.params["train.seed"] for run in new) == ["3", "4"]
     assert {run.info.status for run in new} == {"FINISHED"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["train", "evaluate", "export_to_space"])
+def test_a_stage_that_takes_all_cores_waits_for_the_other_one(project, stage, monkeypatch):
+    project.change(runtime={"threads": None})
+    monkeypatch.setenv("DVC_ROOT", str(project.folder))
+    with file_lock(cores_lock()):
+        command = [sys.executable, "-m", f"stages.{stage}"]
+        waiting = subprocess.Popen(
+            command, cwd=project.folder, env=project.environment, stderr=subprocess.PIPE, text=True
+        )
+        assert waiting.stderr.readline().startswith(f"waiting for the cores, in use by process {os.getpid()} on ")
+    assert "Traceback" not in waiting.stderr.read()
+    assert waiting.wait(timeout=60) == 0
+    project.run("git", "checkout", "-q", "params.yaml", "reports")
+    project.run("dvc", "checkout", "-q", "--force")
 
 
 EXPERIMENTS = {
