@@ -4,8 +4,10 @@ Master weights, gradients and optimizer state are fp32. Matrix products run in b
 faster, on a compute copy of the weights that is cast once per optimizer step (https://arxiv.org/abs/1710.03740).
 """
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -85,6 +87,7 @@ class MixedPrecisionModel:
         Raises CompileError if that fails, usually because a C++ compiler is missing; the model then runs uncompiled.
         """
         start_s = time.perf_counter()
+        _separate_kernels_by_instruction_set()
         self.compiled, self._compiled_shape = True, (batch_size, sequence_length)
         # not the embedding: compiled, its threads sum the gradients of a token in a non-deterministic order
         self._blocks = torch.compile(self.compute.blocks, dynamic=False)
@@ -124,6 +127,18 @@ class MixedPrecisionModel:
             label_smoothing=label_smoothing,
             compiled=compiled,
         )
+
+
+def _separate_kernels_by_instruction_set() -> None:
+    """Gives each instruction set of the CPU its own cache of compiled kernels.
+
+    torch's cache does not distinguish them, and a kernel of another instruction set computes wrong numbers.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # takes seconds to import
+
+    folder, name = Path(cache_dir()), torch.backends.cpu.get_cpu_capability().lower()
+    if folder.name != name:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / name)
 
 
 def grow_loss_scale(state: TrainState) -> None:

@@ -1,9 +1,13 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from gpt2.model.transformer import GPT, GPTConfig, causal_attention
 from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel
-from tests.conftest import TINY, needs_compiler
+from tests.conftest import ROOT, TINY, needs_compiler
 
 SMALL = GPTConfig(block_size=32, vocab_size=1000, n_layer=2, n_head=2, n_embd=64)
 
@@ -157,3 +161,29 @@ def test_attention_of_short_sequences_matches_pytorch(dtype):
     theirs = torch.autograd.grad((exact * weights).sum(), (q, k, v))
     for a, b in zip(ours, theirs, strict=True):
         assert ((a.double() - b.double()).norm() / b.double().norm()) < (1e-6 if dtype == torch.float32 else 0.02)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_kernels_of_another_instruction_set_are_not_reused(tmp_path):
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("this CPU has one instruction set")
+    program = (
+        "from tests.gpt2.training.test_mixed_precision import *\n"
+        "inputs, targets = batch(SMALL)\n"
+        "model = MixedPrecisionModel(model_of(SMALL), torch.float32)\n"
+        "model.compile(*inputs.shape)\n"
+        "print(model.loss(inputs, targets).item())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    losses = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment | instruction_set,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stdout
+        for instruction_set in ({}, {"ATEN_CPU_CAPABILITY": "default"}, {})
+    ]
+    assert [float(loss) for loss in losses] == pytest.approx([float(losses[0])] * 3, rel=1e-5)
