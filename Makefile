@@ -9,7 +9,7 @@ INSTALLED := .venv/installed
 TEST := OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow docs check format lock ui space preset bench tuning screenshots soak soak-space sync
+.PHONY: help setup repro test test-slow mutants docs check format lock ui space preset bench tuning screenshots soak soak-space sync
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -31,6 +31,11 @@ test: setup ## run the tests
 
 test-slow: setup ## run the tests that take minutes
 	$(TEST) -m slow
+
+mutants: setup ## change the code in small ways, and list the changes that no test notices
+	rm -rf mutants  # a mutant that survived is not tested again otherwise
+	OMP_NUM_THREADS=1 mutmut run --max-children 2
+	mutmut results
 
 docs: setup ## build the documentation site in site/
 	mkdocs build --strict --quiet
