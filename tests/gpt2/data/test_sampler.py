@@ -32,6 +32,12 @@ def test_a_run_resumes_in_any_epoch(epoch):
     assert np.array_equal(resumed.batch(10 * epoch, 0)[0], batches[10 * epoch])
 
 
+def test_each_epoch_has_an_offset_of_its_own():
+    draws = sampler(num_tokens=406)  # 40 windows and 5 tokens to spare
+    offsets = {int(start) % 10 for epoch in range(40) for start in draws.batch(10 * epoch, 0)[0][:, 0]}
+    assert offsets == {0, 1, 2, 3, 4, 5}
+
+
 @pytest.mark.parametrize("num_tokens", [11, 12, 61, 65])
 def test_windows_are_never_empty_and_hold_token_ids(num_tokens):
     for inputs, targets in windows(np.arange(num_tokens, dtype=np.uint16), sequence_length=10, batch_size=3):
