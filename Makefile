@@ -9,7 +9,7 @@ INSTALLED := .venv/installed
 TEST := OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow coverage docs check format lock ui space preset bench tuning screenshots soak soak-space sync
+.PHONY: help setup repro test test-slow coverage mutants docs check format lock ui space preset bench tuning screenshots soak soak-space sync
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,11 @@ test-slow: setup ## run the tests that take minutes
 coverage: setup ## run the tests with branch coverage, and write docs/coverage.md
 	$(TEST) -m "not slow" --cov --cov-report=json:.coverage.json --cov-report=term:skip-covered
 	python -m tools.coverage
+
+mutants: setup ## change the code in small ways, and list the changes that no test notices
+	rm -rf mutants  # a mutant that survived is not tested again otherwise
+	OMP_NUM_THREADS=1 mutmut run --max-children 2
+	mutmut results
 
 docs: setup ## build the documentation site in site/
 	mkdocs build --strict --quiet

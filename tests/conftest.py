@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from gpt2.config import GPTConfig, TrainConfig
 from gpt2.model.transformer import GPT
@@ -18,6 +19,8 @@ from gpt2.model.transformer import GPT
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job, and so in all that tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+settings.register_profile("no deadline", deadline=None)  # the first example may load the tokenizer
+settings.load_profile("no deadline")
 ROOT = Path(__file__).parent.parent
 TINY = GPTConfig(block_size=32, vocab_size=50257, n_layer=2, n_head=2, n_embd=16)
 TINY_TRAIN = TrainConfig(

@@ -91,3 +91,52 @@ def test_samples_follow_the_distribution_of_the_model():
 def test_tokens_without_probability_are_never_sampled():
     of, random = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf]), torch.Generator().manual_seed(1)
     assert {sample_token(of, Sampling(), random) for _ in range(100)} == {1, 3}
+
+
+def test_the_repetition_penalty_divides_a_small_positive_logit():
+    assert apply_repetition_penalty(torch.tensor([0.5, -0.5]), [0, 1], 2.0).tolist() == [0.25, -1.0]
+
+
+def test_the_repetition_penalty_ignores_ids_beyond_the_vocabulary():
+    assert apply_repetition_penalty(torch.ones(4), [3, 4], 2.0).tolist() == [1.0, 1.0, 1.0, 0.5]
+
+
+def test_top_p_after_top_k_keeps_the_ids_of_the_vocabulary():
+    probs = distribution(logits(0.1, 0.4, 0.2, 0.3), Sampling(top_k=3, top_p=0.6))
+    assert torch.allclose(probs, torch.tensor([0, 4 / 7, 0, 3 / 7]))
+
+
+def test_top_p_keeps_all_tokens_if_it_needs_the_last_one():
+    probs = distribution(logits(0.1, 0.4, 0.2, 0.3), Sampling(top_p=0.95))
+    assert torch.allclose(probs, torch.tensor([0.1, 0.4, 0.2, 0.3]))
+
+
+def test_top_p_keeps_no_more_tokens_than_reach_it():
+    assert (distribution(torch.zeros(4), Sampling(top_p=0.5)) > 0).sum() == 2
+
+
+def test_a_top_p_of_1_keeps_the_least_likely_token():
+    # the first probability rounds to 1 in fp32, and would leave nothing for the second
+    assert (distribution(torch.tensor([0.0, -40.0]), Sampling(top_p=1.0)) > 0).all()
+
+
+def test_tensors_are_made_on_the_device_of_the_logits():
+    of = torch.ones(4)
+    with torch.device("meta"):  # another default device
+        probs, _ = candidate_tokens(of, Sampling(temperature=0))
+        assert probs.is_cpu
+        assert apply_repetition_penalty(of, [1], 2.0).tolist() == [1.0, 0.5, 1.0, 1.0]
+
+
+def test_two_candidates_are_drawn_as_often_as_the_model_says():
+    of, random = logits(0.25, 0.75), torch.Generator().manual_seed(1)
+    draws = [sample_token(of, Sampling(), random) for _ in range(1000)]
+    assert sum(draws) / 1000 == pytest.approx(0.75, abs=0.05)
+
+
+def test_draws_depend_on_the_generator_alone():
+    def draws():
+        generator = torch.Generator().manual_seed(1)
+        return [sample_token(torch.zeros(100), Sampling(), generator) for _ in range(5)]
+
+    assert draws() == draws()

@@ -86,3 +86,58 @@ def test_extreme_logits_stay_finite():
     value.backward()
     assert torch.isfinite(value)
     assert torch.isfinite(weight.grad).all()
+
+
+def test_the_weights_gradient_is_summed_in_fp32_over_chunks(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 1)
+    hidden, weight = torch.ones(600, 1, dtype=torch.bfloat16), torch.zeros(5, 1, dtype=torch.bfloat16).requires_grad_()
+    linear_cross_entropy(hidden, weight, torch.zeros(600, dtype=torch.int64)).backward()
+    # in bf16, a sum of equal numbers stops growing at 256 of them
+    assert weight.grad.flatten().tolist() == pytest.approx([-0.8, 0.2, 0.2, 0.2, 0.2], rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_label_smoothing_averages_logits_in_fp32(dtype):
+    # each logit is exact in this dtype, and their mean of 80.2 is not
+    hidden, weight = torch.ones(3, 1, dtype=dtype), torch.tensor([[80.0], [80.0], [80.0], [80.0], [81.0]], dtype=dtype)
+    targets = torch.tensor([0, 1, 4])
+    value, _, _ = reference(hidden, weight, targets, label_smoothing=0.5)
+    assert linear_cross_entropy(hidden, weight, targets, label_smoothing=0.5).item() == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize(("with_grad", "requires_grad"), [(False, True), (True, False)])
+def test_gradients_are_not_computed_if_nothing_needs_them(monkeypatch, with_grad, requires_grad):
+    def refuse(*_):
+        raise AssertionError("a gradient is computed")
+
+    log_sum_exp, _, _, transposed = loss.KERNELS
+    monkeypatch.setattr(loss, "KERNELS", (log_sum_exp, refuse, refuse, transposed))
+    hidden, weight, targets = example(21)
+    hidden.requires_grad_(requires_grad), weight.requires_grad_(requires_grad)
+    with torch.set_grad_enabled(with_grad):
+        assert linear_cross_entropy(hidden, weight, targets).item() > 0
+
+
+def test_a_loss_without_gradients_has_no_memory_for_them():
+    hidden, weight, targets = (x.detach() for x in example(21))
+    _, *gradients = loss._loss_and_gradients(hidden, weight, targets, 0.0, False, with_gradients=False)
+    assert [gradient.numel() for gradient in gradients] == [0, 0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_kernels_are_compiled_if_asked_for(monkeypatch, compiled):
+    found = []
+    monkeypatch.setattr(loss, "_compiled", lambda kernel: found.append(kernel) or kernel)
+    hidden, weight, targets = example(21)
+    options = {"compiled": True} if compiled else {}
+    linear_cross_entropy(hidden, weight, targets, **options).backward()
+    assert set(found) == (set(loss.KERNELS) if compiled else set())
+
+
+def test_tensors_are_made_on_the_device_of_the_hidden_states():
+    hidden, weight, targets = example(21)
+    value, _, _ = reference(hidden, weight, targets, label_smoothing=0.1)
+    with torch.device("meta"):  # another default device
+        ours = linear_cross_entropy(hidden, weight, targets, label_smoothing=0.1)
+    assert ours.is_cpu
+    assert ours.item() == pytest.approx(value, rel=1e-5)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -96,3 +98,72 @@ def test_muons_update_is_orthogonal(tiny_model, train_config):
 def test_the_state_of_adamw_alone_is_that_of_torch(tiny_model, train_config):
     optimizer = Optimizer(tiny_model, train_config())
     torch.optim.AdamW(optimizer.parts["adamw"].param_groups).load_state_dict(optimizer.state_dict())
+
+
+def test_a_cosine_is_no_straight_line(train_config):
+    config = train_config(max_steps=101, warmup_steps=20, learning_rate=1.0, min_learning_rate=0.0)
+    # a quarter and three quarters of the way: (1 + cos(pi / 4)) / 2 and (1 - cos(pi / 4)) / 2
+    assert [learning_rate_at(step, config) for step in (40, 80)] == pytest.approx([0.853553, 0.146447], abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_after_the_last_step_the_learning_rate_stays_the_lowest(train_config, schedule):
+    config = train_config(max_steps=10, schedule=schedule)
+    assert learning_rate_at(15, config) == pytest.approx(config.min_learning_rate)
+
+
+def test_adamw_averages_gradients_with_the_betas_of_the_configuration(train_config):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    module = torch.nn.ParameterList([weight])
+    optimizer = Optimizer(module, train_config(learning_rate=0.01, beta1=0.5, beta2=0.75))
+    for gradient in (1.0, 3.0):
+        before = weight.item()
+        weight.grad = torch.tensor([gradient])
+        optimizer.step()
+    # the averages, without bias: (0.25 * 1 + 0.5 * 3) / (1 - 0.25) and (0.1875 * 1 + 0.25 * 9) / (1 - 0.5625)
+    mean, square = 1.75 / 0.75, 2.4375 / 0.4375
+    assert before - weight.item() == pytest.approx(0.01 * mean / square**0.5, rel=1e-4)
+
+
+def test_muon_decays_its_matrices_at_its_own_learning_rate(tiny_model, train_config):
+    optimizer = Optimizer(tiny_model, train_config(optimizer="muon", muon_learning_rate=0.25, weight_decay=0.5))
+    weight = tiny_model.transformer["h"][0].mlp.c_fc.weight
+    before = weight.detach().clone()
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.allclose(weight, before * (1 - 0.25 * 0.5))
+
+
+def test_the_learning_rate_of_muon_is_scaled_with_that_of_adamw(tiny_model, train_config):
+    optimizer = Optimizer(tiny_model, train_config(optimizer="muon", learning_rate=0.01, muon_learning_rate=0.5))
+    optimizer.set_learning_rate(0.002)
+    assert [group["lr"] for group in optimizer.parts["adamw"].param_groups] == pytest.approx([0.002, 0.002])
+    assert [group["lr"] for group in optimizer.parts["muon"].param_groups] == pytest.approx([0.1])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_an_optimizer_resumes_exactly_from_its_state(tiny_model, train_config, kind):
+    def step(model, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+    config = train_config(optimizer=kind)
+    first = Optimizer(tiny_model, config)
+    step(tiny_model, first, seed=1)
+    resumed_model = copy.deepcopy(tiny_model)
+    resumed = Optimizer(resumed_model, config)
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    step(tiny_model, first, seed=2)
+    step(resumed_model, resumed, seed=2)
+    for expected, found in zip(tiny_model.parameters(), resumed_model.parameters(), strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_zero_grad_frees_the_gradients_of_all_parameters(tiny_model, train_config):
+    optimizer = Optimizer(tiny_model, train_config(optimizer="muon"))
+    for parameter in tiny_model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in tiny_model.parameters())
