@@ -25,7 +25,7 @@ from typing import Any
 from stages.cores import SPINS
 
 REPORT = Path("reports/benchmarks")
-ROUNDS = 3
+ROUNDS = 2
 WAITS = {
     "OpenMP's default": {},
     f"GOMP_SPINCOUNT={SPINS} (ours)": {"GOMP_SPINCOUNT": str(SPINS)},
@@ -39,7 +39,7 @@ EXPERIMENTS: dict[str, tuple[int, list[str]]] = {
     "-j 2": (2, []),
     "-j 2, runtime.threads=1": (2, ["-S", "runtime.threads=1"]),
 }
-STEPS = 300
+STEPS = 150
 
 
 def main() -> None:
