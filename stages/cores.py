@@ -16,7 +16,7 @@ from gpt2.errors import BusyError
 from gpt2.files import file_lock
 from stages import paths
 from stages.params import RuntimeConfig
-from stages.preflight import may_have_gpu
+from stages.preflight import may_use_gpu
 from stages.process import StopSignal, echo
 
 SPINS = 10_000
@@ -29,19 +29,19 @@ POLL_S = 0.2
 def reserve_cores(runtime: RuntimeConfig, stop: StopSignal) -> Iterator[None]:
     """Waits until no other stage of this repository takes all cores, and takes them for the block.
 
-    Does not wait with `runtime.threads` set, or where a GPU computes. To be entered before torch is imported, whose
+    Does not wait with `runtime.threads` set, or where a GPU may compute. To be entered before torch is imported, whose
     OpenMP reads the environment then. Raises Interrupted if a signal arrives.
     """
     limit_busy_waiting()
-    uses_gpu = runtime.device in ("cuda", "mps") or (runtime.device == "auto" and may_have_gpu())
+    takes_all = runtime.threads is None and not may_use_gpu(runtime)
     with ExitStack() as held:
-        if runtime.threads is None and not uses_gpu:
+        if takes_all and (paths.real_root() / ".dvc").is_dir():
             _wait_for_turn(held, stop)
         yield
 
 
 def limit_busy_waiting() -> None:
-    """Sets after how many turns OpenMP's threads sleep, unless the environment says how they wait."""
+    """Sets after how many turns the threads of GNU's OpenMP sleep, unless the environment says how they wait."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 

@@ -20,8 +20,9 @@ def main(stop: StopSignal) -> None:
     """Checks the params, then evaluates."""
     params = load_params(paths.PARAMS)
     ids = tracking.read_run_ids()
-    with reserve_cores(params.runtime, stop), tracking.start_run(params, "evaluate", ids, stop) as run:
-        metrics = evaluate(params, stop)
+    with tracking.start_run(params, "evaluate", ids, stop) as run:
+        with reserve_cores(params.runtime, stop):
+            metrics = evaluate(params, stop)
         run.metrics(0, {f"evaluate/{key}": value for key, value in metrics.items()})
         run.files(sorted(paths.EVALUATE_REPORT.iterdir()), "reports/evaluate")
     echo(

@@ -4,6 +4,7 @@ Before the stage succeeds, it loads both as their users do, and compares their l
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -36,8 +37,9 @@ def main(stop: StopSignal) -> None:
     """Check the params, export, log to MLflow."""
     params = load_params(paths.PARAMS)
     ids = tracking.read_run_ids()
-    with reserve_cores(params.runtime, stop), tracking.start_run(params, "export-to-space", ids, stop) as tracker:
-        export(params, ids.mlflow_run_id, stop)
+    with tracking.start_run(params, "export-to-space", ids, stop) as tracker:
+        with reserve_cores(replace(params.runtime, device="cpu"), stop):  # the export computes on the CPU
+            export(params, ids.mlflow_run_id, stop)
         tracker.files([paths.SPACE / name for name in ("README.md", "gpt_config.pt", "manifest.json")], "space")
         tracker.files([paths.HUGGING_FACE / "config.json"], "hf")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from gpt2.errors import FileError, UserError
 from gpt2.memory import GIB, largest_batch, training_bytes
-from stages.params import Params
+from stages.params import Params, RuntimeConfig
 
 ESTIMATE_ERROR = 1.2
 """Estimated and measured memory differ by at most this factor."""
@@ -49,7 +49,7 @@ def micro_batch_that_fits(params: Params) -> int:
     at_least = 4 * config.num_parameters()  # of the weights; also of the best weights, which stay in memory
     if at_least > memory:
         raise UserError(f"the weights alone take {_gb(at_least)}, and this machine has {_gb(memory)} of memory: {LESS}")
-    if params.runtime.device in ("cuda", "mps") or (params.runtime.device == "auto" and may_have_gpu()):
+    if may_use_gpu(params.runtime):
         return size
     reduced_precision = params.runtime.precision != "fp32"
     checkpointing = params.runtime.gradient_checkpointing
@@ -109,6 +109,11 @@ def memory_bytes() -> int:
         except (OSError, ValueError):  # no limit, or "max"
             continue
     return total
+
+
+def may_use_gpu(runtime: RuntimeConfig) -> bool:
+    """Whether torch could choose a GPU for these params."""
+    return runtime.device in ("cuda", "mps") or (runtime.device == "auto" and may_have_gpu())
 
 
 def may_have_gpu() -> bool:

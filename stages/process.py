@@ -147,12 +147,12 @@ def run_stage(main: Callable[[StopSignal], None]) -> None:
         echo(f"error: {error}")
         sys.exit(error.exit_code)
     except OSError as error:
-        echo(f"error: {error}; check that the folder can be written to and that the disk has room")
+        echo(f"error: {error}; check that the folder can be written to and that the disk has free space")
         sys.exit(OS_ERROR_EXIT_CODE)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        echo("error: the memory of this machine is not enough; take a smaller model or batch: `python -m gpt2 info`")
+        echo("error: out of memory; choose a smaller model or batch: `python -m gpt2 info`")
         sys.exit(OS_ERROR_EXIT_CODE)
 
 

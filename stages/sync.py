@@ -69,12 +69,13 @@ class Follower:
         self._store: MlflowStore | None = None
         self._uploader: Uploader | None = None
         self._monitor: Any = None
+        self._is_nice = False
 
     def follow(self) -> int:
         """Uploads until the stage closes our standard input. Returns the exit code."""
         threading.Thread(target=self._watch, daemon=True).start()
         pause_s = SHORTEST_PAUSE_S
-        failed = is_last = is_nice = False
+        failed = is_last = False
         with file_lock(self.folder / "lock", wait_s=PREPARATION_PATIENCE_S):
             while not is_last:
                 is_last = self._stage_ended.is_set()
@@ -85,9 +86,7 @@ class Follower:
                     if not failed:
                         self._send(Message(failure=describe(error)))
                     failed, pause_s = True, min(2 * pause_s, LONGEST_PAUSE_S)
-                if not is_nice:  # training comes first, but its stage waits for the id of the run
-                    os.nice(10)
-                    is_nice = True
+                    self._lower_priority()
                 if not is_last:
                     self._stage_ended.wait(pause_s if failed else POLL_S)
         if self._monitor is not None:
@@ -106,9 +105,16 @@ class Follower:
                         upload(older, self._store)
             self._uploader = Uploader(self.folder, self._store)
             self._send(Message(mlflow_run_id=self._uploader.run_id))
+            self._lower_priority()
             if self._uploader.record.system_metrics:
                 self._monitor = monitor_system(self._uploader.run_id)
         self._uploader.deliver()
+
+    def _lower_priority(self) -> None:
+        """Training comes first from now on. Until it has the id of the run, its stage may be waiting for us."""
+        if not self._is_nice and hasattr(os, "nice"):
+            os.nice(10)
+        self._is_nice = True
 
     def _watch(self) -> None:
         """Detects the end of the stage. After that, the time for uploading is limited."""

@@ -85,6 +85,7 @@ LONGEST_FIRST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {ROOT / name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    assert all(path.is_file() for path in ranks)
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
@@ -116,7 +117,7 @@ def tokens(tmp_path: Path, text: str) -> Path:
 
 
 class NeverStops:
-    """In the place of `stages.process.Stop`, which takes over the process's signals."""
+    """In the place of `stages.process.StopSignal`, which takes over the process's signals."""
 
     def __bool__(self) -> bool:
         return False

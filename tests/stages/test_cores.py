@@ -3,9 +3,9 @@ from dataclasses import replace
 
 import pytest
 
-from gpt2.errors import Interrupted
+from gpt2.errors import BusyError, Interrupted
 from gpt2.files import file_lock
-from stages import cores
+from stages import cores, preflight
 from stages.cores import cores_lock, reserve_cores
 from stages.params import load_params
 from tests.conftest import ROOT, NeverStops
@@ -14,6 +14,7 @@ from tests.conftest import ROOT, NeverStops
 @pytest.fixture
 def runtime(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    (tmp_path / ".dvc").mkdir()
     monkeypatch.setattr(cores, "POLL_S", 0.001)
     for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(variable, "")  # so that it is restored
@@ -58,17 +59,28 @@ def test_a_signal_ends_the_wait(runtime):
         raise AssertionError("it did not wait")
 
 
-@pytest.mark.parametrize("changes", [{"threads": 1}, {"device": "cuda"}, {"device": "mps"}])
-def test_a_stage_that_does_not_take_all_cores_does_not_wait(runtime, changes, never_stops):
+def refuse_to_wait():
+    raise AssertionError("it waits")
+
+
+@pytest.mark.parametrize("changes", [{"threads": 1}, {"device": "cuda"}, {"device": "mps"}, {"device": "auto"}])
+def test_a_stage_that_does_not_take_all_cores_does_not_wait(runtime, changes, monkeypatch):
+    monkeypatch.setattr(preflight, "may_have_gpu", lambda: True)
     entered = False
-    with file_lock(cores_lock()), reserve_cores(replace(runtime, **changes), never_stops):
+    with file_lock(cores_lock()), reserve_cores(replace(runtime, **changes), StopsWaiting(refuse_to_wait)):
         entered = True
     assert entered
 
 
-def test_an_error_of_the_block_is_not_taken_for_a_lock(runtime, never_stops):
-    with pytest.raises(ZeroDivisionError), reserve_cores(runtime, never_stops):
-        raise ZeroDivisionError
+def test_outside_of_a_dvc_repository_nothing_is_locked(runtime, tmp_path, never_stops):
+    (tmp_path / ".dvc").rmdir()
+    with reserve_cores(runtime, never_stops):
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_busy_error_of_the_block_is_not_taken_for_a_wait(runtime):
+    with pytest.raises(BusyError, match="another lock"), reserve_cores(runtime, StopsWaiting(refuse_to_wait)):
+        raise BusyError("another lock")
     with file_lock(cores_lock()):  # it is free again
         pass
 

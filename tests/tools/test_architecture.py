@@ -58,13 +58,13 @@ def test_what_follows_from_other_arrows_is_left_out(code):
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "told"),
+    ("file", "content", "message"),
     [
         ("gpt2/new/module.py", "", "give these a place in tools/architecture.py: ['gpt2/new/']"),
         ("gpt2/config.py", "from gpt2.hub import export", "gpt2/ imports gpt2/hub/, which is not below it"),
     ],
 )
-def test_what_does_not_fit_the_picture_is_told(code, file, content, told):
+def test_what_does_not_fit_the_picture_is_reported(code, file, content, message):
     packages = [name for row in architecture.PROGRAMS + architecture.LIBRARY for name in row if name.endswith("/")]
     stages = "".join(f"  {stage}:\n    outs: [{place}]\n" for stage, _, _, place, *_ in architecture.PIPELINE if stage)
     files = {f"{package}module.py": "" for package in packages}
@@ -78,7 +78,7 @@ def test_what_does_not_fit_the_picture_is_told(code, file, content, told):
     )
     architecture.draw()
     code({file: content})
-    with pytest.raises(SystemExit, match=re.escape(told)):
+    with pytest.raises(SystemExit, match=re.escape(message)):
         architecture.draw()
 
 

@@ -66,9 +66,7 @@ def test_every_dtype_matches_loss_and_gradients_of_plain_fp32(
         assert worst_error(found, expected) < gradient_tolerance
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=["fp32", "bf16"]
-)
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def compiled(request):
     """A compiled model that computes with two threads."""
     threads = torch.get_num_threads()
@@ -82,6 +80,7 @@ def compiled(request):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_matches_loss_and_gradients_of_plain_fp32(compiled):
     loss_tolerance, gradient_tolerance = (2e-3, 0.03) if compiled.compute is not compiled.master else (1e-6, 1e-5)
     inputs, targets = batch(SMALL)
@@ -98,6 +97,7 @@ def test_compiled_matches_loss_and_gradients_of_plain_fp32(compiled):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_gradients_are_deterministic(compiled):
     shape = batch(SMALL)[0].shape
     inputs, targets = torch.randint(0, 5, (2, *shape))  # many of each token, so that threads meet in its gradient
@@ -107,6 +107,13 @@ def test_compiled_gradients_are_deterministic(compiled):
         compiled.loss(inputs, targets).backward()
         seen.append(torch.cat([p.grad.flatten() for p in compiled.master.parameters()]))
     assert all(torch.equal(each, seen[0]) for each in seen)
+
+
+def test_a_cache_that_cannot_be_written_is_a_compile_error(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/cache"))
+    with pytest.raises(CompileError, match="Not a directory"):
+        MixedPrecisionModel(model_of(SMALL), torch.float32).compile(2, 8)
 
 
 def test_without_a_compiler_the_model_stays_uncompiled(monkeypatch):
