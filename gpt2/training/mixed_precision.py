@@ -88,12 +88,12 @@ class MixedPrecisionModel:
         """
         start_s = time.perf_counter()
         self.compiled, self._compiled_shape = True, (batch_size, sequence_length)
-        # not the embedding: compiled, its threads sum the gradients of a token in a non-deterministic order
-        self._blocks = torch.compile(self.compute.blocks, dynamic=False)
-        self._add = torch.compile(_add_, dynamic=True)
         tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long, device=self.device)
         try:
             _separate_kernels_by_instruction_set()
+            # not the embedding: compiled, its threads sum the gradients of a token in a non-deterministic order
+            self._blocks = torch.compile(self.compute.blocks, dynamic=False)
+            self._add = torch.compile(_add_, dynamic=True)
             for _ in range(2):  # the second pass adds to gradients
                 self.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
