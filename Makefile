@@ -75,10 +75,11 @@ preset: ## params.yaml becomes presets/NAME.yaml: make preset NAME=seed
 	@test -f "presets/$(NAME).yaml" || { echo "There is no preset '$(NAME)'; there are:" $(notdir $(basename $(wildcard presets/*.yaml))); exit 2; }
 	cp "presets/$(NAME).yaml" params.yaml
 
-bench: setup ## measure speed and learning beside other implementations (about an hour)
+bench: setup ## measure speed and learning beside other implementations and other work (over an hour)
 	python -m benchmarks.train
 	python -m benchmarks.generate
 	python -m benchmarks.learning
+	python -m benchmarks.concurrency --busy --experiments
 
 tuning: setup ## reports/tuning.md from MLflow's records of the experiments tune-...
 	python -m tools.tuning
