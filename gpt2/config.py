@@ -15,7 +15,7 @@ from gpt2.errors import UserError
 
 GPT2_VOCAB_SIZE = 50257
 """Number of tokens of GPT-2's encoding: 256 bytes, 50,000 merges and `<|endoftext|>`."""
-DTYPES = ("fp32", "bf16", "int8")
+DTYPES = ("fp32", "bf16", "int8", "int4")
 """Dtypes for inference; int8 is quantized."""
 PositiveInt = Annotated[int, Gt(0)]
 Seed = Annotated[int, Ge(0), Lt(2**63)]

@@ -1,5 +1,6 @@
 """What tests share: a text of our own, tiny configurations, and a model that fits into milliseconds."""
 
+import os
 import random
 import shutil
 import signal
@@ -19,6 +20,7 @@ from gpt2.model.transformer import GPT
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job, and so in all that tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+os.environ["GPT2_OPTIMIZE"] = "0"  # tests that measure or compile turn it on, with a cache folder of their own
 settings.register_profile("no deadline", deadline=None)  # the first example may load the tokenizer
 settings.load_profile("no deadline")
 ROOT = Path(__file__).parent.parent

@@ -1,8 +1,9 @@
 """Generation for many requests at once.
 
-The KV cache is allocated once, with a slot for each running sequence. Prefill processes a prompt in one pass; decode
-then extends all running sequences by one token in one pass over the weights. New requests join between two tokens:
-continuous batching (Yu et al., Orca, OSDI 2022).
+The KV cache is allocated once, with a slot for each running sequence. Prefill processes a prompt in chunks, one between
+two tokens of the others (Agrawal et al., Sarathi, https://arxiv.org/abs/2308.16369); decode then extends all running
+sequences by one token in one pass over the weights. New requests join between two tokens: continuous batching (Yu et
+al., Orca, OSDI 2022).
 """
 
 import math
@@ -16,12 +17,15 @@ from torch import Tensor
 
 from gpt2.errors import BusyError, GPT2Error, UserError, one_line
 from gpt2.inference.detokenizer import Detokenizer
-from gpt2.inference.kv_cache import ModelRunner, window_start
+from gpt2.inference.kv_cache import PREFILL_CHUNK, ModelRunner, window_start
 from gpt2.inference.request import Request, Token
 from gpt2.inference.sampling import apply_repetition_penalty, sample_token
+from gpt2.inference.speculation import Drafter, measure_steps
 from gpt2.model.transformer import GPT
 
 IDLE_S = 0.5
+_Sampled = GPT2Error | tuple[int, float, tuple[tuple[int, float], ...]]
+"""A token, its log probability, and ids and log probabilities of the likeliest tokens; or why there is none."""
 
 
 class Completion:
@@ -68,8 +72,11 @@ class _Sequence:
         request = completion.request
         self.completion, self.slot, self.request = completion, slot, request
         self.ids = list(request.prompt)
-        self.window_start = -1  # index in ids of the first cached token; -1 before prefill
+        self.window_start = 0  # index in ids of the first token of the window
+        self.num_cached = 0  # tokens of the window in the KV cache
+        self.is_compiled: bool | None = None  # one path for the whole text; None before its first token
         self.num_generated = 0
+        self.drafter = Drafter()
         self.generator = torch.Generator().manual_seed(request.seed)
         self.detokenizer = Detokenizer(request.stop)
 
@@ -91,16 +98,24 @@ class Engine:
         slots: int = 1,
         max_queue_size: int | None = None,
         serving_thread: bool = False,
+        optimize: bool = True,
+        speculate: bool = True,
     ) -> None:
         """model: as `gpt2.inference.quantization.quantize` returns it. context_length: tokens it attends to.
 
-        slots: maximum batch size. max_queue_size: the engine rejects further requests; None is no limit.
+        slots: maximum batch size. max_queue_size: the engine rejects further requests; None is no limit. optimize:
+        measure which kernels are fastest, and use the compiled decode step as soon as it is there; otherwise
+        the same text comes out on the same machine, whatever it has measured or compiled. speculate: use drafts where
+        they save time.
         """
         self.model = model.eval()
         self.context_length = min(context_length or model.config.block_size, model.config.block_size)
         self.max_queue_size = max_queue_size
         self.num_generated_tokens = 0
         self._runner = ModelRunner(model, slots, self.context_length)
+        self._speculate, self._step_seconds = speculate, [math.inf]
+        if optimize:
+            self._runner.prepare()
         self._free_slots = list(range(slots))
         self._waiting: deque[Completion] = deque()
         self._running: list[_Sequence] = []
@@ -139,34 +154,83 @@ class Engine:
                     self._end(sequence.completion, "error", _as_error(error))
             return True
         with self._changed:
-            for sequence, result in results:
-                if sequence.completion.finish_reason is None:
-                    if isinstance(result, GPT2Error):
-                        self._end(sequence.completion, "error", result)
-                    else:
-                        self._deliver(sequence, *result)
+            for sequence, sampled in results:
+                for result in sampled:
+                    if sequence.completion.finish_reason is None:
+                        if isinstance(result, GPT2Error):
+                            self._end(sequence.completion, "error", result)
+                        else:
+                            self._deliver(sequence, *result)
             self._changed.notify_all()
         return True
 
     @torch.inference_mode()
-    def _compute(
-        self, running: list[_Sequence]
-    ) -> list[tuple[_Sequence, GPT2Error | tuple[int, float, tuple[tuple[int, float], ...]]]]:
-        logits: dict[int, Tensor] = {}
-        decoding = []
-        for sequence in running:
-            start = window_start(len(sequence.ids), self.context_length)
-            if start == sequence.window_start:
-                decoding.append(sequence)
-            else:
-                sequence.window_start = start
-                logits[sequence.slot] = self._runner.prefill(sequence.slot, sequence.ids[start:])
-        if decoding:
-            rows = self._runner.decode(
-                [sequence.slot for sequence in decoding], [sequence.ids[-1] for sequence in decoding]
-            )
-            logits.update(zip((sequence.slot for sequence in decoding), rows, strict=True))
-        return [(sequence, _next_token(sequence, logits[sequence.slot].float().cpu())) for sequence in running]
+    def _compute(self, running: list[_Sequence]) -> list[tuple[_Sequence, list[_Sampled]]]:
+        self._runner.poll()
+        ready: list[tuple[_Sequence, Tensor, list[int]]] = []  # with logits (number of drafted tokens + 1, V), draft
+        prefilling = [sequence for sequence in running if not self._can_decode(sequence)]
+        budget = PREFILL_CHUNK if len(running) > 1 else self.context_length  # tokens that the others wait for
+        for sequence in prefilling:
+            while budget > 0 and sequence.completion.finish_reason is None:
+                hidden, count = self._prefill_chunk(sequence)
+                budget -= count
+                if hidden is not None:
+                    ready.append((sequence, self._runner.logits(hidden)[None], []))
+                    break
+        decoding = [sequence for sequence in running if sequence not in prefilling]
+        for is_compiled in (True, False):
+            batch = [sequence for sequence in decoding if sequence.is_compiled == is_compiled]
+            if batch and is_compiled:
+                drafts = [self._draft(sequence) if len(running) == 1 else [] for sequence in batch]
+                tokens = [[sequence.ids[-1], *draft] for sequence, draft in zip(batch, drafts, strict=True)]
+                logits = self._runner.decode_compiled([sequence.slot for sequence in batch], tokens)
+                ready += zip(batch, logits, drafts, strict=True)
+            elif batch:
+                rows = self._runner.decode([each.slot for each in batch], [each.ids[-1] for each in batch])
+                ready += [(sequence, row[None], []) for sequence, row in zip(batch, rows, strict=True)]
+        return [(sequence, self._sample(sequence, logits.float().cpu(), draft)) for sequence, logits, draft in ready]
+
+    def _can_decode(self, sequence: _Sequence) -> bool:
+        start = window_start(len(sequence.ids), self.context_length)
+        if start != sequence.window_start:
+            sequence.window_start, sequence.num_cached = start, 0
+        return 0 < sequence.num_cached == len(sequence.ids) - start - 1
+
+    def _prefill_chunk(self, sequence: _Sequence) -> tuple[Tensor | None, int]:
+        """Processes the next tokens of the window. Returns the hidden state, when it is done, and their number."""
+        if sequence.is_compiled is None:
+            sequence.is_compiled = self._runner.decoder is not None
+        first = sequence.window_start + sequence.num_cached
+        chunk = sequence.ids[first : first + PREFILL_CHUNK]
+        hidden = self._runner.prefill(sequence.slot, chunk, cached=sequence.num_cached)
+        sequence.num_cached += len(chunk)
+        return hidden if first + len(chunk) == len(sequence.ids) else None, len(chunk)
+
+    def _draft(self, sequence: _Sequence) -> list[int]:
+        room = self.context_length - sequence.num_cached - 1
+        limit = min(room, sequence.request.max_new_tokens - sequence.num_generated - 1)
+        if not self._speculate or limit < 1:
+            return []
+        if len(self._step_seconds) == 1:
+            self._step_seconds = self._runner.measure_steps(sequence.slot)
+        return sequence.drafter.propose(sequence.ids, limit, self._step_seconds)
+
+    def _sample(self, sequence: _Sequence, logits: Tensor, draft: list[int]) -> list[_Sampled]:
+        """The next token, and those after it as long as the draft has them, given logits (len(draft) + 1, V)."""
+        sampled: list[_Sampled] = []
+        seen = sequence.ids[sequence.window_start :]
+        for row, guess in zip(logits, [*draft, None], strict=True):
+            result = _next_token(sequence, seen, row)
+            sampled.append(result)
+            if isinstance(result, GPT2Error) or result[0] != guess:
+                break
+            seen.append(guess)
+        if draft:
+            sequence.drafter.record(len(draft), len(sampled) - 1)
+        if sequence.num_cached != self._runner.lengths[sequence.slot]:  # decoded
+            sequence.num_cached += len(sampled)
+            self._runner.lengths[sequence.slot] = sequence.num_cached
+        return sampled
 
     def _deliver(
         self, sequence: _Sequence, token: int, logprob: float, top_logprobs: tuple[tuple[int, float], ...]
@@ -242,9 +306,20 @@ class Engine:
 
     def warm_up(self) -> None:
         """Allocates the memory of all slots and of the longest prompt, so that no request waits for it."""
-        self._runner.cache.buffer.zero_()
-        with torch.inference_mode():
-            self._runner.prefill(0, [0] * self.context_length)
+        self._runner.cache.zero_()
+        for first in range(0, self.context_length, PREFILL_CHUNK):
+            self._runner.prefill(0, [0] * min(PREFILL_CHUNK, self.context_length - first), cached=first)
+
+    @property
+    def path(self) -> str:
+        """What decodes the next request: "compiled", or "PyTorch" and why."""
+        if self._runner.decoder is not None:
+            return "compiled"
+        return f"PyTorch: {self._runner.problem or 'the decode step is being compiled'}"
+
+    def wait_until_compiled(self, timeout_s: float) -> bool:
+        """Waits for the compiled decode step. Returns whether it is in use."""
+        return self._runner.poll(timeout_s)
 
     def serve(self) -> None:
         """Generates until `close`."""
@@ -262,14 +337,12 @@ class Engine:
             self._changed.notify_all()
 
 
-def _next_token(sequence: _Sequence, logits: Tensor) -> GPT2Error | tuple[int, float, tuple[tuple[int, float], ...]]:
-    """The next token, its log probability and the likeliest tokens, given logits (V,)."""
+def _next_token(sequence: _Sequence, seen: list[int], logits: Tensor) -> _Sampled:
+    """The next token after those in the window, its log probability and the likeliest tokens, given logits (V,)."""
     total = float(logits.logsumexp(0))
     if not math.isfinite(total):
         return GPT2Error("the model returned non-finite logits; its weights are damaged")
-    adjusted = apply_repetition_penalty(
-        logits, sequence.ids[sequence.window_start :], sequence.request.sampling.repetition_penalty
-    )
+    adjusted = apply_repetition_penalty(logits, seen, sequence.request.sampling.repetition_penalty)
     token = sample_token(adjusted, sequence.request.sampling, sequence.generator)
     top_logprobs: tuple[tuple[int, float], ...] = ()
     if count := min(sequence.request.top_logprobs, logits.numel()):

@@ -1,6 +1,7 @@
-"""The KV cache, and the two passes that use it: prefill (a whole prompt) and decode (one token per sequence)."""
+"""The KV cache, and the two passes that use it: prefill (a part of a prompt) and decode (the tokens after it)."""
 
 import math
+import subprocess
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -8,29 +9,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2.config import GPTConfig
+from gpt2.errors import GPT2Error, one_line
+from gpt2.inference.kernels import choose_kernels, linear_layers
+from gpt2.inference.speculation import measure_steps
 from gpt2.model.transformer import GPT
+from gpt2.native import library
+from gpt2.native.decoder import NativeDecoder, supports
 
-
-class KVCache:
-    """Keys and values of the tokens in each slot, (slots, n_layer, 2, n_head, context_length, head_size)."""
-
-    def __init__(self, config: GPTConfig, slots: int, context_length: int, like: Tensor) -> None:
-        """Buffers with the dtype and device of `like`; the system allocates their pages as they fill."""
-        self.buffer = like.new_empty(slots, config.n_layer, 2, config.n_head, context_length, config.head_size)
-        self.lengths = [0] * slots
+PREFILL_CHUNK = 128
+MAX_DECODER_ERROR = 0.1
+DECODE_ROWS = (1, 8)
 
 
 class _PrefillAttention:
-    """A layer's attention during prefill: the prompt attends to itself, and fills the cache of one slot."""
+    """A layer's attention during prefill: new tokens of one slot attend to the cached ones and to themselves."""
 
-    def __init__(self, buffer: Tensor) -> None:
-        self.buffer = buffer  # (2, n_head, context_length, head_size)
+    def __init__(self, buffer: Tensor, cached: int) -> None:
+        self.buffer, self.cached = buffer, cached  # (2, n_head, context_length, head_size), and tokens in it
 
     def attend(self, qkv: Tensor) -> Tensor:
-        self.buffer[:, :, : qkv.size(3)] = qkv[1:, 0]
+        length = self.cached + qkv.size(3)
+        self.buffer[:, :, self.cached : length] = qkv[1:, 0]
         q, k, v = qkv.unbind(0)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if not self.cached:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        k, v = self.buffer[:, None, :, :length].to(q.dtype).unbind(0)
+        visible = torch.ones(qkv.size(3), length, dtype=torch.bool, device=q.device).tril(self.cached)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
 
 class _DecodeAttention:
@@ -46,43 +51,149 @@ class _DecodeAttention:
     def attend(self, qkv: Tensor) -> Tensor:
         outputs = []
         for row, (keys, values, new) in enumerate(self.slots):
+            q = qkv[0, row : row + 1]
             new.copy_(qkv[1:, row, :, 0])
-            outputs.append(F.scaled_dot_product_attention(qkv[0, row : row + 1], keys, values))
+            outputs.append(F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype)))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 class ModelRunner:
-    """A model and its KV cache: the logits of one prompt, or of the next token of many sequences."""
+    """A model and its KV cache: the logits after prompts, and after the next tokens of many sequences.
+
+    It decodes with PyTorch's operators, and once it has a decoder, with the compiled step of `gpt2.native`.
+
+    cache: keys and values of the tokens in each slot, (slots, n_layer, 2, n_head, context_length, head_size); the
+    system allocates its pages as they fill. lengths: number of tokens in each slot.
+    """
 
     def __init__(self, model: GPT, slots: int, context_length: int) -> None:
-        self.model = model
+        """model: as `gpt2.inference.quantization.quantize` returns it, or a GPT."""
+        self.model, config = model, model.config
         blocks: Any = model.transformer["h"]
         c_attn = blocks[0].attn.c_attn
-        # quantized layers have an out_dtype
-        like = torch.empty(0, dtype=getattr(c_attn, "out_dtype", c_attn.weight.dtype), device=model.device)
-        self.cache = KVCache(model.config, slots, context_length, like)
+        self.is_quantized = hasattr(c_attn, "out_dtype")
+        self.dtype: str = c_attn.weights.dtype if self.is_quantized else ""
+        dtype = c_attn.out_dtype if self.is_quantized else c_attn.weight.dtype
+        self.can_compile = (
+            self.is_quantized
+            and model.device.type == "cpu"
+            and supports(config, self.dtype)
+            and library.is_possible()
+        )
+        if self.can_compile and self.dtype != "fp32":
+            dtype = torch.bfloat16  # the compiled step reads it as fast as it reads memory, whatever the CPU
+        self.cache = torch.empty(
+            (slots, config.n_layer, 2, config.n_head, context_length, config.head_size),
+            dtype=dtype,
+            device=model.device,
+        )
+        self.lengths = [0] * slots
+        self.decoder: NativeDecoder | None = None
+        self.problem = "" if self.can_compile else "there is no compiler, or it is turned off"
+        self._build: subprocess.Popen[str] | None = None
 
-    def prefill(self, slot: int, ids: Sequence[int]) -> Tensor:
-        """Logits, (V,), of the token after `ids`. Replaces the content of the slot."""
-        caches = [_PrefillAttention(layer) for layer in self.cache.buffer[slot].unbind(0)]
-        hidden = self.model.hidden(self._on_device([list(ids)]), caches)
-        self.cache.lengths[slot] = len(ids)
-        return cast(Tensor, self.model.lm_head(hidden[0, -1:]))[0]
+    def prepare(self) -> None:
+        """Chooses the fastest kernels on this machine, and starts to compile the decode step if it is not there."""
+        if not self.is_quantized or self.model.device.type != "cpu" or library.is_off():
+            return
+        if not self.can_compile:
+            choose_kernels(linear_layers(self.model), DECODE_ROWS)
+            return
+        *layers, head = linear_layers(self.model)  # PyTorch's operators will only process prompts
+        choose_kernels(layers, [PREFILL_CHUNK], sharing=self.dtype in ("fp32", "bf16"))
+        choose_kernels([head], [1], sharing=True)
+        if not self.attach_decoder():
+            self._build = library.start_build()
 
+    def poll(self, timeout_s: float = 0) -> bool:
+        """Uses the decode step once it is compiled; waits for it up to timeout_s. Returns whether it is in use."""
+        if self._build is not None:
+            try:
+                _, errors = self._build.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                return False
+            self._build, failed = None, self._build.returncode != 0
+            if failed or not self.attach_decoder():
+                self.problem = self.problem or one_line(GPT2Error(errors), 200)
+                self.can_compile = False
+                self.prepare()
+        return self.decoder is not None
+
+    def attach_decoder(self) -> bool:
+        """Uses the compiled decode step if there is one, and its logits are those of PyTorch's operators."""
+        if not self.can_compile or not library.library_path().is_file():
+            return False
+        try:
+            decoder = NativeDecoder(library.load(library.library_path()), self.model, self.cache)
+        except library.CompileError as error:
+            self.problem = str(error)
+            return False
+        saved = self.cache[0, :, :, :, 0].clone(), self.lengths[0]
+        expected = self.logits(self.prefill(0, [0])).float()
+        found = decoder.decode([0], [0], [0])[0]
+        self.cache[0, :, :, :, 0], self.lengths[0] = saved
+        error_norm = float((found - expected).norm() / expected.norm())
+        if error_norm < MAX_DECODER_ERROR or not torch.isfinite(expected).all():
+            self.decoder = decoder
+        else:
+            self.problem = f"the compiled decode step differs from PyTorch by {error_norm:.2g}"
+        return self.decoder is not None
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, ids: Sequence[int], *, cached: int = 0) -> Tensor:
+        """Appends `ids` to the first `cached` tokens of the slot. Returns the last hidden state, (C,)."""
+        layers = [_PrefillAttention(layer, cached) for layer in self.cache[slot].unbind(0)]
+        positions = torch.arange(cached, cached + len(ids), device=self.model.device)[None]
+        hidden = self.model.hidden(self._on_device([list(ids)]), layers, positions)
+        self.lengths[slot] = cached + len(ids)
+        return hidden[0, -1]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits, (V,), of a hidden state, (C,)."""
+        return cast(Tensor, self.model.lm_head(hidden[None]))[0]
+
+    @torch.inference_mode()
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """Logits, (len(slots), V), after appending one token to each slot."""
-        lengths = self.cache.lengths
+        """Logits, (len(slots), V), after appending one token to each slot, with PyTorch's operators."""
+        lengths = self.lengths
         per_slot = []
         for slot in slots:
-            keys, values = self.cache.buffer[slot, :, :, None, :, : lengths[slot] + 1].unbind(1)
-            new = self.cache.buffer[slot, :, :, :, lengths[slot]]
+            keys, values = self.cache[slot, :, :, None, :, : lengths[slot] + 1].unbind(1)
+            new = self.cache[slot, :, :, :, lengths[slot]]
             per_slot.append(list(zip(keys.unbind(0), values.unbind(0), new.unbind(0), strict=True)))
-        caches = [_DecodeAttention(list(layer)) for layer in zip(*per_slot, strict=True)]
+        layers = [_DecodeAttention(list(layer)) for layer in zip(*per_slot, strict=True)]
         positions = self._on_device([[lengths[slot]] for slot in slots])
-        hidden = self.model.hidden(self._on_device([[token] for token in tokens]), caches, positions)
+        hidden = self.model.hidden(self._on_device([[token] for token in tokens]), layers, positions)
         for slot in slots:
             lengths[slot] += 1
         return cast(Tensor, self.model.lm_head(hidden[:, 0]))
+
+    def decode_compiled(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Logits after appending tokens to each slot, (number of tokens, V) for each, with the compiled step."""
+        assert self.decoder is not None
+        rows = [
+            (slot, token, self.lengths[slot] + index)
+            for slot, own in zip(slots, tokens, strict=True)
+            for index, token in enumerate(own)
+        ]
+        logits = self.decoder.decode(*zip(*rows, strict=True))
+        for slot, own in zip(slots, tokens, strict=True):
+            self.lengths[slot] += len(own)
+        return list(logits.split([len(own) for own in tokens]))
+
+    def measure_steps(self, slot: int) -> list[float]:
+        """Seconds of the compiled step for 1, 2, ... tokens of a slot; its content stays."""
+        length = self.lengths[slot]
+
+        def step(count: int) -> None:
+            self.lengths[slot] = min(length, self.cache.size(4) - count)
+            self.decode_compiled([slot], [[0] * count])
+
+        saved = self.cache[slot].clone()
+        seconds = measure_steps(step, self.cache.size(4))
+        self.cache[slot], self.lengths[slot] = saved, length
+        return seconds
 
     def _on_device(self, ids: list[list[int]]) -> Tensor:
         return torch.tensor(ids, device=self.model.device)

@@ -220,7 +220,7 @@ def test_non_finite_logits_are_an_error_and_free_the_slot(tiny_model):
 
 def test_an_error_of_the_model_fails_only_its_requests(random_model, monkeypatch):
     engine = Engine(random_model)
-    monkeypatch.setattr(engine._runner, "prefill", lambda slot, ids: 1 / 0)
+    monkeypatch.setattr(engine._runner, "prefill", lambda slot, ids, cached=0: 1 / 0)
     with pytest.raises(GPT2Error, match="generation failed: division by zero"):
         list(engine.submit(Request([1], 5)))
     monkeypatch.undo()
@@ -284,6 +284,6 @@ def test_close_cancels_running_requests(served):
 def test_the_kv_cache_has_the_dtype_of_the_attention(random_model, name, attention, expected, monkeypatch):
     monkeypatch.setattr(quantization, "attention_dtype", lambda: attention)
     engine = Engine(quantize(random_model, name), slots=2)
-    assert engine._runner.cache.buffer.dtype == expected
+    assert engine._runner.cache.dtype == expected
     request = Request([1, 2], 30, seed=2, stop_token_ids=frozenset())
     assert [len(tokens) for tokens in generate(engine, [request, replace(request, seed=3)])] == [30, 30]

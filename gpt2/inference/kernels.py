@@ -1,0 +1,278 @@
+"""Linear layers for inference: the kernels that PyTorch has for each dtype, and which is fastest on this machine.
+
+All of PyTorch's private operators are called here. One that is missing, or fails, is no candidate.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2.files import write_json
+from gpt2.model.transformer import GPT
+from gpt2.native.library import cache_folder, cpu_identity
+from gpt2.native.weights import INT8_MAX, LinearWeights
+
+UINT8_ZERO = 128
+"""Zero point of the inputs, which are unsigned: signed inputs have fast kernels only on CPUs with AMX."""
+FEW_ROWS = 16
+ROUNDS = 4
+FAILURES = (AttributeError, NotImplementedError, RuntimeError, TypeError)
+Kernel = Callable[[Tensor], Tensor]
+"""A linear layer: (N, in_features) to (N, out_features)."""
+_MKLDNN: Any = torch.ops.mkldnn
+_ONEDNN: Any = torch.ops.onednn
+_QLINEAR: Any = _ONEDNN.qlinear_pointwise.default if hasattr(_ONEDNN, "qlinear_pointwise") else None
+
+
+class Plain:
+    """`F.linear`, in fp32 or bf16."""
+
+    shares_weights = True
+
+    def __init__(self, weights: LinearWeights) -> None:
+        self.weight = weights.weight
+        self.bias = None if weights.bias is None else weights.bias.to(self.weight.dtype)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return F.linear(rows.to(self.weight.dtype), self.weight, self.bias)
+
+
+class MatrixVector(Plain):
+    """`mv` for a single row."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        if len(rows) > 1:
+            return super().__call__(rows)
+        y = self.weight.mv(rows.to(self.weight.dtype).view(-1))[None]
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class Prepacked(Plain):
+    """oneDNN, with weights in its own layout."""
+
+    shares_weights = False
+
+    def __init__(self, weights: LinearWeights) -> None:
+        super().__init__(weights)
+        self.dtype = self.weight.dtype
+        self.weight = _MKLDNN._reorder_linear_weight(self.weight, 1)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        rows = rows.to(self.dtype)
+        return cast(Tensor, _MKLDNN._linear_pointwise(rows, self.weight, self.bias, "none", [], ""))
+
+
+class Int8Prepacked:
+    """Exact 8-bit products by oneDNN, with weights in its own layout.
+
+    Each output channel of the weights and each row of the input has its own scale, max|v| / 127: the vector-wise
+    quantisation of LLM.int8(), https://arxiv.org/abs/2208.07339, section 3.1, without its outlier columns. Integer
+    sums are exact, so the result of a row is bitwise independent of the other rows in the batch.
+    """
+
+    shares_weights = False
+
+    def __init__(self, weights: LinearWeights) -> None:
+        if not has_exact_int8_matmul():
+            raise NotImplementedError("8-bit products are not exact here")
+        assert weights.scale is not None
+        self.bias = weights.bias
+        self.scale = weights.scale / INT8_MAX  # includes the factor 127 of the input scale
+        self.zero = torch.tensor(UINT8_ZERO + 0.5)  # the half makes truncation round
+        self.zeros = torch.zeros(len(self.scale), dtype=torch.long)
+        self.weight = _ONEDNN.qlinear_prepack(weights.weight, None)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        rows = rows.float()
+        largest = rows.abs().amax(-1, True)
+        q = torch.addcdiv(self.zero, rows, largest, value=INT8_MAX).to(torch.uint8)
+        y: Tensor = _QLINEAR(
+            q, 1.0, UINT8_ZERO, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
+
+
+class Int8WeightOnly:
+    """8-bit weights times inputs in bf16 for few rows, in fp32 for many."""
+
+    shares_weights = True
+
+    def __init__(self, weights: LinearWeights) -> None:
+        assert weights.scale is not None
+        self.weight, self.bias, self.scale = weights.weight, weights.bias, weights.scale
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        if len(rows) <= FEW_ROWS:
+            y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16()).float()
+        else:
+            y = F.linear(rows.float(), self.weight.float()).mul_(self.scale)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class Dequantized:
+    """Weights dequantized to fp32 for each call."""
+
+    shares_weights = True
+
+    def __init__(self, weights: LinearWeights) -> None:
+        self.weights = weights
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return F.linear(rows.float(), self.weights.dequantized(), self.weights.bias)
+
+
+class DequantizedBf16(Dequantized):
+    """Weights dequantized to bf16 for each call."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        y = F.linear(rows.bfloat16(), self.weights.dequantized(torch.bfloat16)).float()
+        return y if self.weights.bias is None else y.add_(self.weights.bias)
+
+
+class Int4Packed:
+    """4-bit weights in PyTorch's own layout, times inputs in bf16."""
+
+    shares_weights = False
+    OUT_MULTIPLE = 16
+
+    def __init__(self, weights: LinearWeights) -> None:
+        assert weights.scale is not None
+        out, width = weights.shape
+        padding = -out % self.OUT_MULTIPLE
+        ones = LinearWeights("int4", weights.weight, torch.ones_like(weights.scale), None)
+        q = F.pad(ones.dequantized().to(torch.int32) + 8, (0, 0, 0, padding))
+        scale = F.pad(weights.scale, (0, 0, 0, padding)).T.bfloat16()  # (in / group, out)
+        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+        self.scales_and_zeros = torch.stack((scale, torch.zeros_like(scale)), 2).contiguous()
+        self.group, self.out, self.bias = width // weights.scale.size(1), out, weights.bias
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        operator = torch.ops.aten._weight_int4pack_mm_for_cpu
+        y: Tensor = operator(rows.bfloat16(), self.weight, self.group, self.scales_and_zeros)
+        y = y[:, : self.out].float()
+        return y if self.bias is None else y.add_(self.bias)
+
+
+CANDIDATES: dict[str, tuple[Any, ...]] = {
+    "fp32": (Plain, MatrixVector, Prepacked),
+    "bf16": (Plain, MatrixVector, Prepacked),
+    "int8": (Int8Prepacked, Int8WeightOnly, Dequantized),
+    "int4": (DequantizedBf16, Dequantized, Int4Packed),
+}
+"""The kernels of each dtype. The first that works here is used until they are measured."""
+
+
+class InferenceLinear:
+    """A linear layer, (..., in_features) to (..., out_features): its weights, and the kernel that multiplies them.
+
+    out_dtype: dtype of the result.
+    """
+
+    def __init__(self, weights: LinearWeights, out_dtype: torch.dtype) -> None:
+        self.weights, self.out_dtype = weights, out_dtype
+        names = [candidate.__name__ for candidate in CANDIDATES[weights.dtype]]
+        self.kernel: Kernel = next(kernel for name in names if (kernel := make_kernel(name, weights)) is not None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        y = self.kernel(x.reshape(-1, x.size(-1)))
+        return y.to(self.out_dtype).view(*x.shape[:-1], -1)
+
+
+def linear_layers(model: GPT) -> Iterator[InferenceLinear]:
+    """The linear layers of a quantized model, the head last."""
+    blocks: Any = model.transformer["h"]
+    for block in blocks:
+        yield from (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+    yield cast(Any, model.lm_head)
+
+
+def make_kernel(name: str, weights: LinearWeights) -> Kernel | None:
+    """The kernel of this name for these weights, or None if it does not work here."""
+    kind = next(candidate for candidate in CANDIDATES[weights.dtype] if candidate.__name__ == name)
+    with suppress(*FAILURES), torch.inference_mode():
+        kernel: Kernel = kind(weights)
+        kernel(torch.zeros(1, weights.shape[1], device=weights.weight.device))
+        return kernel
+    return None
+
+
+@torch.inference_mode()
+def choose_kernels(layers: Iterable[InferenceLinear], rows: Sequence[int], *, sharing: bool = False) -> None:
+    """Gives each layer the kernel that is fastest on this machine for these numbers of rows.
+
+    Each shape is measured over all its layers, since one alone may stay in the processor's caches. The result is kept
+    for this CPU, version of PyTorch and number of threads. sharing: only kernels without a copy of the weights.
+    """
+    path = cache_folder() / "kernels.json"
+    try:
+        known = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # missing or damaged
+        known = {}
+    by_shape: dict[tuple[str, tuple[int, int]], list[InferenceLinear]] = {}
+    for layer in layers:
+        by_shape.setdefault((layer.weights.dtype, layer.weights.shape), []).append(layer)
+    before = dict(known)
+    for (dtype, shape), group in by_shape.items():
+        names = [each.__name__ for each in CANDIDATES[dtype] if each.shares_weights or not sharing]
+        key = (
+            f"{cpu_identity()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}, "
+            f"{len(group)} x {shape}, rows {list(rows)}, {', '.join(names)}"
+        )
+        if known.get(key) not in names:
+            known[key] = _fastest(group, names, rows)
+        for layer in group:
+            if type(layer.kernel).__name__ != known[key]:
+                layer.kernel = make_kernel(known[key], layer.weights) or layer.kernel
+    if known != before:
+        with suppress(OSError):  # the next process measures again
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, known)
+
+
+def _fastest(layers: list[InferenceLinear], names: list[str], rows: Sequence[int]) -> str:
+    inputs = [torch.randn(count, layers[0].weights.shape[1]) for count in rows]
+    seconds = {}
+    for name in names:
+        kernels = [make_kernel(name, layer.weights) for layer in layers]
+        if None not in kernels:
+            # per row: a kernel that is slow for many rows must not win by a small gain for one
+            seconds[name] = sum(_seconds(cast(list[Kernel], kernels), x) / len(x) for x in inputs)
+    return min(seconds, key=lambda name: seconds[name])
+
+
+def _seconds(kernels: list[Kernel], x: Tensor) -> float:
+    best = math.inf
+    for round_ in range(ROUNDS):
+        start_s = time.perf_counter()
+        for kernel in kernels:
+            kernel(x)
+        if round_:  # the first round warms up
+            best = min(best, time.perf_counter() - start_s)
+    return best
+
+
+@cache
+def has_exact_int8_matmul() -> bool:
+    """Whether 8-bit products are exact with this CPU and this torch, also at the largest values.
+
+    CPUs without VNNI add pairs of products in 16 bits, which saturates.
+    """
+    rows, ones, zeros = torch.full((2, 192), INT8_MAX), torch.ones(32), torch.zeros(32).long()
+    rows[1] *= -1
+    rows = (rows + UINT8_ZERO).to(torch.uint8)
+    try:
+        packed = _ONEDNN.qlinear_prepack(torch.full((32, 192), INT8_MAX, dtype=torch.int8), None)
+        found = _QLINEAR(rows, 1.0, UINT8_ZERO, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    except FAILURES:
+        return False
+    expected = 192.0 * INT8_MAX**2 * torch.tensor([[1.0], [-1.0]]).expand(2, 32)
+    return bool(torch.equal(found, expected))

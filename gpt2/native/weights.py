@@ -1,0 +1,57 @@
+"""Weights of a linear layer in fp32, bf16, 8 bits or 4 bits, in the layout that decode.cpp reads."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gpt2.native.int4 import dequantize_int4, quantize_int4
+
+INT8_MAX = 127
+INT4_GROUP = 32
+
+
+@dataclass(frozen=True)
+class LinearWeights:
+    """The weights of a linear layer.
+
+    weight: (out, in) in fp32, bf16 or int8; 4-bit weights as `quantize_int4` packs them. scale: fp32; in int8 one for
+    each output channel, (out,); in int4 one for each group of inputs, (out, in / group). bias: (out,), fp32.
+    """
+
+    dtype: str
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, linear: nn.Linear, dtype: str) -> "LinearWeights":
+        """The weights of a layer in a dtype. In fp32 they are shared with the layer.
+
+        int8: each output channel has its own scale, max|w| / 127.
+        """
+        weight = linear.weight.detach()
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        if dtype in ("fp32", "bf16"):
+            cast = weight.to(torch.float32 if dtype == "fp32" else torch.bfloat16).contiguous()
+            return cls(dtype, cast, None, bias)
+        weight = weight.float()
+        if dtype == "int4":
+            return cls(dtype, *quantize_int4(weight, INT4_GROUP), bias)
+        scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / INT8_MAX
+        return cls(dtype, (weight / scale[:, None]).round_().to(torch.int8), scale, bias)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        out, packed = self.weight.shape
+        return out, 2 * packed if self.dtype == "int4" else packed
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights as numbers of a dtype, (out, in)."""
+        if self.dtype == "int4":
+            assert self.scale is not None
+            return dequantize_int4(self.weight, self.scale, dtype)
+        if self.scale is None:
+            return self.weight.to(dtype)
+        return (self.weight * self.scale[:, None]).to(dtype)

@@ -1,0 +1,165 @@
+import pytest
+import torch
+from torch import nn
+
+from gpt2.config import DTYPES, GPTConfig
+from gpt2.inference.engine import Engine, generate
+from gpt2.inference.kv_cache import ModelRunner
+from gpt2.inference.quantization import fastest_dtype, quantize
+from gpt2.inference.request import Request, Sampling
+from gpt2.model.transformer import GPT
+from gpt2.native import decoder, library
+from gpt2.native.library import CompileError
+from tests.conftest import needs_compiler
+
+pytestmark = [needs_compiler, pytest.mark.usefixtures("optimized")]
+PROMPT = list(range(40))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=96, vocab_size=1001, n_layer=2, n_head=2, n_embd=128)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def texts(engine, requests):
+    return [[token.id for token in tokens] for tokens in generate(engine, requests)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_compiled_step_has_the_logits_of_the_dequantized_weights(model, dtype):
+    ids = torch.randint(1001, (40,)).tolist()
+    quantized = quantize(model, dtype)
+    runner = ModelRunner(quantized, slots=2, context_length=48)
+    assert runner.attach_decoder(), runner.problem
+    found = torch.cat([runner.decode_compiled([1], [[token]])[0] for token in ids])
+    reference = GPT(model.config)
+    reference.load_state_dict(model.state_dict())
+    for name, module in reference.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            layer = quantized.get_submodule(name.rpartition(".")[0])
+            module.weight = nn.Parameter(vars(layer)[name.rpartition(".")[2]].weights.dequantized())
+    with torch.inference_mode():
+        expected = reference.hidden(torch.tensor([ids])) @ quantized.lm_head.weights.dequantized().T
+    assert (found - expected[0]).norm() / expected.norm() < {"fp32": 2e-3, "bf16": 0.01}.get(dtype, 0.03)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_text_is_the_same_to_the_bit_alone_and_in_company(model, dtype):
+    requests = [Request(PROMPT[: 3 + 5 * i], 30, Sampling(top_k=200), seed=i) for i in range(7)]
+    quantized = quantize(model, dtype)
+    alone = [generate(Engine(quantized, speculate=False), [request])[0] for request in requests]
+    assert Engine(quantized).path == "compiled"
+    assert generate(Engine(quantized, slots=7), requests) == alone  # with their log probabilities
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 16, 21])
+def test_any_number_of_rows_gives_the_same_bits(model, rows):
+    runner = ModelRunner(quantize(model, "bf16"), slots=rows, context_length=16)
+    assert runner.attach_decoder()
+    tokens = torch.randint(1001, (rows,)).tolist()
+    together = [logits[0] for logits in runner.decode_compiled(range(rows), [[token] for token in tokens])]
+    runner.lengths = [0] * rows
+    alone = [runner.decode_compiled([slot], [[tokens[slot]]])[0][0] for slot in range(rows)]
+    assert all(map(torch.equal, together, alone))
+
+
+def test_any_number_of_threads_gives_the_same_bits(model):
+    runner = ModelRunner(quantize(model, "int8"), slots=1, context_length=16)
+    assert runner.attach_decoder()
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            runner.lengths = [0]
+            found.append(runner.decode_compiled([0], [[1, 2, 3, 4, 5]])[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0.7, repetition_penalty=1.3)])
+@pytest.mark.parametrize("length", [40, 90])  # 90: the window moves
+def test_drafts_do_not_change_the_text(model, sampling, length, monkeypatch):
+    monkeypatch.setattr(ModelRunner, "measure_steps", lambda self, slot: [1.0] * 8)  # drafts always pay
+    prompt = [1, 2, 3, 4, 5, 6] * 4
+    drafted = []
+    original = ModelRunner.decode_compiled
+
+    def decode(self, slots, tokens):
+        drafted.append(len(tokens[0]))
+        return original(self, slots, tokens)
+
+    monkeypatch.setattr(ModelRunner, "decode_compiled", decode)
+    requests = [Request(prompt, length, sampling, seed=3, stop_token_ids=frozenset())]
+    quantized = quantize(model, "int8")
+    expected = generate(Engine(quantized, context_length=64, speculate=False), requests)
+    assert set(drafted) == {1}
+    assert generate(Engine(quantized, context_length=64), requests) == expected
+    assert max(drafted) > 1
+
+
+def test_damaged_weights_give_an_error_in_every_dtype(model):
+    for dtype in DTYPES:
+        damaged = GPT(model.config)
+        damaged.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            damaged.transformer["h"][1].ln_2.weight[3] = torch.nan
+        engine = Engine(quantize(damaged, dtype))
+        completion = engine.submit(Request([1, 2], 5))
+        with pytest.raises(Exception, match="non-finite logits; its weights are damaged"):
+            list(completion)
+
+
+def test_what_is_not_there_is_refused(model):
+    runner = ModelRunner(quantize(model, "fp32"), slots=2, context_length=8)
+    assert runner.attach_decoder()
+    for slot, token, position in ((2, 0, 0), (0, 1001, 0), (0, -1, 0), (0, 0, 8)):
+        with pytest.raises(IndexError, match="does not exist"):
+            runner.decoder.decode([slot], [token], [position])
+
+
+def test_sizes_that_do_not_fit_into_vectors_use_pytorch():
+    narrow = GPT(GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=1, n_embd=48))
+    engine = Engine(quantize(narrow, "int8"))
+    assert engine.path.startswith("PyTorch")
+    assert len(generate(engine, [Request([1], 5)])[0]) == 5
+
+
+def test_a_step_that_computes_something_else_is_not_used(model, monkeypatch):
+    wrong = lambda self, slots, tokens, positions: torch.randn(len(slots), self._vocab_size)  # noqa: E731
+    monkeypatch.setattr(decoder.NativeDecoder, "decode", wrong)
+    engine = Engine(quantize(model, "fp32"))
+    assert engine.path.startswith("PyTorch: the compiled decode step differs from PyTorch by ")
+    with pytest.raises(CompileError, match="the compiled decode step is wrong on this CPU: fp32 differs by"):
+        decoder.check(library.load(library.library_path()))
+
+
+def test_the_dtype_is_chosen_with_the_compiled_step(model):
+    assert fastest_dtype(model) in ("fp32", "bf16", "int8")
+    assert fastest_dtype(model, ("int4",)) == "int4"
+
+
+def test_a_text_that_began_before_the_step_was_there_stays_with_pytorch(model, monkeypatch):
+    quantized = quantize(model, "fp32")
+    with monkeypatch.context() as patch:
+        patch.setattr(library.Path, "is_file", lambda self: False)
+        patch.setattr(library, "start_build", lambda: _Build())
+        engine = Engine(quantized, slots=2)
+    assert engine.path == "PyTorch: the decode step is being compiled"
+    early = engine.submit(Request([1], 20))
+    engine.step()
+    assert engine.wait_until_compiled(1)
+    late = engine.submit(Request([1], 20))
+    assert [token.id for token in early] == [token.id for token in late]
+
+
+class _Build:
+    returncode = 0
+
+    def communicate(self, timeout):
+        return "", ""
