@@ -7,9 +7,10 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import torch
 
@@ -20,6 +21,7 @@ DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROBE_SIZE = {"cuda": 8192, "mps": 2048, "cpu": 2048}
+Measured = TypeVar("Measured", float, str)
 MIN_BF16_SPEEDUP = {256: 1.0, 1024: 1.5}
 """Minimum speed-up of bf16 over fp32 on a CPU, by matrix size."""
 
@@ -87,15 +89,22 @@ def peak_flops(device: torch.device, dtype: torch.dtype, cache: Path) -> float:
     Measured once for each machine, number of threads, dtype and version of torch; kept in the JSON file `cache`.
     """
     key = f"{device_name(device)}, {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}"
+    return remembered(cache, key, lambda: matmul_flops(device, dtype, PROBE_SIZE[device.type]))
+
+
+def remembered(cache: Path, key: str, measure: Callable[[], Measured]) -> Measured:
+    """A number or a string that is measured once, and then kept under this key in the JSON file `cache`."""
     try:
         known = dict(json.loads(cache.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):  # missing or damaged
         known = {}
-    if not isinstance(known.get(key), float):
-        known[key] = matmul_flops(device, dtype, PROBE_SIZE[device.type])
-        with suppress(OSError):  # the next run measures again
+    value = known.get(key)
+    if not isinstance(value, float | str):
+        value = known[key] = measure()
+        with suppress(OSError):  # the next process measures again
+            cache.parent.mkdir(parents=True, exist_ok=True)
             write_json(cache, known)
-    return float(known[key])
+    return cast(Measured, value)
 
 
 def device_name(device: torch.device) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpt2.errors import BusyError, GPT2Error, UserError, one_line
 from gpt2.inference.detokenizer import Detokenizer
-from gpt2.inference.kv_cache import PREFILL_CHUNK, ModelRunner, window_start
+from gpt2.inference.kv_cache import ModelRunner, window_start
 from gpt2.inference.request import Request, Token
 from gpt2.inference.sampling import apply_repetition_penalty, sample_token
 from gpt2.inference.speculation import Drafter, measure_steps
@@ -168,16 +168,19 @@ class Engine:
     def _compute(self, running: list[_Sequence]) -> list[tuple[_Sequence, list[_Sampled]]]:
         self._runner.poll()
         ready: list[tuple[_Sequence, Tensor, list[int]]] = []  # with logits (number of drafted tokens + 1, V), draft
-        prefilling = [sequence for sequence in running if not self._can_decode(sequence)]
-        budget = PREFILL_CHUNK if len(running) > 1 else self.context_length  # tokens that the others wait for
-        for sequence in prefilling:
-            while budget > 0 and sequence.completion.finish_reason is None:
+        budget = self._runner.prefill_chunk if len(running) > 1 else self.context_length  # tokens the others wait for
+        decoding: list[_Sequence] = []
+        for sequence in running:
+            while not (can_decode := self._can_decode(sequence)) and budget > 0:
+                if sequence.completion.finish_reason is not None:
+                    break
                 hidden, count = self._prefill_chunk(sequence)
                 budget -= count
                 if hidden is not None:
                     ready.append((sequence, self._runner.logits(hidden)[None], []))
                     break
-        decoding = [sequence for sequence in running if sequence not in prefilling]
+            if can_decode:
+                decoding.append(sequence)
         for is_compiled in (True, False):
             batch = [sequence for sequence in decoding if sequence.is_compiled == is_compiled]
             if batch and is_compiled:
@@ -194,17 +197,22 @@ class Engine:
         start = window_start(len(sequence.ids), self.context_length)
         if start != sequence.window_start:
             sequence.window_start, sequence.num_cached = start, 0
-        return 0 < sequence.num_cached == len(sequence.ids) - start - 1
-
-    def _prefill_chunk(self, sequence: _Sequence) -> tuple[Tensor | None, int]:
-        """Processes the next tokens of the window. Returns the hidden state, when it is done, and their number."""
         if sequence.is_compiled is None:
             sequence.is_compiled = self._runner.decoder is not None
-        first = sequence.window_start + sequence.num_cached
-        chunk = sequence.ids[first : first + PREFILL_CHUNK]
+        is_last = sequence.num_cached == len(sequence.ids) - start - 1
+        return is_last and (sequence.is_compiled or sequence.num_cached > 0)
+
+    def _prefill_chunk(self, sequence: _Sequence) -> tuple[Tensor | None, int]:
+        """Processes the next tokens of the window, and returns their number.
+
+        After the last token it also returns the hidden state; the compiled step will process that token itself.
+        """
+        first, last = sequence.window_start + sequence.num_cached, len(sequence.ids) - bool(sequence.is_compiled)
+        chunk = sequence.ids[first : min(first + self._runner.prefill_chunk, last)]
         hidden = self._runner.prefill(sequence.slot, chunk, cached=sequence.num_cached)
         sequence.num_cached += len(chunk)
-        return hidden if first + len(chunk) == len(sequence.ids) else None, len(chunk)
+        is_done = first + len(chunk) == len(sequence.ids)
+        return hidden if is_done else None, len(chunk)
 
     def _draft(self, sequence: _Sequence) -> list[int]:
         room = self.context_length - sequence.num_cached - 1
@@ -307,8 +315,9 @@ class Engine:
     def warm_up(self) -> None:
         """Allocates the memory of all slots and of the longest prompt, so that no request waits for it."""
         self._runner.cache.zero_()
-        for first in range(0, self.context_length, PREFILL_CHUNK):
-            self._runner.prefill(0, [0] * min(PREFILL_CHUNK, self.context_length - first), cached=first)
+        chunk = self._runner.prefill_chunk
+        for first in range(0, self.context_length, chunk):
+            self._runner.prefill(0, [0] * min(chunk, self.context_length - first), cached=first)
 
     @property
     def path(self) -> str:

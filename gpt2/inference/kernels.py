@@ -3,8 +3,8 @@
 All of PyTorch's private operators are called here. One that is missing, or fails, is no candidate.
 """
 
-import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2.files import write_json
+from gpt2.device import Measured, remembered
 from gpt2.model.transformer import GPT
 from gpt2.native.library import cache_folder, cpu_identity
-from gpt2.native.weights import INT8_MAX, LinearWeights
+from gpt2.native.weights import INT8_MAX, LinearWeights, quantize_int8
 
 UINT8_ZERO = 128
 """Zero point of the inputs, which are unsigned: signed inputs have fast kernels only on CPUs with AMX."""
@@ -86,18 +86,18 @@ class Int8Prepacked:
         assert weights.scale is not None
         self.bias = weights.bias
         self.scale = weights.scale / INT8_MAX  # includes the factor 127 of the input scale
-        self.zero = torch.tensor(UINT8_ZERO + 0.5)  # the half makes truncation round
         self.zeros = torch.zeros(len(self.scale), dtype=torch.long)
         self.weight = _ONEDNN.qlinear_prepack(weights.weight, None)
 
     def __call__(self, rows: Tensor) -> Tensor:
         rows = rows.float()
         largest = rows.abs().amax(-1, True)
-        q = torch.addcdiv(self.zero, rows, largest, value=INT8_MAX).to(torch.uint8)
+        q = (rows * (INT8_MAX / largest)).add_(UINT8_ZERO + 0.5).to(torch.uint8)  # the half makes truncation round
         y: Tensor = _QLINEAR(
             q, 1.0, UINT8_ZERO, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        return y.mul_(largest) if self.bias is None else torch.addcmul(self.bias, y, largest)
+        y.mul_(largest)
+        return y if self.bias is None else y.add_(self.bias)
 
 
 class Int8WeightOnly:
@@ -137,6 +137,14 @@ class DequantizedBf16(Dequantized):
         return y if self.weights.bias is None else y.add_(self.weights.bias)
 
 
+class Int4AsInt8(Int8Prepacked):
+    """4-bit weights rounded once more, to 8 bits: for prompts, with many rows."""
+
+    def __init__(self, weights: LinearWeights) -> None:
+        weight = weights.dequantized()
+        super().__init__(LinearWeights("int8", *quantize_int8(weight), weights.bias))
+
+
 class Int4Packed:
     """4-bit weights in PyTorch's own layout, times inputs in bf16."""
 
@@ -165,9 +173,11 @@ CANDIDATES: dict[str, tuple[Any, ...]] = {
     "fp32": (Plain, MatrixVector, Prepacked),
     "bf16": (Plain, MatrixVector, Prepacked),
     "int8": (Int8Prepacked, Int8WeightOnly, Dequantized),
-    "int4": (DequantizedBf16, Dequantized, Int4Packed),
+    "int4": (Dequantized, DequantizedBf16, Int4AsInt8, Int4Packed),
 }
 """The kernels of each dtype. The first that works here is used until they are measured."""
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+"""Environment variables that limit the instruction sets of PyTorch's libraries."""
 
 
 class InferenceLinear:
@@ -209,33 +219,26 @@ def make_kernel(name: str, weights: LinearWeights) -> Kernel | None:
 def choose_kernels(layers: Iterable[InferenceLinear], rows: Sequence[int], *, sharing: bool = False) -> None:
     """Gives each layer the kernel that is fastest on this machine for these numbers of rows.
 
-    Each shape is measured over all its layers, since one alone may stay in the processor's caches. The result is kept
-    for this CPU, version of PyTorch and number of threads. sharing: only kernels without a copy of the weights.
+    Each shape is measured over all its layers, since one alone may stay in the processor's caches. sharing: only
+    kernels without a copy of the weights.
     """
-    path = cache_folder() / "kernels.json"
-    try:
-        known = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # missing or damaged
-        known = {}
     by_shape: dict[tuple[str, tuple[int, int]], list[InferenceLinear]] = {}
     for layer in layers:
         by_shape.setdefault((layer.weights.dtype, layer.weights.shape), []).append(layer)
-    before = dict(known)
     for (dtype, shape), group in by_shape.items():
         names = [each.__name__ for each in CANDIDATES[dtype] if each.shares_weights or not sharing]
-        key = (
-            f"{cpu_identity()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}, "
-            f"{len(group)} x {shape}, rows {list(rows)}, {', '.join(names)}"
-        )
-        if known.get(key) not in names:
-            known[key] = _fastest(group, names, rows)
-        for layer in group:
-            if type(layer.kernel).__name__ != known[key]:
-                layer.kernel = make_kernel(known[key], layer.weights) or layer.kernel
-    if known != before:
-        with suppress(OSError):  # the next process measures again
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, known)
+        facts = f"{dtype}, {len(group)} x {shape}, rows {list(rows)}, {', '.join(names)}"
+        name = measured_here(facts, lambda group=group, names=names: _fastest(group, names, rows))  # type: ignore[misc]
+        for layer in group if name in names else []:
+            if type(layer.kernel).__name__ != name:
+                layer.kernel = make_kernel(name, layer.weights) or layer.kernel
+
+
+def measured_here(facts: str, measure: Callable[[], Measured]) -> Measured:
+    """What `measure` returns, kept for these facts, this CPU, version of PyTorch, and number of threads."""
+    limits = "".join(f"{name}={os.environ[name]}, " for name in LIMITS if name in os.environ)
+    machine = f"{cpu_identity()}, {limits}torch {torch.__version__}, {torch.get_num_threads()} threads"
+    return remembered(cache_folder() / "measured.json", f"{machine}: {facts}", measure)
 
 
 def _fastest(layers: list[InferenceLinear], names: list[str], rows: Sequence[int]) -> str:

@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.errors import GPT2Error, one_line
-from gpt2.inference.kernels import choose_kernels, linear_layers
+from gpt2.inference.kernels import choose_kernels, linear_layers, measured_here
 from gpt2.inference.speculation import measure_steps
 from gpt2.model.transformer import GPT
 from gpt2.native import library
 from gpt2.native.decoder import NativeDecoder, supports
 
-PREFILL_CHUNK = 128
+PREFILL_CHUNKS = (64, 128, 256, 512)
+MAX_STALL_S = 0.1
+"""What other requests wait at most for a part of a prompt."""
 MAX_DECODER_ERROR = 0.1
 DECODE_ROWS = (1, 8)
 
@@ -88,6 +90,7 @@ class ModelRunner:
             device=model.device,
         )
         self.lengths = [0] * slots
+        self.prefill_chunk = PREFILL_CHUNKS[1]
         self.decoder: NativeDecoder | None = None
         self.problem = "" if self.can_compile else "there is no compiler, or it is turned off"
         self._build: subprocess.Popen[str] | None = None
@@ -96,14 +99,24 @@ class ModelRunner:
         """Chooses the fastest kernels on this machine, and starts to compile the decode step if it is not there."""
         if not self.is_quantized or self.model.device.type != "cpu" or library.is_off():
             return
-        if not self.can_compile:
-            choose_kernels(linear_layers(self.model), DECODE_ROWS)
-            return
-        *layers, head = linear_layers(self.model)  # PyTorch's operators will only process prompts
-        choose_kernels(layers, [PREFILL_CHUNK], sharing=self.dtype in ("fp32", "bf16"))
-        choose_kernels([head], [1], sharing=True)
-        if not self.attach_decoder():
+        *layers, head = linear_layers(self.model)
+        if self.can_compile:  # PyTorch's operators will only process prompts, without the head
+            choose_kernels(layers, PREFILL_CHUNKS[1:2], sharing=self.dtype in ("fp32", "bf16"))
+            choose_kernels([head], [1], sharing=True)
+        else:
+            choose_kernels([*layers, head], DECODE_ROWS)
+        config = self.model.config
+        facts = f"prefill, {self.dtype}, {config.n_layer} layers, {config.n_embd} wide"
+        self.prefill_chunk = int(measured_here(facts, self._measure_prefill_chunk))
+        if self.can_compile and not self.attach_decoder():
             self._build = library.start_build()
+
+    def _measure_prefill_chunk(self) -> float:
+        """The largest number of tokens that are processed in MAX_STALL_S."""
+        count = min(PREFILL_CHUNKS[1], self.cache.size(4))
+        seconds = min(measure_steps(lambda _: self.prefill(0, [0] * count), 1))
+        fitting = [chunk for chunk in PREFILL_CHUNKS if chunk * seconds / count < MAX_STALL_S]
+        return float(max(fitting, default=PREFILL_CHUNKS[0]))
 
     def poll(self, timeout_s: float = 0) -> bool:
         """Uses the decode step once it is compiled; waits for it up to timeout_s. Returns whether it is in use."""

@@ -11,6 +11,12 @@ INT8_MAX = 127
 INT4_GROUP = 32
 
 
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit weights, (out, in), and scales, (out,): each output channel has its own, max|w| / 127."""
+    scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / INT8_MAX
+    return (weight / scale[:, None]).round_().to(torch.int8), scale
+
+
 @dataclass(frozen=True)
 class LinearWeights:
     """The weights of a linear layer.
@@ -26,20 +32,14 @@ class LinearWeights:
 
     @classmethod
     def of(cls, linear: nn.Linear, dtype: str) -> "LinearWeights":
-        """The weights of a layer in a dtype. In fp32 they are shared with the layer.
-
-        int8: each output channel has its own scale, max|w| / 127.
-        """
+        """The weights of a layer in a dtype. In fp32 they are shared with the layer."""
         weight = linear.weight.detach()
         bias = None if linear.bias is None else linear.bias.detach().float()
         if dtype in ("fp32", "bf16"):
             cast = weight.to(torch.float32 if dtype == "fp32" else torch.bfloat16).contiguous()
             return cls(dtype, cast, None, bias)
         weight = weight.float()
-        if dtype == "int4":
-            return cls(dtype, *quantize_int4(weight, INT4_GROUP), bias)
-        scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / INT8_MAX
-        return cls(dtype, (weight / scale[:, None]).round_().to(torch.int8), scale, bias)
+        return cls(dtype, *(quantize_int8(weight) if dtype == "int8" else quantize_int4(weight, INT4_GROUP)), bias)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from gpt2.inference.engine import Engine, generate
 from gpt2.inference.kv_cache import ModelRunner
 from gpt2.inference.quantization import fastest_dtype, quantize
 from gpt2.inference.request import Request, Sampling
+from gpt2.inference.speculation import Drafter
 from gpt2.model.transformer import GPT
 from gpt2.native import decoder, library
 from gpt2.native.library import CompileError
@@ -84,23 +85,25 @@ def test_any_number_of_threads_gives_the_same_bits(model):
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0.7, repetition_penalty=1.3)])
 @pytest.mark.parametrize("length", [40, 90])  # 90: the window moves
-def test_drafts_do_not_change_the_text(model, sampling, length, monkeypatch):
-    monkeypatch.setattr(ModelRunner, "measure_steps", lambda self, slot: [1.0] * 8)  # drafts always pay
-    prompt = [1, 2, 3, 4, 5, 6] * 4
-    drafted = []
-    original = ModelRunner.decode_compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_drafts_do_not_change_the_text(model, dtype, sampling, length, monkeypatch):
+    request = Request([1, 2, 3, 4, 5, 6], length, sampling, seed=3, stop_token_ids=frozenset())
+    quantized = quantize(model, dtype)
+    (expected,) = generate(Engine(quantized, context_length=64, speculate=False), [request])
+    text = [*request.prompt, *(token.id for token in expected)]
+    sizes = []
 
-    def decode(self, slots, tokens):
-        drafted.append(len(tokens[0]))
-        return original(self, slots, tokens)
+    def propose(self, ids, limit, seconds):  # sometimes right to the end, sometimes not
+        draft = text[len(ids) :][: min(limit, 1 + len(ids) % 7)]
+        return [*draft[:-1], 7] if len(ids) % 3 else draft
 
-    monkeypatch.setattr(ModelRunner, "decode_compiled", decode)
-    requests = [Request(prompt, length, sampling, seed=3, stop_token_ids=frozenset())]
-    quantized = quantize(model, "int8")
-    expected = generate(Engine(quantized, context_length=64, speculate=False), requests)
-    assert set(drafted) == {1}
-    assert generate(Engine(quantized, context_length=64), requests) == expected
-    assert max(drafted) > 1
+    decode = ModelRunner.decode_compiled
+    monkeypatch.setattr(Drafter, "propose", propose)
+    monkeypatch.setattr(ModelRunner, "decode_compiled", lambda *a: (sizes.append(len(a[2][0])), decode(*a))[1])
+    (found,) = generate(Engine(quantized, context_length=64), [request])
+    assert found == expected
+    assert max(sizes[8:]) > 4
+    assert len(sizes) < length + 40  # measuring the steps takes 40
 
 
 def test_damaged_weights_give_an_error_in_every_dtype(model):
