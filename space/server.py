@@ -9,10 +9,12 @@ from typing import Any
 import gradio as gr
 from gradio.utils import LRUCache
 
+from gpt2.config import DTYPES
 from gpt2.device import configure_device
 from gpt2.errors import GPT2Error
 from gpt2.inference.engine import Engine
 from gpt2.inference.quantization import fastest_dtype, quantize
+from gpt2.kernels import library
 from gpt2.model.transformer import GPT
 from space import view
 from space.guard import Guard
@@ -26,16 +28,16 @@ SLOTS = 8
 MAX_QUEUE_SIZE = 32
 MAX_SESSIONS = 128  # Gradio keeps 90 kB for each
 MAX_GRADIO_QUEUE_SIZE = 16  # calls that wait for a place in the engine's queue
-MAX_INT8_LOSS_INCREASE = 0.005
+MAX_LOSS_INCREASE = 0.005
+COMPILE_WAIT_S = 5
 
 
 def choose_dtype(model: GPT, metadata: dict[str, Any]) -> str:
-    """The fastest dtype on this machine; int8 only if the export measured that it costs little loss."""
+    """The fastest dtype on this machine, of those for which the export measured that they cost little loss."""
     losses = metadata["dtype_losses"]
-    candidates = [name for name in ("fp32", "bf16") if name == "fp32" or name in losses]
-    if {"fp32", "int8"} <= losses.keys() and losses["int8"] <= (1 + MAX_INT8_LOSS_INCREASE) * losses["fp32"]:
-        candidates.append("int8")
-    return fastest_dtype(model, tuple(candidates))
+    limit = (1 + MAX_LOSS_INCREASE) * losses.get("fp32", -1)
+    allowed = (name for name in DTYPES if name == "fp32" or losses.get(name, limit + 1) <= limit)
+    return fastest_dtype(model, tuple(allowed))
 
 
 def build(folder: Path = HERE) -> tuple[gr.Blocks, Engine | None]:
@@ -43,13 +45,15 @@ def build(folder: Path = HERE) -> tuple[gr.Blocks, Engine | None]:
 
     If the model cannot be loaded: a page that shows why, and no engine. On ZeroGPU there is no engine either.
     """
-    engine = None
+    engine, build_process = None, library.start_build()
     try:
         metadata, model = load_metadata(folder), load_model(folder)
         if metadata["target"] == "zerogpu":
             dtype, handlers = "bf16", Handlers(metadata, on_zero_gpu(model, metadata["context"]))
         else:
             configure_device(model.device)
+            if build_process is not None:  # it began when the app did
+                build_process.has_ended(COMPILE_WAIT_S)
             dtype = choose_dtype(model, metadata)
             engine = Engine(
                 quantize(model, dtype),
@@ -62,7 +66,7 @@ def build(folder: Path = HERE) -> tuple[gr.Blocks, Engine | None]:
             handlers = Handlers(metadata, registry.generate, registry.stop)
     except GPT2Error as error:
         return error_page(str(error)), None
-    table = view.model_table(metadata, dtype, folder)
+    table = view.model_table(metadata, dtype, engine.path if engine else "PyTorch", folder)
     return build_page(metadata, table, handlers, concurrency_limit=SLOTS + MAX_QUEUE_SIZE), engine
 
 

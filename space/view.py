@@ -46,9 +46,9 @@ CSS = """
 """
 
 
-def model_table(metadata: dict[str, Any], dtype: str, folder: Path) -> str:
-    """A table about the model, and its loss curve if there is one."""
-    quantized = " (quantized)" if dtype == "int8" else ""
+def model_table(metadata: dict[str, Any], dtype: str, decode_step: str, folder: Path) -> str:
+    """A table about the model, and its loss curve if there is one. decode_step: what computes each token."""
+    quantized = " (quantized)" if dtype in ("int8", "int4") else ""
     losses = metadata["dtype_losses"].get(dtype)
     measured = f", loss {losses:.4f}" if isinstance(losses, int | float) and math.isfinite(losses) else ""
     rows = {
@@ -61,6 +61,7 @@ def model_table(metadata: dict[str, Any], dtype: str, folder: Path) -> str:
         "bits per byte": metadata["bits_per_byte"],
         "context length": f"{metadata['context']:,} tokens",
         "dtype": dtype + quantized + measured,
+        "decode step": decode_step,
         "MLflow run": metadata["mlflow_run_id"],
         "git commit": str(metadata["git_commit"])[:12],
     }

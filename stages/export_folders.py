@@ -74,8 +74,10 @@ def fill_card(template: str, facts: dict[str, Any]) -> str:
         "gradio": importlib.metadata.version("gradio"),
         "hardware": HARDWARE[facts["target"]],
         "fallback": f"\n\nThe corpus is a fallback: {facts['fallback_reason']}." if facts["fallback_reason"] else "",
-        "losses": ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()),
-        "int8_change": f"{100 * (losses['int8'] / losses['fp32'] - 1):+.2f} %",
+        "losses": ", ".join(
+            f"{name} {loss:.4f}" + (f" ({100 * (loss / losses['fp32'] - 1):+.2f} %)" if name != "fp32" else "")
+            for name, loss in losses.items()
+        ),
     }
     for name, value in values.items():
         shown = f"{value:,}" if isinstance(value, int) else str(value)

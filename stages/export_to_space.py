@@ -24,8 +24,16 @@ SERVING_FILES = (
     *(f"gpt2/model/{name}.py" for name in ("__init__", "transformer")),
     *(
         f"gpt2/inference/{name}.py"
-        for name in ("__init__", "detokenizer", "engine", "kv_cache", "quantization", "request", "sampling")
+        for name in (
+            *("__init__", "batch", "detokenizer", "engine", "kv_cache", "quantization", "request", "sampling"),
+            "speculation",
+        )
     ),
+    *(
+        f"gpt2/kernels/{name}"
+        for name in ("__init__.py", "__main__.py", "decode.cpp", "decoder.py", "int4.py", "library.py", "linear.py")
+    ),
+    "gpt2/kernels/weights.py",
     *(f"space/{name}.py" for name in ("guard", "handlers", "model_files", "page", "server", "service", "view")),
 )
 """The modules that a Space needs: its page, and all that the page imports."""
@@ -103,12 +111,13 @@ def measure_losses(model: "GPT", tokens: Tokens, context_length: int, stop: Stop
     from tqdm import tqdm
 
     from gpt2.evaluation.scores import score
-    from gpt2.inference.quantization import quantize
+    from gpt2.inference.quantization import has_dtype, quantize
 
     losses = {}
-    total = len(DTYPES) * (len(tokens) - 1)
+    names = [name for name in DTYPES if has_dtype(model, name)]
+    total = len(names) * (len(tokens) - 1)
     with tqdm(total=total, desc="measuring the loss of each dtype", unit="token", disable=None, leave=False) as bar:
-        for name in DTYPES:
+        for name in names:
             scores = score(
                 quantize(model, name),
                 tokens,

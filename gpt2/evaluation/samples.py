@@ -26,7 +26,8 @@ def generate_samples(
 
     Always in fp32, so that every machine generates the same samples.
     """
-    engine = Engine(quantize(model, "fp32"), context_length=context_length, slots=min(len(prompts), MAX_BATCH))
+    slots = min(len(prompts), MAX_BATCH)
+    engine = Engine(quantize(model, "fp32"), context_length=context_length, slots=slots, optimize=False)
     completions = [
         engine.submit(Request(tokenizer.encode(prompt or BLANK_PROMPT), max_new_tokens, sampling, seed=seed + number))
         for number, prompt in enumerate(prompts)

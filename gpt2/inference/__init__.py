@@ -1,1 +1,1 @@
-"""Text generation: requests, KV cache, sampling, quantization. May import `gpt2.model` and the modules at the top."""
+"""Text generation: requests, KV cache, sampling. May import `gpt2.model`, `kernels` and the modules at the top."""

@@ -12,20 +12,13 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-import torch
-from torch import Tensor
-
 from gpt2.errors import BusyError, GPT2Error, UserError, one_line
-from gpt2.inference.detokenizer import Detokenizer
-from gpt2.inference.kv_cache import ModelRunner, window_start
+from gpt2.inference.batch import Batch, RunningSequence
+from gpt2.inference.kv_cache import ModelRunner
 from gpt2.inference.request import Request, Token
-from gpt2.inference.sampling import apply_repetition_penalty, sample_token
-from gpt2.inference.speculation import Drafter, measure_steps
 from gpt2.model.transformer import GPT
 
 IDLE_S = 0.5
-_Sampled = GPT2Error | tuple[int, float, tuple[tuple[int, float], ...]]
-"""A token, its log probability, and ids and log probabilities of the likeliest tokens; or why there is none."""
 
 
 class Completion:
@@ -65,22 +58,6 @@ class Completion:
             yield from tokens
 
 
-class _Sequence:
-    """A running request in a slot of the KV cache."""
-
-    def __init__(self, completion: Completion, slot: int) -> None:
-        request = completion.request
-        self.completion, self.slot, self.request = completion, slot, request
-        self.ids = list(request.prompt)
-        self.window_start = 0  # index in ids of the first token of the window
-        self.num_cached = 0  # tokens of the window in the KV cache
-        self.is_compiled: bool | None = None  # one path for the whole text; None before its first token
-        self.num_generated = 0
-        self.drafter = Drafter()
-        self.generator = torch.Generator().manual_seed(request.seed)
-        self.detokenizer = Detokenizer(request.stop)
-
-
 class Engine:
     """Generates text for many requests with one model.
 
@@ -113,12 +90,12 @@ class Engine:
         self.max_queue_size = max_queue_size
         self.num_generated_tokens = 0
         self._runner = ModelRunner(model, slots, self.context_length)
-        self._speculate, self._step_seconds = speculate, [math.inf]
         if optimize:
             self._runner.prepare()
+        self._batch = Batch(self._runner, self.context_length, speculate=speculate)
         self._free_slots = list(range(slots))
         self._waiting: deque[Completion] = deque()
-        self._running: list[_Sequence] = []
+        self._running: list[tuple[Completion, RunningSequence]] = []
         self._changed = threading.Condition()
         self._has_serving_thread = serving_thread
         self._closed = False
@@ -142,124 +119,55 @@ class Engine:
             while self._free_slots and self._waiting:
                 started = self._waiting.popleft()
                 started.started_s = time.monotonic()
-                self._running.append(_Sequence(started, self._free_slots.pop(0)))
+                self._running.append((started, RunningSequence(started.request, self._free_slots.pop(0))))
             running = list(self._running)
         if not running:
             return False
         try:
-            results = self._compute(running)
+            sampled = self._batch.step([sequence for _, sequence in running])
         except Exception as error:
             with self._changed:
-                for sequence in running:
-                    self._end(sequence.completion, "error", _as_error(error))
+                for completion, _ in running:
+                    self._end(completion, "error", _as_error(error))
             return True
         with self._changed:
-            for sequence, sampled in results:
-                for result in sampled:
-                    if sequence.completion.finish_reason is None:
-                        if isinstance(result, GPT2Error):
-                            self._end(sequence.completion, "error", result)
-                        else:
-                            self._deliver(sequence, *result)
+            for completion, sequence in running:
+                for result in sampled.get(sequence.slot, []):
+                    if sequence.has_ended:
+                        break
+                    if isinstance(result, GPT2Error):
+                        self._end(completion, "error", result)
+                    else:
+                        self._deliver(completion, sequence, *result)
             self._changed.notify_all()
         return True
 
-    @torch.inference_mode()
-    def _compute(self, running: list[_Sequence]) -> list[tuple[_Sequence, list[_Sampled]]]:
-        self._runner.poll()
-        ready: list[tuple[_Sequence, Tensor, list[int]]] = []  # with logits (number of drafted tokens + 1, V), draft
-        budget = self._runner.prefill_chunk if len(running) > 1 else self.context_length  # tokens the others wait for
-        decoding: list[_Sequence] = []
-        for sequence in running:
-            while not (can_decode := self._can_decode(sequence)) and budget > 0:
-                if sequence.completion.finish_reason is not None:
-                    break
-                hidden, count = self._prefill_chunk(sequence)
-                budget -= count
-                if hidden is not None:
-                    ready.append((sequence, self._runner.logits(hidden)[None], []))
-                    break
-            if can_decode:
-                decoding.append(sequence)
-        for is_compiled in (True, False):
-            batch = [sequence for sequence in decoding if sequence.is_compiled == is_compiled]
-            if batch and is_compiled:
-                drafts = [self._draft(sequence) if len(running) == 1 else [] for sequence in batch]
-                tokens = [[sequence.ids[-1], *draft] for sequence, draft in zip(batch, drafts, strict=True)]
-                logits = self._runner.decode_compiled([sequence.slot for sequence in batch], tokens)
-                ready += zip(batch, logits, drafts, strict=True)
-            elif batch:
-                rows = self._runner.decode([each.slot for each in batch], [each.ids[-1] for each in batch])
-                ready += [(sequence, row[None], []) for sequence, row in zip(batch, rows, strict=True)]
-        return [(sequence, self._sample(sequence, logits.float().cpu(), draft)) for sequence, logits, draft in ready]
-
-    def _can_decode(self, sequence: _Sequence) -> bool:
-        start = window_start(len(sequence.ids), self.context_length)
-        if start != sequence.window_start:
-            sequence.window_start, sequence.num_cached = start, 0
-        if sequence.is_compiled is None:
-            sequence.is_compiled = self._runner.decoder is not None
-        is_last = sequence.num_cached == len(sequence.ids) - start - 1
-        return is_last and (sequence.is_compiled or sequence.num_cached > 0)
-
-    def _prefill_chunk(self, sequence: _Sequence) -> tuple[Tensor | None, int]:
-        """Processes the next tokens of the window, and returns their number.
-
-        After the last token it also returns the hidden state; the compiled step will process that token itself.
-        """
-        first, last = sequence.window_start + sequence.num_cached, len(sequence.ids) - bool(sequence.is_compiled)
-        chunk = sequence.ids[first : min(first + self._runner.prefill_chunk, last)]
-        hidden = self._runner.prefill(sequence.slot, chunk, cached=sequence.num_cached)
-        sequence.num_cached += len(chunk)
-        is_done = first + len(chunk) == len(sequence.ids)
-        return hidden if is_done else None, len(chunk)
-
-    def _draft(self, sequence: _Sequence) -> list[int]:
-        room = self.context_length - sequence.num_cached - 1
-        limit = min(room, sequence.request.max_new_tokens - sequence.num_generated - 1)
-        if not self._speculate or limit < 1:
-            return []
-        if len(self._step_seconds) == 1:
-            self._step_seconds = self._runner.measure_steps(sequence.slot)
-        return sequence.drafter.propose(sequence.ids, limit, self._step_seconds)
-
-    def _sample(self, sequence: _Sequence, logits: Tensor, draft: list[int]) -> list[_Sampled]:
-        """The next token, and those after it as long as the draft has them, given logits (len(draft) + 1, V)."""
-        sampled: list[_Sampled] = []
-        seen = sequence.ids[sequence.window_start :]
-        for row, guess in zip(logits, [*draft, None], strict=True):
-            result = _next_token(sequence, seen, row)
-            sampled.append(result)
-            if isinstance(result, GPT2Error) or result[0] != guess:
-                break
-            seen.append(guess)
-        if draft:
-            sequence.drafter.record(len(draft), len(sampled) - 1)
-        if sequence.num_cached != self._runner.lengths[sequence.slot]:  # decoded
-            sequence.num_cached += len(sampled)
-            self._runner.lengths[sequence.slot] = sequence.num_cached
-        return sampled
-
     def _deliver(
-        self, sequence: _Sequence, token: int, logprob: float, top_logprobs: tuple[tuple[int, float], ...]
+        self,
+        completion: Completion,
+        sequence: RunningSequence,
+        token: int,
+        logprob: float,
+        top_logprobs: tuple[tuple[int, float], ...],
     ) -> None:
+        request = completion.request
         sequence.num_generated += 1
         self.num_generated_tokens += 1
-        reason = "length" if sequence.num_generated == sequence.request.max_new_tokens else None
-        if token in sequence.request.stop_token_ids:
+        reason = "length" if sequence.num_generated == request.max_new_tokens else None
+        if token in request.stop_token_ids:
             reason, text = "end_of_text", sequence.detokenizer.flush()
         else:
             sequence.ids.append(token)
             text = sequence.detokenizer.push(token, last=reason is not None)
         if sequence.detokenizer.stopped:
             reason = "stop"
-        sequence.completion._tokens.append(Token(token, text, logprob, top_logprobs))
+        completion._tokens.append(Token(token, text, logprob, top_logprobs))
         if reason:
-            self._end(sequence.completion, reason)
+            self._end(completion, reason)
 
     def _end_timed_out(self) -> None:
         now_s = time.monotonic()
-        for completion in [*self._waiting, *(sequence.completion for sequence in self._running)]:
+        for completion in [*self._waiting, *(completion for completion, _ in self._running)]:
             limit_s = completion.request.timeout_s
             if limit_s is not None and now_s - completion.arrived_s > limit_s:
                 self._end(completion, "timeout")
@@ -270,8 +178,10 @@ class Engine:
         completion.finish_reason, completion.error = reason, error
         if completion in self._waiting:
             self._waiting.remove(completion)
-        for sequence in [sequence for sequence in self._running if sequence.completion is completion]:
-            self._running.remove(sequence)
+        for running in [running for running in self._running if running[0] is completion]:
+            self._running.remove(running)
+            sequence = running[1]
+            sequence.has_ended = True
             self._free_slots.append(sequence.slot)
             if reason in ("timeout", "cancelled") and (rest := sequence.detokenizer.flush()) and completion._tokens:
                 last = completion._tokens.pop()
@@ -341,23 +251,9 @@ class Engine:
         """Cancels all requests and ends `serve`."""
         with self._changed:
             self._closed = True
-            for completion in [*self._waiting, *(sequence.completion for sequence in self._running)]:
+            for completion in [*self._waiting, *(completion for completion, _ in self._running)]:
                 self._end(completion, "cancelled")
             self._changed.notify_all()
-
-
-def _next_token(sequence: _Sequence, seen: list[int], logits: Tensor) -> _Sampled:
-    """The next token after those in the window, its log probability and the likeliest tokens, given logits (V,)."""
-    total = float(logits.logsumexp(0))
-    if not math.isfinite(total):
-        return GPT2Error("the model returned non-finite logits; its weights are damaged")
-    adjusted = apply_repetition_penalty(logits, seen, sequence.request.sampling.repetition_penalty)
-    token = sample_token(adjusted, sequence.request.sampling, sequence.generator)
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    if count := min(sequence.request.top_logprobs, logits.numel()):
-        values, ids = logits.topk(count)
-        top_logprobs = tuple(zip(ids.tolist(), (values - total).tolist(), strict=True))
-    return token, float(logits[token]) - total, top_logprobs
 
 
 def _as_error(error: Exception) -> GPT2Error:

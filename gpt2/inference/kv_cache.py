@@ -1,7 +1,6 @@
 """The KV cache, and the two passes that use it: prefill (a part of a prompt) and decode (the tokens after it)."""
 
 import math
-import subprocess
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -9,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2.errors import GPT2Error, one_line
-from gpt2.inference.kernels import choose_kernels, linear_layers, measured_here
 from gpt2.inference.speculation import measure_steps
+from gpt2.kernels import library
+from gpt2.kernels.decoder import CompiledDecoder, supports
+from gpt2.kernels.linear import choose_kernels, linear_layers, measured_here
 from gpt2.model.transformer import GPT
-from gpt2.native import library
-from gpt2.native.decoder import NativeDecoder, supports
 
 PREFILL_CHUNKS = (64, 128, 256, 512)
 MAX_STALL_S = 0.1
@@ -62,7 +60,7 @@ class _DecodeAttention:
 class ModelRunner:
     """A model and its KV cache: the logits after prompts, and after the next tokens of many sequences.
 
-    It decodes with PyTorch's operators, and once it has a decoder, with the compiled step of `gpt2.native`.
+    It decodes with PyTorch's operators, and once it has a decoder, with the compiled step of `gpt2.kernels`.
 
     cache: keys and values of the tokens in each slot, (slots, n_layer, 2, n_head, context_length, head_size); the
     system allocates its pages as they fill. lengths: number of tokens in each slot.
@@ -77,10 +75,7 @@ class ModelRunner:
         self.dtype: str = c_attn.weights.dtype if self.is_quantized else ""
         dtype = c_attn.out_dtype if self.is_quantized else c_attn.weight.dtype
         self.can_compile = (
-            self.is_quantized
-            and model.device.type == "cpu"
-            and supports(config, self.dtype)
-            and library.is_possible()
+            self.is_quantized and model.device.type == "cpu" and supports(config, self.dtype) and library.is_possible()
         )
         if self.can_compile and self.dtype != "fp32":
             dtype = torch.bfloat16  # the compiled step reads it as fast as it reads memory, whatever the CPU
@@ -91,9 +86,9 @@ class ModelRunner:
         )
         self.lengths = [0] * slots
         self.prefill_chunk = PREFILL_CHUNKS[1]
-        self.decoder: NativeDecoder | None = None
+        self.decoder: CompiledDecoder | None = None
         self.problem = "" if self.can_compile else "there is no compiler, or it is turned off"
-        self._build: subprocess.Popen[str] | None = None
+        self._build: library.Build | None = None
 
     def prepare(self) -> None:
         """Chooses the fastest kernels on this machine, and starts to compile the decode step if it is not there."""
@@ -120,14 +115,9 @@ class ModelRunner:
 
     def poll(self, timeout_s: float = 0) -> bool:
         """Uses the decode step once it is compiled; waits for it up to timeout_s. Returns whether it is in use."""
-        if self._build is not None:
-            try:
-                _, errors = self._build.communicate(timeout=timeout_s)
-            except subprocess.TimeoutExpired:
-                return False
-            self._build, failed = None, self._build.returncode != 0
-            if failed or not self.attach_decoder():
-                self.problem = self.problem or one_line(GPT2Error(errors), 200)
+        if self._build is not None and self._build.has_ended(timeout_s):
+            self.problem, self._build = self._build.problem(), None
+            if self.problem or not self.attach_decoder():
                 self.can_compile = False
                 self.prepare()
         return self.decoder is not None
@@ -137,7 +127,7 @@ class ModelRunner:
         if not self.can_compile or not library.library_path().is_file():
             return False
         try:
-            decoder = NativeDecoder(library.load(library.library_path()), self.model, self.cache)
+            decoder = CompiledDecoder(library.load(library.library_path()), self.model, self.cache)
         except library.CompileError as error:
             self.problem = str(error)
             return False
@@ -193,7 +183,7 @@ class ModelRunner:
         logits = self.decoder.decode(*zip(*rows, strict=True))
         for slot, own in zip(slots, tokens, strict=True):
             self.lengths[slot] += len(own)
-        return list(logits.split([len(own) for own in tokens]))
+        return list(torch.split(logits, [len(own) for own in tokens]))
 
     def measure_steps(self, slot: int) -> list[float]:
         """Seconds of the compiled step for 1, 2, ... tokens of a slot; its content stays."""

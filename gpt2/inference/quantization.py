@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from gpt2.config import DTYPES
 from gpt2.device import choose_precision
 from gpt2.errors import UserError
-from gpt2.inference.kernels import InferenceLinear
 from gpt2.inference.kv_cache import ModelRunner
+from gpt2.kernels.int4 import BLOCK
+from gpt2.kernels.linear import InferenceLinear
+from gpt2.kernels.weights import LinearWeights
 from gpt2.model.transformer import GPT, Linear
-from gpt2.native.int4 import BLOCK
-from gpt2.native.weights import LinearWeights
 
 AUTO_DTYPES = ("fp32", "bf16", "int8")
 """What `auto` chooses from. int4 costs some loss, so it has to be measured or asked for."""

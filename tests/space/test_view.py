@@ -45,7 +45,7 @@ def test_samples_have_headings_if_there_are_several():
 
 
 def test_the_table_shows_the_facts_escaped(tmp_path):
-    html = view.model_table({**FACTS, "corpus": "<b>bold</b>", "fallback_reason": "<i>"}, "int8", tmp_path)
+    html = view.model_table({**FACTS, "corpus": "<b>bold</b>", "fallback_reason": "<i>"}, "int8", "compiled", tmp_path)
     for fact in (
         f"{FACTS['parameters']:,}",
         "12,345",
@@ -63,9 +63,9 @@ def test_the_table_shows_the_facts_escaped(tmp_path):
 def test_only_a_picture_is_shown_as_one(tmp_path, content, shown):
     if content is not None:
         (tmp_path / view.LOSS_CURVE).write_bytes(content)
-    assert ("<img" in view.model_table(FACTS, "fp32", tmp_path)) == shown
+    assert ("<img" in view.model_table(FACTS, "fp32", "PyTorch", tmp_path)) == shown
     if shown:
-        assert base64.b64encode(content).decode() in view.model_table(FACTS, "fp32", tmp_path)
+        assert base64.b64encode(content).decode() in view.model_table(FACTS, "fp32", "PyTorch", tmp_path)
 
 
 def test_a_link_holds_the_settings():

@@ -8,13 +8,14 @@ from torch import nn
 
 from gpt2.config import DTYPES, GPTConfig
 from gpt2.errors import UserError
-from gpt2.inference import kernels, quantization
+from gpt2.inference import quantization
 from gpt2.inference.engine import Engine, generate
-from gpt2.inference.kernels import InferenceLinear
 from gpt2.inference.quantization import AUTO_DTYPES, fastest_dtype, quantize, seconds_per_token
 from gpt2.inference.request import Request
+from gpt2.kernels import linear as kernels
+from gpt2.kernels.linear import InferenceLinear
+from gpt2.kernels.weights import LinearWeights
 from gpt2.model.transformer import GPT
-from gpt2.native.weights import LinearWeights
 from tests.conftest import ROOT
 
 
@@ -66,8 +67,8 @@ def test_int8_returns_the_requested_dtype(exact):
 def test_int8_runs_on_a_fast_kernel_with_and_without_amx(instructions):
     program = """
 import torch
-from gpt2.inference import kernels
-from gpt2.native.weights import LinearWeights
+from gpt2.kernels import linear as kernels
+from gpt2.kernels.weights import LinearWeights
 print("exact:", kernels.has_exact_int8_matmul())
 if kernels.has_exact_int8_matmul():
     for shape in (768, 768), (256, 256):

@@ -8,9 +8,9 @@ from gpt2.inference.kv_cache import ModelRunner
 from gpt2.inference.quantization import fastest_dtype, quantize
 from gpt2.inference.request import Request, Sampling
 from gpt2.inference.speculation import Drafter
+from gpt2.kernels import decoder, library
+from gpt2.kernels.library import CompileError
 from gpt2.model.transformer import GPT
-from gpt2.native import decoder, library
-from gpt2.native.library import CompileError
 from tests.conftest import needs_compiler
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("optimized")]
@@ -135,7 +135,7 @@ def test_sizes_that_do_not_fit_into_vectors_use_pytorch():
 
 def test_a_step_that_computes_something_else_is_not_used(model, monkeypatch):
     wrong = lambda self, slots, tokens, positions: torch.randn(len(slots), self._vocab_size)  # noqa: E731
-    monkeypatch.setattr(decoder.NativeDecoder, "decode", wrong)
+    monkeypatch.setattr(decoder.CompiledDecoder, "decode", wrong)
     engine = Engine(quantize(model, "fp32"))
     assert engine.path.startswith("PyTorch: the compiled decode step differs from PyTorch by ")
     with pytest.raises(CompileError, match="the compiled decode step is wrong on this CPU: fp32 differs by"):
@@ -151,7 +151,7 @@ def test_a_text_that_began_before_the_step_was_there_stays_with_pytorch(model, m
     quantized = quantize(model, "fp32")
     with monkeypatch.context() as patch:
         patch.setattr(library.Path, "is_file", lambda self: False)
-        patch.setattr(library, "start_build", lambda: _Build())
+        patch.setattr(library, "start_build", _EndedBuild)
         engine = Engine(quantized, slots=2)
     assert engine.path == "PyTorch: the decode step is being compiled"
     early = engine.submit(Request([1], 20))
@@ -161,8 +161,9 @@ def test_a_text_that_began_before_the_step_was_there_stays_with_pytorch(model, m
     assert [token.id for token in early] == [token.id for token in late]
 
 
-class _Build:
-    returncode = 0
+class _EndedBuild:
+    def has_ended(self, timeout_s):
+        return True
 
-    def communicate(self, timeout):
-        return "", ""
+    def problem(self):
+        return ""

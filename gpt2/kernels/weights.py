@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gpt2.native.int4 import dequantize_int4, quantize_int4
+from gpt2.kernels.int4 import dequantize_int4, quantize_int4
 
 INT8_MAX = 127
 INT4_GROUP = 32

@@ -12,9 +12,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
-from gpt2.errors import GPT2Error
+from gpt2.errors import GPT2Error, one_line
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-Wno-psabi")
@@ -93,22 +94,45 @@ def compile_source(target: Path) -> None:
                 raise CompileError(f"{compiler} failed: {reason}")
 
 
-def start_build() -> subprocess.Popen[str]:
-    """Starts a process that compiles the library, checks it and puts it in its place; it outlives this one.
+class Build:
+    """A process that compiles the library, checks it and puts it in its place; it outlives this one.
 
     The check is there too, since a library that this CPU cannot run kills its process.
     """
-    package = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
-    return subprocess.Popen(
-        [sys.executable, "-m", "gpt2.native"],
-        env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+
+    def __init__(self) -> None:
+        package = Path(__file__).resolve().parents[2]
+        path = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - read when it has ended
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gpt2.kernels"],
+            env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            start_new_session=True,
+        )
+
+    def has_ended(self, timeout_s: float = 0) -> bool:
+        """Whether it has ended; waits up to timeout_s."""
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def problem(self) -> str:
+        """Once it has ended: why there is no library, or an empty string."""
+        if self._process.returncode == 0:
+            return ""
+        self._errors.seek(0)
+        return one_line(CompileError(self._errors.read()), 300)
+
+
+@cache
+def start_build() -> Build | None:
+    """Starts to compile the library, once in this process. None if it is there, or cannot be compiled here."""
+    return Build() if is_possible() and not library_path().is_file() else None
 
 
 def load(path: Path) -> ctypes.CDLL:

@@ -1,6 +1,6 @@
 import pytest
 
-from gpt2.native import library
+from gpt2.kernels import library
 
 
 @pytest.fixture(scope="session")
@@ -10,9 +10,9 @@ def compiled(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.delenv("GPT2_OPTIMIZE", raising=False)
-        process = library.start_build()
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+        build = library.Build()
+        assert build.has_ended(300)
+        assert not build.problem()
     return folder
 
 
@@ -21,3 +21,4 @@ def optimized(compiled, monkeypatch):
     """Turns measured kernels and the compiled step on."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(compiled))
     monkeypatch.delenv("GPT2_OPTIMIZE", raising=False)
+    library.start_build.cache_clear()

@@ -1,4 +1,4 @@
-"""Compiles the library for this CPU, checks it, and puts it in its place: python -m gpt2.native."""
+"""Compiles the library for this CPU, checks it, and puts it in its place: python -m gpt2.kernels."""
 
 import os
 import sys
@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 
 from gpt2.errors import one_line
-from gpt2.native.decoder import check
-from gpt2.native.library import CompileError, compile_source, library_path, load
+from gpt2.kernels.decoder import check
+from gpt2.kernels.library import CompileError, compile_source, library_path, load
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.config import GPTConfig
+from gpt2.kernels.library import CompileError
+from gpt2.kernels.weights import LinearWeights
 from gpt2.model.transformer import GPT
-from gpt2.native.library import CompileError
-from gpt2.native.weights import LinearWeights
 
 DTYPE_CODES = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 TENSOR_CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -20,18 +20,18 @@ MAX_CHECK_ERROR = 0.03
 
 
 class _Matrix(Structure):
-    _fields_ = [  # noqa: RUF012 - as ctypes has it
+    _fields_ = [
         *((name, c_void_p) for name in ("weight", "scale", "sums", "bias")),
         *((name, c_int32) for name in ("out", "in_", "group", "unused")),
     ]
 
 
 class _Norm(Structure):
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]  # noqa: RUF012
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
 
 
 class _Layer(Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("norm_1", _Norm),
         ("attention", _Matrix),
         ("attention_projection", _Matrix),
@@ -42,7 +42,7 @@ class _Layer(Structure):
 
 
 class _Model(Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, c_int32) for name in ("weight_dtype", "embedding_dtype", "cache_dtype")),
         *((name, c_int32) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "context_length")),
         ("wte", c_void_p),
@@ -54,7 +54,7 @@ class _Model(Structure):
 
 
 class _Row(Structure):
-    _fields_ = [("token", c_int32), ("position", c_int32), ("cache", c_void_p)]  # noqa: RUF012
+    _fields_ = [("token", c_int32), ("position", c_int32), ("cache", c_void_p)]
 
 
 def supports(config: GPTConfig, dtype: str) -> bool:
@@ -63,7 +63,7 @@ def supports(config: GPTConfig, dtype: str) -> bool:
     return config.n_embd % multiple == 0 and config.head_size % HEAD_MULTIPLE == 0 and config.vocab_size >= 4
 
 
-class NativeDecoder:
+class CompiledDecoder:
     """The compiled decode step for one model and its KV cache."""
 
     def __init__(self, library: ctypes.CDLL, model: GPT, cache: Tensor) -> None:
@@ -74,9 +74,9 @@ class NativeDecoder:
         self.library, self.cache = library, cache
         self.max_rows: int = library.max_rows()
         self._tensors: list[Tensor] = []  # what the pointers point to
-        config, parts = model.config, model.transformer
-        blocks: Any = parts["h"]
-        self._layers = (_Layer * config.n_layer)(*map(self._layer, blocks))
+        config = model.config
+        parts: Any = model.transformer
+        self._layers = (_Layer * config.n_layer)(*map(self._layer, parts["h"]))
         head: Any = model.lm_head
         wte, wpe = (self._kept(parts[name].weight.detach()) for name in ("wte", "wpe"))
         self._model = _Model(
@@ -184,7 +184,7 @@ def _relative_error(
     head: Any = model.lm_head
     expected = model.hidden(torch.tensor([ids])) @ head.weights.dequantized().T
     cache = torch.zeros(1, config.n_layer, 2, config.n_head, config.block_size, config.head_size, dtype=cache_dtype)
-    decoder = NativeDecoder(library, model, cache)
+    decoder = CompiledDecoder(library, model, cache)
     found = torch.cat(
         [
             decoder.decode([0], ids[:1], [0]),

@@ -9,9 +9,9 @@ from gpt2.config import GPTConfig
 from gpt2.inference.engine import Engine, generate
 from gpt2.inference.quantization import quantize
 from gpt2.inference.request import Request
+from gpt2.kernels import library
+from gpt2.kernels.library import CompileError
 from gpt2.model.transformer import GPT
-from gpt2.native import library
-from gpt2.native.library import CompileError
 from tests.conftest import ROOT, needs_compiler
 
 
@@ -20,6 +20,7 @@ def fresh(tmp_path, monkeypatch):
     """An empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("GPT2_OPTIMIZE", raising=False)
+    library.start_build.cache_clear()
     return tmp_path
 
 
@@ -49,7 +50,10 @@ def test_without_a_compiler_pytorch_generates(fresh, quantized, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ("echo 'decode.cpp:1: error: no such thing' >&2; exit 1", "compiler failed: decode.cpp:1: error: no such thing"),
+        (
+            "echo 'decode.cpp:1: error: no such thing' >&2; exit 1",
+            "compiler failed: decode.cpp:1: error: no such thing",
+        ),
         ("exit 0", "cannot be loaded"),  # it writes nothing
     ],
 )
@@ -110,6 +114,6 @@ def test_the_switch_turns_it_off(fresh, quantized, monkeypatch):
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_it_is_compiled_and_right_with_fewer_instruction_sets(fresh, capability):
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    done = subprocess.run([sys.executable, "-m", "gpt2.native"], env=env, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "gpt2.kernels"], env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr  # it has compared each dtype with PyTorch
     assert len(list((fresh / "cache" / "gpt2").glob("*.so"))) == 1

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.device import Measured, remembered
+from gpt2.kernels.library import cache_folder, cpu_identity
+from gpt2.kernels.weights import INT8_MAX, LinearWeights, quantize_int8
 from gpt2.model.transformer import GPT
-from gpt2.native.library import cache_folder, cpu_identity
-from gpt2.native.weights import INT8_MAX, LinearWeights, quantize_int8
 
 UINT8_ZERO = 128
 """Zero point of the inputs, which are unsigned: signed inputs have fast kernels only on CPUs with AMX."""
@@ -42,6 +42,7 @@ class Plain:
         self.bias = None if weights.bias is None else weights.bias.to(self.weight.dtype)
 
     def __call__(self, rows: Tensor) -> Tensor:
+        """(N, in_features) to (N, out_features)."""
         return F.linear(rows.to(self.weight.dtype), self.weight, self.bias)
 
 
@@ -49,6 +50,7 @@ class MatrixVector(Plain):
     """`mv` for a single row."""
 
     def __call__(self, rows: Tensor) -> Tensor:
+        """(N, in_features) to (N, out_features)."""
         if len(rows) > 1:
             return super().__call__(rows)
         y = self.weight.mv(rows.to(self.weight.dtype).view(-1))[None]
@@ -66,6 +68,7 @@ class Prepacked(Plain):
         self.weight = _MKLDNN._reorder_linear_weight(self.weight, 1)
 
     def __call__(self, rows: Tensor) -> Tensor:
+        """(N, in_features) to (N, out_features)."""
         rows = rows.to(self.dtype)
         return cast(Tensor, _MKLDNN._linear_pointwise(rows, self.weight, self.bias, "none", [], ""))
 
@@ -90,6 +93,7 @@ class Int8Prepacked:
         self.weight = _ONEDNN.qlinear_prepack(weights.weight, None)
 
     def __call__(self, rows: Tensor) -> Tensor:
+        """(N, in_features) to (N, out_features)."""
         rows = rows.float()
         largest = rows.abs().amax(-1, True)
         q = (rows * (INT8_MAX / largest)).add_(UINT8_ZERO + 0.5).to(torch.uint8)  # the half makes truncation round
@@ -110,8 +114,9 @@ class Int8WeightOnly:
         self.weight, self.bias, self.scale = weights.weight, weights.bias, weights.scale
 
     def __call__(self, rows: Tensor) -> Tensor:
+        """(N, in_features) to (N, out_features)."""
         if len(rows) <= FEW_ROWS:
-            y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16()).float()
+            y: Tensor = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16()).float()
         else:
             y = F.linear(rows.float(), self.weight.float()).mul_(self.scale)
         return y if self.bias is None else y.add_(self.bias)
@@ -126,6 +131,7 @@ class Dequantized:
         self.weights = weights
 
     def __call__(self, rows: Tensor) -> Tensor:
+        """(N, in_features) to (N, out_features)."""
         return F.linear(rows.float(), self.weights.dequantized(), self.weights.bias)
 
 
@@ -133,6 +139,7 @@ class DequantizedBf16(Dequantized):
     """Weights dequantized to bf16 for each call."""
 
     def __call__(self, rows: Tensor) -> Tensor:
+        """(N, in_features) to (N, out_features)."""
         y = F.linear(rows.bfloat16(), self.weights.dequantized(torch.bfloat16)).float()
         return y if self.weights.bias is None else y.add_(self.weights.bias)
 
@@ -163,6 +170,7 @@ class Int4Packed:
         self.group, self.out, self.bias = width // weights.scale.size(1), out, weights.bias
 
     def __call__(self, rows: Tensor) -> Tensor:
+        """(N, in_features) to (N, out_features)."""
         operator = torch.ops.aten._weight_int4pack_mm_for_cpu
         y: Tensor = operator(rows.bfloat16(), self.weight, self.group, self.scales_and_zeros)
         y = y[:, : self.out].float()

@@ -1,0 +1,131 @@
+"""What a batch computes: a part of the prompts that are new, and the next token of every other sequence."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gpt2.errors import GPT2Error
+from gpt2.inference.detokenizer import Detokenizer
+from gpt2.inference.kv_cache import ModelRunner, window_start
+from gpt2.inference.request import Request
+from gpt2.inference.sampling import apply_repetition_penalty, sample_token
+from gpt2.inference.speculation import Drafter
+
+Sampled = GPT2Error | tuple[int, float, tuple[tuple[int, float], ...]]
+"""A token, its log probability, and ids and log probabilities of the likeliest tokens; or why there is none."""
+
+
+class RunningSequence:
+    """A request in a slot of the KV cache, and its tokens so far. has_ended: it needs no further tokens."""
+
+    def __init__(self, request: Request, slot: int) -> None:
+        self.request, self.slot = request, slot
+        self.ids = list(request.prompt)
+        self.window_start = 0  # index in ids of the first token of the window
+        self.num_cached = 0  # tokens of the window in the KV cache
+        self.is_compiled: bool | None = None  # one path for the whole text; None before its first token
+        self.num_generated = 0
+        self.has_ended = False
+        self.drafter = Drafter()
+        self.generator = torch.Generator().manual_seed(request.seed)
+        self.detokenizer = Detokenizer(request.stop)
+
+
+class Batch:
+    """The sequences that one model extends together."""
+
+    def __init__(self, runner: ModelRunner, context_length: int, *, speculate: bool) -> None:
+        self.runner, self.context_length, self.speculate = runner, context_length, speculate
+        self._step_seconds = [math.inf]
+
+    @torch.inference_mode()
+    def step(self, running: list[RunningSequence]) -> dict[int, list[Sampled]]:
+        """One step. Returns by slot the tokens that it adds to each sequence that has its prompt in the cache."""
+        self.runner.poll()
+        ready: list[tuple[RunningSequence, Tensor, list[int]]] = []  # with logits (len(draft) + 1, V) and draft
+        budget = self.runner.prefill_chunk if len(running) > 1 else self.context_length  # tokens the others wait for
+        decoding: list[RunningSequence] = []
+        for sequence in running:
+            while not (can_decode := self._can_decode(sequence)) and budget > 0:
+                if sequence.has_ended:
+                    break
+                hidden, count = self._prefill_chunk(sequence)
+                budget -= count
+                if hidden is not None:
+                    ready.append((sequence, self.runner.logits(hidden)[None], []))
+                    break
+            if can_decode:
+                decoding.append(sequence)
+        for is_compiled in (True, False):
+            batch = [sequence for sequence in decoding if sequence.is_compiled == is_compiled]
+            if batch and is_compiled:
+                drafts = [self._draft(sequence) if len(running) == 1 else [] for sequence in batch]
+                tokens = [[sequence.ids[-1], *draft] for sequence, draft in zip(batch, drafts, strict=True)]
+                logits = self.runner.decode_compiled([sequence.slot for sequence in batch], tokens)
+                ready += zip(batch, logits, drafts, strict=True)
+            elif batch:
+                rows = self.runner.decode([each.slot for each in batch], [each.ids[-1] for each in batch])
+                ready += [(sequence, row[None], []) for sequence, row in zip(batch, rows, strict=True)]
+        return {sequence.slot: self._sample(sequence, logits.float().cpu(), draft) for sequence, logits, draft in ready}
+
+    def _can_decode(self, sequence: RunningSequence) -> bool:
+        start = window_start(len(sequence.ids), self.context_length)
+        if start != sequence.window_start:
+            sequence.window_start, sequence.num_cached = start, 0
+        if sequence.is_compiled is None:
+            sequence.is_compiled = self.runner.decoder is not None
+        is_last = sequence.num_cached == len(sequence.ids) - start - 1
+        return is_last and (sequence.is_compiled or sequence.num_cached > 0)
+
+    def _prefill_chunk(self, sequence: RunningSequence) -> tuple[Tensor | None, int]:
+        """Processes the next tokens of the window, and returns their number.
+
+        After the last token it also returns the hidden state; the compiled step will process that token itself.
+        """
+        first, last = sequence.window_start + sequence.num_cached, len(sequence.ids) - bool(sequence.is_compiled)
+        chunk = sequence.ids[first : min(first + self.runner.prefill_chunk, last)]
+        hidden = self.runner.prefill(sequence.slot, chunk, cached=sequence.num_cached)
+        sequence.num_cached += len(chunk)
+        is_done = first + len(chunk) == len(sequence.ids)
+        return hidden if is_done else None, len(chunk)
+
+    def _draft(self, sequence: RunningSequence) -> list[int]:
+        room = self.context_length - sequence.num_cached - 1
+        limit = min(room, sequence.request.max_new_tokens - sequence.num_generated - 1)
+        if not self.speculate or limit < 1:
+            return []
+        if len(self._step_seconds) == 1:
+            self._step_seconds = self.runner.measure_steps(sequence.slot)
+        return sequence.drafter.propose(sequence.ids, limit, self._step_seconds)
+
+    def _sample(self, sequence: RunningSequence, logits: Tensor, draft: list[int]) -> list[Sampled]:
+        """The next token, and those after it as long as the draft has them, given logits (len(draft) + 1, V)."""
+        sampled: list[Sampled] = []
+        seen = sequence.ids[sequence.window_start :]
+        for row, guess in zip(logits, [*draft, None], strict=True):
+            result = _next_token(sequence, seen, row)
+            sampled.append(result)
+            if isinstance(result, GPT2Error) or result[0] != guess:
+                break
+            seen.append(guess)
+        if draft:
+            sequence.drafter.record(len(draft), len(sampled) - 1)
+        if sequence.num_cached != self.runner.lengths[sequence.slot]:  # decoded
+            sequence.num_cached += len(sampled)
+            self.runner.lengths[sequence.slot] = sequence.num_cached
+        return sampled
+
+
+def _next_token(sequence: RunningSequence, seen: list[int], logits: Tensor) -> Sampled:
+    """The next token after those in the window, its log probability and the likeliest tokens, given logits (V,)."""
+    total = float(logits.logsumexp(0))
+    if not math.isfinite(total):
+        return GPT2Error("the model returned non-finite logits; its weights are damaged")
+    adjusted = apply_repetition_penalty(logits, seen, sequence.request.sampling.repetition_penalty)
+    token = sample_token(adjusted, sequence.request.sampling, sequence.generator)
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    if count := min(sequence.request.top_logprobs, logits.numel()):
+        values, ids = logits.topk(count)
+        top_logprobs = tuple(zip(ids.tolist(), (values - total).tolist(), strict=True))
+    return token, float(logits[token]) - total, top_logprobs
