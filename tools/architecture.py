@@ -24,6 +24,7 @@ PROGRAMS: tuple[dict[str, tuple[int, int]], ...] = (
 LIBRARY: tuple[dict[str, tuple[int, int]], ...] = (
     {"gpt2/evaluation/": (110, 410), "gpt2/hub/": (430, 580)},
     {"gpt2/training/": (0, 340), "gpt2/inference/": (486, 820)},
+    {"gpt2/kernels/": (560, 820)},
     {"gpt2/data/": (0, 408), "gpt2/model/": (424, 820)},
     {"gpt2/": (0, 820)},
 )

@@ -37,7 +37,6 @@ class Batch:
 
     def __init__(self, runner: ModelRunner, context_length: int, *, speculate: bool) -> None:
         self.runner, self.context_length, self.speculate = runner, context_length, speculate
-        self._step_seconds = [math.inf]
 
     @torch.inference_mode()
     def step(self, running: list[RunningSequence]) -> dict[int, list[Sampled]]:
@@ -95,9 +94,7 @@ class Batch:
         limit = min(room, sequence.request.max_new_tokens - sequence.num_generated - 1)
         if not self.speculate or limit < 1:
             return []
-        if len(self._step_seconds) == 1:
-            self._step_seconds = self.runner.measure_steps(sequence.slot)
-        return sequence.drafter.propose(sequence.ids, limit, self._step_seconds)
+        return sequence.drafter.propose(sequence.ids, limit, self.runner.decode_seconds)
 
     def _sample(self, sequence: RunningSequence, logits: Tensor, draft: list[int]) -> list[Sampled]:
         """The next token, and those after it as long as the draft has them, given logits (len(draft) + 1, V)."""

@@ -1,6 +1,7 @@
 """The KV cache, and the two passes that use it: prefill (a part of a prompt) and decode (the tokens after it)."""
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2.inference.speculation import measure_steps
+from gpt2.inference.speculation import MAX_DRAFT, measure_steps
 from gpt2.kernels import library
 from gpt2.kernels.decoder import CompiledDecoder, supports
 from gpt2.kernels.linear import choose_kernels, linear_layers, measured_here
@@ -18,6 +19,8 @@ PREFILL_CHUNKS = (64, 128, 256, 512)
 MAX_STALL_S = 0.1
 """What other requests wait at most for a part of a prompt."""
 MAX_DECODER_ERROR = 0.1
+DRIFT = 1.001
+"""What the time of a step grows by at each step, so that it follows a machine that became slower."""
 DECODE_ROWS = (1, 8)
 
 
@@ -87,6 +90,7 @@ class ModelRunner:
         self.lengths = [0] * slots
         self.prefill_chunk = PREFILL_CHUNKS[1]
         self.decoder: CompiledDecoder | None = None
+        self.decode_seconds: list[float] = []  # of the compiled step, for 1, 2, ... tokens of a sequence
         self.problem = "" if self.can_compile else "there is no compiler, or it is turned off"
         self._build: library.Build | None = None
 
@@ -101,7 +105,7 @@ class ModelRunner:
         else:
             choose_kernels([*layers, head], DECODE_ROWS)
         config = self.model.config
-        facts = f"prefill, {self.dtype}, {config.n_layer} layers, {config.n_embd} wide"
+        facts = f"prefill, {self.dtype}, {config}, context {self.cache.size(4)}"
         self.prefill_chunk = int(measured_here(facts, self._measure_prefill_chunk))
         if self.can_compile and not self.attach_decoder():
             self._build = library.start_build()
@@ -109,7 +113,7 @@ class ModelRunner:
     def _measure_prefill_chunk(self) -> float:
         """The largest number of tokens that are processed in MAX_STALL_S."""
         count = min(PREFILL_CHUNKS[1], self.cache.size(4))
-        seconds = min(measure_steps(lambda _: self.prefill(0, [0] * count), 1))
+        seconds = min(measure_steps(lambda _: self.prefill(0, [0] * count), 1)[0] for _ in range(2))
         fitting = [chunk for chunk in PREFILL_CHUNKS if chunk * seconds / count < MAX_STALL_S]
         return float(max(fitting, default=PREFILL_CHUNKS[0]))
 
@@ -131,15 +135,18 @@ class ModelRunner:
         except library.CompileError as error:
             self.problem = str(error)
             return False
-        saved = self.cache[0, :, :, :, 0].clone(), self.lengths[0]
+        used = self.cache[0, :, :, :, : MAX_DRAFT + 1]
+        saved, length = used.clone(), self.lengths[0]
         expected = self.logits(self.prefill(0, [0])).float()
         found = decoder.decode([0], [0], [0])[0]
-        self.cache[0, :, :, :, 0], self.lengths[0] = saved
         error_norm = float((found - expected).norm() / expected.norm())
         if error_norm < MAX_DECODER_ERROR or not torch.isfinite(expected).all():
             self.decoder = decoder
+            self.decode_seconds = self._measure_decode()
         else:
             self.problem = f"the compiled decode step differs from PyTorch by {error_norm:.2g}"
+        used.copy_(saved)
+        self.lengths[0] = length
         return self.decoder is not None
 
     @torch.inference_mode()
@@ -180,23 +187,23 @@ class ModelRunner:
             for slot, own in zip(slots, tokens, strict=True)
             for index, token in enumerate(own)
         ]
+        start_s = time.perf_counter()
         logits = self.decoder.decode(*zip(*rows, strict=True))
+        if len(slots) == 1 and len(rows) <= len(self.decode_seconds):  # the measurement may have been disturbed
+            known = self.decode_seconds[len(rows) - 1]
+            self.decode_seconds[len(rows) - 1] = min(DRIFT * known, time.perf_counter() - start_s)
         for slot, own in zip(slots, tokens, strict=True):
             self.lengths[slot] += len(own)
         return list(torch.split(logits, [len(own) for own in tokens]))
 
-    def measure_steps(self, slot: int) -> list[float]:
-        """Seconds of the compiled step for 1, 2, ... tokens of a slot; its content stays."""
-        length = self.lengths[slot]
+    def _measure_decode(self) -> list[float]:
+        """Seconds of the compiled step for 1, 2, ... tokens of a sequence."""
 
         def step(count: int) -> None:
-            self.lengths[slot] = min(length, self.cache.size(4) - count)
-            self.decode_compiled([slot], [[0] * count])
+            self.lengths[0] = 0
+            self.decode_compiled([0], [[0] * count])
 
-        saved = self.cache[slot].clone()
-        seconds = measure_steps(step, self.cache.size(4))
-        self.cache[slot], self.lengths[slot] = saved, length
-        return seconds
+        return measure_steps(step, self.cache.size(4))
 
     def _on_device(self, ids: list[list[int]]) -> Tensor:
         return torch.tensor(ids, device=self.model.device)

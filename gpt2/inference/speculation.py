@@ -17,7 +17,7 @@ PRIOR_TRIALS, PRIOR_RATE = 8.0, 0.4
 MEMORY = 0.97
 """What the past counts for at each new token, so that the rate of acceptance follows the text."""
 MIN_GAIN = 1.05
-ROUNDS = 5
+ROUNDS = 3
 
 
 class Drafter:

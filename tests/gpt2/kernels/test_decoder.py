@@ -100,10 +100,12 @@ def test_drafts_do_not_change_the_text(model, dtype, sampling, length, monkeypat
     decode = ModelRunner.decode_compiled
     monkeypatch.setattr(Drafter, "propose", propose)
     monkeypatch.setattr(ModelRunner, "decode_compiled", lambda *a: (sizes.append(len(a[2][0])), decode(*a))[1])
-    (found,) = generate(Engine(quantized, context_length=64), [request])
+    engine = Engine(quantized, context_length=64)
+    sizes.clear()  # of the measurement
+    (found,) = generate(engine, [request])
     assert found == expected
-    assert max(sizes[8:]) > 4
-    assert len(sizes) < length + 40  # measuring the steps takes 40
+    assert max(sizes) > 4
+    assert len(sizes) < length
 
 
 def test_damaged_weights_give_an_error_in_every_dtype(model):
