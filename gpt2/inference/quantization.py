@@ -70,7 +70,9 @@ def quantize(model: GPT, name: str) -> GPT:
             layer: Any = child
             if isinstance(child, Linear):
                 out_dtype = attention_dtype() if is_integer and child_name == "c_attn" else dtype
-                layer = InferenceLinear(LinearWeights.of(child, name), out_dtype)
+                # 4 bits in the head cost more than in all other layers together
+                dtype_name = "int8" if name == "int4" and child_name == "lm_head" else name
+                layer = InferenceLinear(LinearWeights.of(child, dtype_name), out_dtype)
             elif isinstance(child, nn.LayerNorm):
                 layer = InferenceLayerNorm(child)
             elif isinstance(child, nn.Embedding) and name == "bf16":

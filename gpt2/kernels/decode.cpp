@@ -522,8 +522,9 @@ void step(const Model& model, const Row* row, int rows, float* logits, Shared sh
         product<D>(block.projection, input, rows, thread, threads, add);
 #pragma omp barrier
     }
-    take_normalised<D>(input, shared.x, model.norm, rows, width);
-    product<D>(model.head, input, rows, thread, threads, [&](int r, int channel, Four values) {
+    constexpr int HEAD = D == INT4 ? INT8 : D;
+    take_normalised<HEAD>(input, shared.x, model.norm, rows, width);
+    product<HEAD>(model.head, input, rows, thread, threads, [&](int r, int channel, Four values) {
         store(logits + (int64_t)r * model.vocab_size + channel, values);
     });
 }

@@ -80,7 +80,7 @@ class CompiledDecoder:
         head: Any = model.lm_head
         wte, wpe = (self._kept(parts[name].weight.detach()) for name in ("wte", "wpe"))
         self._model = _Model(
-            DTYPE_CODES[head.weights.dtype],
+            DTYPE_CODES[parts["h"][0].mlp.c_fc.weights.dtype],
             TENSOR_CODES[wte.dtype],
             TENSOR_CODES[cache.dtype],
             config.n_layer,
@@ -177,7 +177,8 @@ def _relative_error(
         parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) / 8)
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            weights: Any = LinearWeights.of(module, dtype)
+            is_int4_head = dtype == "int4" and module is model.lm_head
+            weights: Any = LinearWeights.of(module, "int8" if is_int4_head else dtype)
             module.weights = weights
             if module is not model.lm_head:
                 module.weight.copy_(weights.dequantized())

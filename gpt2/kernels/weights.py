@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from gpt2.kernels.int4 import dequantize_int4, quantize_int4
 
 INT8_MAX = 127
-INT4_GROUP = 32
+INT4_GROUP = 64
+"""By measured loss: 32 is not better within the error, and reads 6 % more bytes; 128 is worse."""
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
