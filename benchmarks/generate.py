@@ -1,4 +1,4 @@
-"""Speed and loss of GPT-2 124M: ours in each dtype, and other implementations, side by side.
+r"""Speed and loss of GPT-2 124M: ours in each dtype, and other implementations, side by side.
 
     python -m benchmarks.generate                   half an hour on two cores
     python -m benchmarks.generate --only ours       some of the contenders; the others keep their results
@@ -10,6 +10,17 @@ Results are kept for each CPU and each limit on its instruction sets (ONEDNN_MAX
 All use the same weights, the same prompt and greedy decoding. Each runs ROUNDS times in its own process, in turns; the
 best result counts. The baseline is the generation loop of the original project's Space, without a KV cache.
 Writes reports/benchmarks/generate.{json,md,png}.
+
+Peers that are not installed are skipped. Measured with ctranslate2 4.8.5, gguf 0.19.0, openvino 2026.4.1, nncf 3.4.0,
+llama-cpp-python 0.3.36:
+
+    pip install ctranslate2 gguf openvino nncf
+    CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8 -DLLAVA_BUILD=OFF" \
+        pip install --no-binary llama-cpp-python llama-cpp-python        # a C++ compiler; minutes
+
+llama.cpp's AMX code crashes with this vocabulary, so it is built without. ONNX Runtime GenAI is left out: its model
+builder does not know GPT-2, and optimum-onnx needs Transformers before 4.58. So is OpenVINO GenAI: optimum-intel needs
+Transformers before 5.6. OpenVINO itself runs our model, with the KV cache in the graph.
 """
 
 import argparse

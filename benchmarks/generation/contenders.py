@@ -37,10 +37,14 @@ CONTENDERS = {
     "llama.cpp, q8_0": ("llama_cpp", "q8_0"),
     "llama.cpp, q4_0": ("llama_cpp", "q4_0"),
     "llama.cpp, q4_K_M": ("llama_cpp", "q4_K_M"),
+    "OpenVINO, fp32": ("openvino", "fp32"),
+    "OpenVINO, bf16": ("openvino", "bf16"),
+    "OpenVINO, int8": ("openvino", "int8"),
+    "OpenVINO, int4": ("openvino", "int4"),
     "baseline loop, fp32": ("loop", "float32"),
 }
 BITS = {"fp32": 32.0, "float32": 32.0, "bf16": 16.0, "bfloat16": 16.0, "int8": 8.0, "int4": 5.0}
-"""Bits per weight. In int4, 32 weights share a scale of 32 bits. llama.cpp's are read from its files."""
+"""Bits per weight; in int4, 32 weights share a scale of 32 bits. llama.cpp and OpenVINO say it themselves."""
 
 
 def ours(folder: Path, precision: str) -> Model:
@@ -84,6 +88,7 @@ MAKERS: dict[str, Callable[[Path, str], Model]] = {
     "transformers": peers.transformers,
     "ctranslate2": peers.ctranslate2,
     "llama_cpp": peers.llama_cpp,
+    "openvino": peers.openvino,
     "loop": peers.loop,
 }
 LOSSES: dict[str, Callable[[Path, str, Any, int], float]] = {"ours": our_loss, "llama_cpp": llama_cpp.loss}

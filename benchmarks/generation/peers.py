@@ -93,6 +93,23 @@ def llama_cpp(folder: Path, precision: str) -> Model:
     return Model(generate, stream=stream, facts=facts)
 
 
+def openvino(folder: Path, precision: str) -> Model:
+    """OpenVINO, with the KV cache in the graph, as optimum-intel exports models."""
+    from benchmarks.generation.openvino import Decoder
+    from gpt2.model.storage import load_folder
+
+    decoder = Decoder(load_folder(folder), precision)
+
+    def generate(prompt: list[int], batch: int, tokens: int) -> list[list[int]]:
+        return [list(ids) for ids in zip(*decoder.stream(prompt, batch, tokens), strict=True)]
+
+    def stream(prompt: list[int], tokens: int) -> Iterator[Any]:
+        return decoder.stream(prompt, 1, tokens)
+
+    facts = {"version": versions("openvino", "nncf"), "weight_bytes": decoder.weight_bytes}
+    return Model(generate, stream=stream, facts=facts)
+
+
 def loop(folder: Path, precision: str) -> Model:
     """The baseline: all logits of the whole context for each token, top-k 50."""
     import torch

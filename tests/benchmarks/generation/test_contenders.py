@@ -34,6 +34,14 @@ def test_llama_cpp_generates_the_same_tokens_for_one_text_and_for_several(prepar
     assert [ids for (ids,) in theirs.stream(PROMPT, 6)] == expected[0]
 
 
+def test_openvino_generates_the_same_tokens(prepared):
+    pytest.importorskip("openvino")
+    expected = contenders.ours(prepared, "fp32").generate(PROMPT, 2, 6)
+    theirs = peers.openvino(prepared, "fp32")
+    assert theirs.generate(PROMPT, 2, 6) == expected
+    assert theirs.facts["weight_bytes"] == pytest.approx(4 * contenders.matrix_weights(prepared), rel=0.05)
+
+
 def test_the_baseline_loop_generates_all_tokens(prepared):
     model = peers.loop(prepared, "float32")
     assert len(model.generate([1, 2], 1, 4)[0]) == 4
