@@ -529,6 +529,32 @@ void step(const Model& model, const Row* row, int rows, float* logits, Shared sh
     });
 }
 
+// The products of a step and nothing else, to measure what part of a step they take.
+template <int D> void multiply_all(const Model& model, int rows, float* logits, Shared shared, Input input, int thread,
+                                   int threads) {
+    constexpr int HEAD = D == INT4 ? INT8 : D;
+    const int width = model.n_embd;
+    auto multiply = [&](auto dtype, const Matrix& m, float* out) {
+        input.width = m.in;
+        product<decltype(dtype)::value>(m, input, rows, thread, threads, [&](int r, int channel, Four values) {
+            store(out + (int64_t)r * m.out + channel, values);
+        });
+#pragma omp barrier
+    };
+    std::memset(input.values, 0, sizeof(float) * rows * 4 * width);
+    std::memset(input.bytes, 0, (size_t)rows * 4 * width);
+    std::memset(input.offsets, 0, sizeof(int32_t) * rows * width);
+    for (int r = 0; r < rows; r++) input.scale[r] = 1;
+    for (int layer = 0; layer < model.n_layer; layer++) {
+        const Layer& block = model.layers[layer];
+        multiply(std::integral_constant<int, D>{}, block.attention, shared.hidden);
+        multiply(std::integral_constant<int, D>{}, block.attention_projection, shared.q);
+        multiply(std::integral_constant<int, D>{}, block.expansion, shared.hidden);
+        multiply(std::integral_constant<int, D>{}, block.projection, shared.q);
+    }
+    multiply(std::integral_constant<int, HEAD>{}, model.head, logits);
+}
+
 template <class T> void embed(const Model& model, const Row& row, float* x) {
     const T* token = (const T*)model.wte + (int64_t)row.token * model.n_embd;
     const T* position = (const T*)model.wpe + (int64_t)row.position * model.n_embd;
@@ -542,6 +568,8 @@ constexpr Step STEPS[4][2] = {
     {step<INT8, float>, step<INT8, uint16_t>},
     {step<INT4, float>, step<INT4, uint16_t>},
 };
+typedef void (*Multiply)(const Model&, int, float*, Shared, Input, int, int);
+constexpr Multiply MULTIPLY[4] = {multiply_all<FP32>, multiply_all<BF16>, multiply_all<INT8>, multiply_all<INT4>};
 
 int64_t shared_floats(const Model& m) { return (int64_t)MAX_ROWS * m.n_embd * 7; }
 int64_t input_floats(const Model& m) {  // values, bytes, offsets, scales, scores
@@ -558,11 +586,12 @@ int64_t scratch_bytes(const Model* model, int32_t threads) {
     return 4 * (shared_floats(*model) + threads * (input_floats(*model) + 3 * BYTES));
 }
 
-// Appends one token to each row's sequence and writes its logits, (rows, vocab_size).
+// Appends one token to each row's sequence and writes its logits, (rows, vocab_size). If `row` is null, it computes the
+// products of a step and nothing else.
 void decode(const Model* model, const Row* row, int32_t rows, float* logits, float* scratch, int32_t threads) {
     const int width = model->n_embd;
     Shared shared{scratch, scratch + MAX_ROWS * width, scratch + 2 * MAX_ROWS * width, scratch + 3 * MAX_ROWS * width};
-    for (int r = 0; r < rows; r++) {
+    for (int r = 0; row && r < rows; r++) {
         if (model->embedding_dtype == FP32) embed<float>(*model, row[r], shared.x + r * width);
         else embed<uint16_t>(*model, row[r], shared.x + r * width);
     }
@@ -575,8 +604,11 @@ void decode(const Model* model, const Row* row, int32_t rows, float* logits, flo
         input.bytes = (uint8_t*)own, own += MAX_ROWS * width;
         input.offsets = (int32_t*)own, own += MAX_ROWS * width;
         input.scale = own, own += MAX_ROWS;
-        STEPS[model->weight_dtype][model->cache_dtype](*model, row, rows, logits, shared, input, own, thread,
-                                                      omp_get_num_threads());
+        const int present = omp_get_num_threads();
+        if (row)
+            STEPS[model->weight_dtype][model->cache_dtype](*model, row, rows, logits, shared, input, own, thread, present);
+        else
+            MULTIPLY[model->weight_dtype](*model, rows, logits, shared, input, thread, present);
     }
 }
 

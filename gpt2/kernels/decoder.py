@@ -105,11 +105,6 @@ class CompiledDecoder:
         limits = ((slots, self.cache.size(0)), (tokens, self._vocab_size), (positions, self.cache.size(4)))
         if not all(0 <= each < limit for values, limit in limits for each in values):
             raise IndexError("a slot, token or position does not exist")
-        logits = torch.empty(len(slots), self._vocab_size)
-        threads = torch.get_num_threads()
-        needed = self.library.scratch_bytes(byref(self._model), threads)
-        if self._scratch.nbytes < needed:
-            self._scratch = torch.empty(needed // 4)
         stride = self.cache.stride(0) * self.cache.element_size()
         rows = (_Row * len(slots))(
             *(
@@ -117,16 +112,22 @@ class CompiledDecoder:
                 for slot, token, position in zip(slots, tokens, positions, strict=True)
             )
         )
+        logits = torch.empty(len(slots), self._vocab_size)
         for first in range(0, len(slots), self.max_rows):
-            self.library.decode(
-                byref(self._model),
-                byref(rows, first * ctypes.sizeof(_Row)),
-                min(self.max_rows, len(slots) - first),
-                c_void_p(logits[first].data_ptr()),
-                c_void_p(self._scratch.data_ptr()),
-                threads,
-            )
+            self._call(byref(rows, first * ctypes.sizeof(_Row)), logits[first : first + self.max_rows])
         return logits
+
+    def multiply(self, rows: int) -> None:
+        """Computes the matrix products of a step with this many rows, at most max_rows, and nothing else."""
+        self._call(None, torch.empty(min(rows, self.max_rows), self._vocab_size))
+
+    def _call(self, rows: Any, logits: Tensor) -> None:
+        threads = torch.get_num_threads()
+        needed = self.library.scratch_bytes(byref(self._model), threads)
+        if self._scratch.nbytes < needed:
+            self._scratch = torch.empty(needed // 4)
+        pointers = c_void_p(logits.data_ptr()), c_void_p(self._scratch.data_ptr())
+        self.library.decode(byref(self._model), rows, len(logits), *pointers, threads)
 
     def _kept(self, tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()

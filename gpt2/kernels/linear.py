@@ -148,8 +148,8 @@ class Int4AsInt8(Int8Prepacked):
     """4-bit weights rounded once more, to 8 bits: for prompts, with many rows."""
 
     def __init__(self, weights: LinearWeights) -> None:
-        weight = weights.dequantized()
-        super().__init__(LinearWeights("int8", *quantize_int8(weight), weights.bias))
+        weight, scale = quantize_int8(weights.dequantized())
+        super().__init__(LinearWeights("int8", weight, scale, weights.bias))
 
 
 class Int4Packed:

@@ -14,6 +14,7 @@ INT4_GROUP = 64
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit weights, (out, in), and scales, (out,): each output channel has its own, max|w| / 127."""
+    weight = weight.float()
     scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / INT8_MAX
     return (weight / scale[:, None]).round_().to(torch.int8), scale
 
@@ -39,8 +40,8 @@ class LinearWeights:
         if dtype in ("fp32", "bf16"):
             cast = weight.to(torch.float32 if dtype == "fp32" else torch.bfloat16).contiguous()
             return cls(dtype, cast, None, bias)
-        weight = weight.float()
-        return cls(dtype, *(quantize_int8(weight) if dtype == "int8" else quantize_int4(weight, INT4_GROUP)), bias)
+        quantized, scale = quantize_int8(weight) if dtype == "int8" else quantize_int4(weight, INT4_GROUP)
+        return cls(dtype, quantized, scale, bias)
 
     @property
     def shape(self) -> tuple[int, int]:

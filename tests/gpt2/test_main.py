@@ -62,7 +62,8 @@ def test_generate_accepts_a_hugging_face_folder_and_standard_input(
 def test_stats_print_the_dtype_and_the_speed(model_folder, capsys, name):
     arguments = ["generate", "--model", model_folder, "--max-new-tokens", "30", "--dtype", name, "--stats"]
     assert main(arguments) == 0
-    pattern = r"(fp32|bf16|int8): first token after \d+ ms, then [\d.]+ tokens/s; \d+ tokens in [\d.]+ s\n"
+    how = r"(fp32|bf16|int8), PyTorch: [^:]+"
+    pattern = how + r": first token after \d+ ms, then [\d.]+ tokens/s; \d+ tokens in [\d.]+ s\n"
     match = re.fullmatch(pattern, capsys.readouterr().err)
     assert match
     assert name in ("auto", match[1])

@@ -59,7 +59,9 @@ def test_both_folders_are_written_and_verified(trained, capsys, never_stops):
     assert set(losses) == {"fp32", "bf16", "int8"}
     assert losses["int8"] == pytest.approx(losses["fp32"], rel=5e-3)
     assert losses["int8"] != losses["fp32"]
-    assert f"fp32 {losses['fp32']:.4f}, bf16 {losses['bf16']:.4f}, int8 {losses['int8']:.4f}" in card
+    change = 100 * (losses["int8"] / losses["fp32"] - 1)
+    assert f"fp32 {losses['fp32']:.4f}, bf16 {losses['bf16']:.4f} (" in card
+    assert f", int8 {losses['int8']:.4f} ({change:+.2f} %)" in card
     model_card = (paths.HUGGING_FACE / "README.md").read_text()
     assert "{{" not in card + model_card
     assert YAML(typ="safe").load(model_card.split("---")[1])["pipeline_tag"] == "text-generation"
