@@ -58,7 +58,10 @@ def ours(folder: Path, precision: str) -> Model:
     from gpt2.model.storage import load_folder
 
     device.configure_device(torch.device("cpu"))
-    engine = inference.Engine(quantize(load_folder(folder), precision), slots=8)
+    engine = inference.Engine(
+        quantize(load_folder(folder), precision), slots=8, speculate=False
+    )  # drafts would gain from the loops of random weights
+    engine.wait_until_compiled(60)
 
     def request(prompt: list[int], tokens: int) -> Request:
         return Request(prompt, tokens, Sampling(temperature=0), stop_token_ids=frozenset())
