@@ -18,7 +18,7 @@ llama-cpp-python 0.3.36:
     CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8 -DLLAVA_BUILD=OFF" \
         pip install --no-binary llama-cpp-python llama-cpp-python        # a C++ compiler; minutes
 
-llama.cpp's AMX code crashes with this vocabulary, so it is built without. ONNX Runtime GenAI is left out: its model
+llama.cpp 0.3.36's AMX code crashes in q8_0, so it is built without. ONNX Runtime GenAI is left out: its model
 builder does not know GPT-2, and optimum-onnx needs Transformers before 4.58. So is OpenVINO GenAI: optimum-intel needs
 Transformers before 5.6. OpenVINO itself runs our model, with the KV cache in the graph.
 """
