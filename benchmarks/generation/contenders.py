@@ -43,8 +43,8 @@ CONTENDERS = {
     "OpenVINO, int4": ("openvino", "int4"),
     "baseline loop, fp32": ("loop", "float32"),
 }
-BITS = {"fp32": 32.0, "float32": 32.0, "bf16": 16.0, "bfloat16": 16.0, "int8": 8.0, "int4": 5.0}
-"""Bits per weight; in int4, 32 weights share a scale of 32 bits. llama.cpp and OpenVINO say it themselves."""
+BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.0}
+"""Bits per weight of Transformers and CTranslate2. The others say themselves how many bytes they read."""
 
 
 def ours(folder: Path, precision: str) -> Model:
@@ -55,12 +55,13 @@ def ours(folder: Path, precision: str) -> Model:
     from gpt2.inference import engine as inference
     from gpt2.inference.quantization import quantize
     from gpt2.inference.request import Request, Sampling
+    from gpt2.kernels.linear import linear_layers
     from gpt2.model.storage import load_folder
 
     device.configure_device(torch.device("cpu"))
-    engine = inference.Engine(
-        quantize(load_folder(folder), precision), slots=8, speculate=False
-    )  # drafts would gain from the loops of random weights
+    model = quantize(load_folder(folder), precision)
+    # drafts would gain from the loops of random weights
+    engine = inference.Engine(model, slots=8, speculate=False)
     engine.wait_until_compiled(60)
 
     def request(prompt: list[int], tokens: int) -> Request:
@@ -73,7 +74,12 @@ def ours(folder: Path, precision: str) -> Model:
     def stream(prompt: list[int], tokens: int) -> Iterator[Any]:
         return iter(engine.submit(request(prompt, tokens)))
 
-    return Model(generate, stream=stream, facts={"version": f"{machine.commit()}, {peers.versions('torch')}"})
+    parts = [part for layer in linear_layers(model) for part in (layer.weights.weight, layer.weights.scale)]
+    facts = {
+        "version": f"{machine.commit()}, {peers.versions('torch')}",
+        "weight_bytes": float(sum(part.nbytes for part in parts if part is not None)),
+    }
+    return Model(generate, stream=stream, facts=facts)
 
 
 def our_loss(folder: Path, precision: str, tokens: Any, context_length: int) -> float:
@@ -125,7 +131,7 @@ def work(name: str, folder: Path) -> dict[str, Any]:
     kind, precision = CONTENDERS[name]
     model = MAKERS[kind](folder, precision)
     found: dict[str, Any] = {}
-    if kind in ("ours", "transformers", "ctranslate2"):
+    if kind in ("transformers", "ctranslate2"):
         found["weight_bytes"] = matrix_weights(folder) * BITS[precision] / 8
     found |= model.facts
     for task, (batch, tokens) in TASKS.items():

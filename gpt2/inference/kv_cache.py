@@ -77,9 +77,8 @@ class ModelRunner:
         self.is_quantized = hasattr(c_attn, "out_dtype")
         self.dtype: str = c_attn.weights.dtype if self.is_quantized else ""
         dtype = c_attn.out_dtype if self.is_quantized else c_attn.weight.dtype
-        self.can_compile = (
-            self.is_quantized and model.device.type == "cpu" and supports(config, self.dtype) and library.is_possible()
-        )
+        self.problem = self._why_not_compiled()
+        self.can_compile = not self.problem
         if self.can_compile and self.dtype != "fp32":
             dtype = torch.bfloat16  # the compiled step reads it as fast as it reads memory, whatever the CPU
         self.cache = torch.empty(
@@ -91,24 +90,35 @@ class ModelRunner:
         self.prefill_chunk = PREFILL_CHUNKS[1]
         self.decoder: CompiledDecoder | None = None
         self.decode_seconds: list[float] = []  # of the compiled step, for 1, 2, ... tokens of a sequence
-        self.problem = "" if self.can_compile else "there is no compiler, or it is turned off"
         self._build: library.Build | None = None
+
+    def _why_not_compiled(self) -> str:
+        if self.model.device.type != "cpu":
+            return f"the model is on {self.model.device.type}"
+        if not self.is_quantized:
+            return "the model is not one of gpt2.quantize"
+        if not supports(self.model.config, self.dtype):
+            return "the compiled decode step does not take models of these sizes"
+        return "" if library.is_possible() else "there is no compiler, or it is turned off"
 
     def prepare(self) -> None:
         """Chooses the fastest kernels on this machine, and starts to compile the decode step if it is not there."""
         if not self.is_quantized or self.model.device.type != "cpu" or library.is_off():
             return
+        self._choose_kernels()
+        config = self.model.config
+        facts = f"prefill, {self.dtype}, {config}, context {self.cache.size(4)}"
+        self.prefill_chunk = int(measured_here(facts, self._measure_prefill_chunk))
+        if self.can_compile and not self.attach_decoder():
+            self._build = library.start_build()
+
+    def _choose_kernels(self) -> None:
         *layers, head = linear_layers(self.model)
         if self.can_compile:  # PyTorch's operators will only process prompts, without the head
             choose_kernels(layers, PREFILL_CHUNKS[1:2], sharing=self.dtype in ("fp32", "bf16"))
             choose_kernels([head], [1], sharing=True)
         else:
             choose_kernels([*layers, head], DECODE_ROWS)
-        config = self.model.config
-        facts = f"prefill, {self.dtype}, {config}, context {self.cache.size(4)}"
-        self.prefill_chunk = int(measured_here(facts, self._measure_prefill_chunk))
-        if self.can_compile and not self.attach_decoder():
-            self._build = library.start_build()
 
     def _measure_prefill_chunk(self) -> float:
         """The largest number of tokens that are processed in MAX_STALL_S."""
@@ -123,7 +133,7 @@ class ModelRunner:
             self.problem, self._build = self._build.problem(), None
             if self.problem or not self.attach_decoder():
                 self.can_compile = False
-                self.prepare()
+                self._choose_kernels()  # and no more: a sequence may be in the slot that `prepare` measures with
         return self.decoder is not None
 
     def attach_decoder(self) -> bool:

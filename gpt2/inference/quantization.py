@@ -44,7 +44,7 @@ class InferenceLayerNorm:
 
 @cache
 def attention_dtype() -> torch.dtype:
-    """The dtype of attention in an int8 model: bf16, with half the KV cache, where the CPU is faster in bf16."""
+    """The dtype of attention in an int8 or int4 model where PyTorch computes it: bf16 where the CPU is faster in it."""
     return choose_precision(torch.device("cpu"), "auto")
 
 

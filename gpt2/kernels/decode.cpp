@@ -59,12 +59,6 @@ template <class V, class T> inline V load(const T* from) {
 }
 template <class V, class T> inline void store(T* to, V v) { std::memcpy(to, &v, sizeof(V)); }
 
-#if VECTOR_BYTES == 64
-constexpr Ints UPPER_HALF = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
-#else
-constexpr Ints UPPER_HALF = {0, 0, 0, 0, -1, -1, -1, -1};
-#endif
-
 // Asks for the cache line of an address, which need not exist. The processor's own prefetching stops at pages.
 template <class T> inline void fetch_ahead(const T* address) { __builtin_prefetch(address); }
 
@@ -187,11 +181,11 @@ struct Input {
 extern "C" {
 
 struct Matrix {           // a linear layer
-    const void* weight;   // (out, in); 4-bit: (out, in / 2), in blocks of 64 inputs, first halves in the low bits
-    const float* scale;   // 8-bit: (out); 4-bit: (out, in / group)
+    const void* weight;   // (out, in); 4-bit: (out, in / 2), in blocks of 128 inputs, first halves in the low bits
+    const float* scale;   // 8-bit: (out); 4-bit: (out, in / group), with a group of at least 64
     const int32_t* sums;  // 8-bit: (out): the sum of a channel's weights
     const float* bias;    // (out) or null
-    int32_t out, in, group, unused;
+    int32_t out, in, group;
 };
 
 struct Norm { const float *weight, *bias; };
@@ -277,7 +271,6 @@ template <int R>
 inline void tile_of_int4(const Matrix& m, int channel, const Input& input, int row, Four* out) {
     const uint8_t* weight = (const uint8_t*)m.weight + (int64_t)channel * (m.in / 2);
     const float* scale = m.scale + (int64_t)channel * (m.in / m.group);
-    const bool two_groups = m.group < BYTES;  // in a vector
     Floats sums[CHANNELS][R] = {};
     for (int i = 0; i < m.in / 2; i += BYTES) {
         for (int c = 0; c < CHANNELS; c++) {
@@ -286,9 +279,7 @@ inline void tile_of_int4(const Matrix& m, int channel, const Input& input, int r
             Bytes w[2] = {packed & 15, (Bytes)((UInts)packed >> 4) & 15};
             for (int half = 0; half < 2; half++) {
                 int first = i / (BLOCK / 2) * BLOCK + i % (BLOCK / 2) + half * (BLOCK / 2);
-                const float* s0 = scale + c * (m.in / m.group) + first / m.group;
-                Floats s = splat(*s0);
-                if (BYTES > 32 && two_groups) s = UPPER_HALF ? splat(s0[1]) : s;
+                Floats s = splat(scale[c * (m.in / m.group) + first / m.group]);
                 for (int r = 0; r < R; r++) {
                     Bytes x = load<Bytes>(input.bytes + (row + r) * m.in + first);
                     Ints start = load<Ints>(input.offsets + ((row + r) * m.in + first) / 4);
@@ -346,7 +337,7 @@ inline void join_pairs(float* x, int width) {
     }
 }
 
-// Prepares the values of a row for products. 8 and 4 bits: quantizes them with one scale, as Int8Linear does.
+// Prepares the values of a row for products. 8 and 4 bits: quantizes them with one scale, as Int8Prepacked does.
 template <int D> void prepare_row(Input& input, int row) {
     if constexpr (D == BF16) split_pairs(input.values + row * input.width, input.width);
     if constexpr (D == FP32 || D == BF16) return;

@@ -22,7 +22,7 @@ MAX_CHECK_ERROR = 0.03
 class _Matrix(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("weight", "scale", "sums", "bias")),
-        *((name, c_int32) for name in ("out", "in_", "group", "unused")),
+        *((name, c_int32) for name in ("out", "in_", "group")),
     ]
 
 
@@ -145,7 +145,7 @@ class CompiledDecoder:
             for tensor in (weights.weight, weights.scale, sums, weights.bias)
         ]
         group = in_ // weights.scale.size(1) if weights.dtype == "int4" and weights.scale is not None else 0
-        return _Matrix(*pointers, out, in_, group, 0)
+        return _Matrix(*pointers, out, in_, group)
 
     def _layer(self, block: Any) -> _Layer:
         return _Layer(

@@ -196,8 +196,9 @@ class InferenceLinear:
 
     def __init__(self, weights: LinearWeights, out_dtype: torch.dtype) -> None:
         self.weights, self.out_dtype = weights, out_dtype
-        names = [candidate.__name__ for candidate in CANDIDATES[weights.dtype]]
-        self.kernel: Kernel = next(kernel for name in names if (kernel := make_kernel(name, weights)) is not None)
+        candidates = CANDIDATES[weights.dtype]
+        working = (kernel for each in candidates if (kernel := make_kernel(each.__name__, weights)) is not None)
+        self.kernel: Kernel = next(working, None) or candidates[0](weights)  # which says why it does not work
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""

@@ -9,7 +9,7 @@ from gpt2.config import GPTConfig
 from gpt2.inference.engine import Engine, generate
 from gpt2.inference.quantization import quantize
 from gpt2.inference.request import Request
-from gpt2.kernels import library
+from gpt2.kernels import library, linear
 from gpt2.kernels.library import CompileError
 from gpt2.model.transformer import GPT
 from tests.conftest import ROOT, needs_compiler
@@ -65,6 +65,22 @@ def test_a_compiler_that_fails_leaves_pytorch(fresh, quantized, monkeypatch, scr
     assert reason in engine.path
     assert not list((fresh / "cache" / "gpt2").glob("*.so"))
     assert len(generate(engine, [Request([1], 5)])[0]) == 5
+
+
+def test_a_build_that_fails_beside_a_text_does_not_change_it(fresh, quantized, monkeypatch):
+    (fresh / "cache").write_text("a file")  # nothing that is measured can be kept
+    monkeypatch.setenv("CXX", compiler(fresh, "exit 1"))
+    request = Request([1, 2, 3], 12, stop_token_ids=frozenset())
+    monkeypatch.setattr(linear, "_fastest", lambda layers, names, rows: type(layers[0].kernel).__name__)
+    (expected,) = generate(Engine(quantized, optimize=False), [request])
+    engine = Engine(quantized)
+    assert engine.path == "PyTorch: the decode step is being compiled"
+    completion = engine.submit(request)
+    while not completion._tokens:
+        engine.step()
+    assert not engine.wait_until_compiled(60)
+    assert engine.path.startswith("PyTorch: ")
+    assert [token.id for token in completion] == [token.id for token in expected]
 
 
 def test_a_compiler_that_hangs_holds_nothing_up(fresh, quantized, monkeypatch):
