@@ -6,166 +6,19 @@
 //
 // Each row of the batch is summed in the same order whatever the number of rows, threads and other rows' values: the
 // logits of a sequence are the same to the bit alone and in company.
-//
-// Vectors are GCC's and Clang's vector extensions. Only the products of 8-bit integers have code for each instruction
-// set.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <type_traits>
 #include <omp.h>
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
+
+#include "model.h"
+#include "vectors.h"
 
 namespace {
-
-#ifdef __AVX512F__
-#define VECTOR_BYTES 64
-#else
-#define VECTOR_BYTES 32
-#endif
-constexpr int BYTES = VECTOR_BYTES;  // 8-bit values in a vector
-constexpr int LANES = BYTES / 4;     // 32-bit values in a vector
-constexpr int BLOCK = 128;           // 4-bit weights that are packed together
 
 constexpr int CHANNELS = 4;      // output channels computed together
 constexpr int ROWS = 4;          // rows of the batch computed together
 constexpr int MAX_ROWS = 16;     // rows of the batch in one call
 constexpr int TOKENS_AHEAD = 16;  // of keys and values that are prefetched
-constexpr int UINT8_ZERO = 128;  // zero point of unsigned inputs
-constexpr int INT4_ZERO = 8;     // zero point of 4-bit weights
-constexpr float INT8_MAX_VALUE = 127.0f;
-constexpr float SMALLEST = 1e-35f;  // a row of smaller values is zero
-constexpr float NORM_EPSILON = 1e-5f;
-
-typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
-typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
-typedef uint32_t UInts __attribute__((vector_size(VECTOR_BYTES)));
-typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
-typedef uint8_t Bytes __attribute__((vector_size(VECTOR_BYTES)));
-typedef float Four __attribute__((vector_size(16)));
-typedef int32_t FourInts __attribute__((vector_size(16)));
-typedef uint8_t LaneBytes __attribute__((vector_size(VECTOR_BYTES / 4)));
-
-enum DType : int32_t { FP32, BF16, INT8, INT4 };
-
-template <class V, class T> inline V load(const T* from) {
-    V v;
-    std::memcpy(&v, from, sizeof(V));
-    return v;
-}
-template <class V, class T> inline void store(T* to, V v) { std::memcpy(to, &v, sizeof(V)); }
-
-// Asks for the cache line of an address, which need not exist. The processor's own prefetching stops at pages.
-template <class T> inline void fetch_ahead(const T* address) { __builtin_prefetch(address); }
-
-inline Floats splat(float x) { return Floats{} + x; }
-
-inline Floats load_floats(const float* from) { return load<Floats>(from); }
-inline Floats load_floats(const uint16_t* from) {  // bf16
-    return (Floats)(__builtin_convertvector(load<Halves>(from), UInts) << 16);
-}
-inline void store_floats(float* to, Four v) { store(to, v); }
-inline void store_floats(uint16_t* to, Four v) {  // rounds to the nearest, ties to even
-    typedef uint32_t FourUInts __attribute__((vector_size(16)));
-    typedef uint16_t FourHalves __attribute__((vector_size(8)));
-    FourUInts bits = (FourUInts)v;
-    store(to, __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, FourHalves));
-}
-
-// Sums of the lanes of vectors, always in the same order.
-template <class V> inline auto four_lanes(V v) {
-#if VECTOR_BYTES == 64
-    auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-    auto eight = v;
-#endif
-    return __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-}
-template <class V> inline auto sum_lanes(V v) {
-    auto four = four_lanes(v);
-    return (four[0] + four[2]) + (four[1] + four[3]);
-}
-template <class V> inline auto sum_lanes(V v0, V v1, V v2, V v3) {  // of four vectors
-    auto a = four_lanes(v0), b = four_lanes(v1), c = four_lanes(v2), d = four_lanes(v3);
-    auto ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    auto cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-}
-
-inline float max_lanes(Floats v) {
-    float most = v[0];
-    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
-    return most;
-}
-
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-
-// e^x to about one unit in the last place, for x <= 0 (Cody and Waite's reduction, then a polynomial).
-inline Floats exp_of_negative(Floats x) {
-    x = larger(x, splat(-87.0f));
-    Floats n = x * 1.44269504f;
-    Ints whole = __builtin_convertvector(n - 0.5f, Ints);  // truncates: the nearest integer of a negative number
-    n = __builtin_convertvector(whole, Floats);
-    Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Floats p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * (Floats)((whole + 127) << 23);
-}
-
-// The tanh approximation of GELU: 0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3).
-inline Floats gelu(Floats x) {
-    Floats u = 1.59576912f * (x + 0.044715f * x * x * x);
-    Floats e = exp_of_negative(u > 0.0f ? -u : u);  // sigmoid(-|2u|) = e / (1 + e)
-    return x * (u > 0.0f ? splat(1.0f) : e) / (1.0f + e);
-}
-
-// acc + the products of 4 neighbouring pairs of unsigned a (at most 255) and signed b, in each 32-bit lane.
-#if defined(__AVX512VNNI__)
-constexpr int INPUT_ZERO = UINT8_ZERO;
-inline Ints dot4(Ints acc, Bytes input, Bytes weight) {
-    return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)input, (__m512i)weight);
-}
-inline Ints dot4_int4(Ints acc, Bytes weight, Bytes input) {
-    return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)weight, (__m512i)input);
-}
-#elif defined(__AVX2__) && VECTOR_BYTES == 32
-constexpr int INPUT_ZERO = 0;
-inline Ints dot4_int4(Ints acc, Bytes weight, Bytes input) {
-#if defined(__AVXVNNI__)
-    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)weight, (__m256i)input);
-#else
-    __m256i pairs = _mm256_maddubs_epi16((__m256i)weight, (__m256i)input);
-    return acc + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#endif
-}
-// |weight| <= 127 times input with the sign of both: two products fit 16 bits, which 255 * 127 would not
-inline Ints dot4(Ints acc, Bytes input, Bytes weight) {
-    __m256i w = (__m256i)weight;
-    return dot4_int4(acc, (Bytes)_mm256_sign_epi8(w, w), (Bytes)_mm256_sign_epi8((__m256i)input, w));
-}
-#else
-constexpr int INPUT_ZERO = 0;
-inline Ints dot4(Ints acc, Bytes input, Bytes weight) {
-    for (int i = 0; i < LANES; i++)
-        for (int j = 0; j < 4; j++) acc[i] += (int8_t)input[4 * i + j] * (int8_t)weight[4 * i + j];
-    return acc;
-}
-inline Ints dot4_int4(Ints acc, Bytes weight, Bytes input) {
-    for (int i = 0; i < LANES; i++)
-        for (int j = 0; j < 4; j++) acc[i] += weight[4 * i + j] * (int8_t)input[4 * i + j];
-    return acc;
-}
-#endif
 
 // The rows of an input, as the products of a dtype need them. Each thread has its own.
 struct Input {
@@ -175,45 +28,6 @@ struct Input {
     int32_t* offsets;  // (rows, width / 4): what the zero point of 4-bit weights adds to each lane
     int width;
 };
-
-}  // namespace
-
-extern "C" {
-
-struct Matrix {           // a linear layer
-    const void* weight;   // (out, in); 4-bit: (out, in / 2), in blocks of 128 inputs, first halves in the low bits
-    const float* scale;   // 8-bit: (out); 4-bit: (out, in / group), with a group of at least 64
-    const int32_t* sums;  // 8-bit: (out): the sum of a channel's weights
-    const float* bias;    // (out) or null
-    int32_t out, in, group;
-};
-
-struct Norm { const float *weight, *bias; };
-
-struct Layer {
-    Norm norm_1;
-    Matrix attention, attention_projection;
-    Norm norm_2;
-    Matrix expansion, projection;
-};
-
-struct Model {
-    int32_t weight_dtype, embedding_dtype, cache_dtype;
-    int32_t n_layer, n_head, n_embd, vocab_size, context_length;
-    const void *wte, *wpe;
-    const Layer* layers;
-    Norm norm;
-    Matrix head;
-};
-
-struct Row {
-    int32_t token, position;
-    void* cache;  // of its sequence: (n_layer, 2, n_head, context_length, head_size)
-};
-
-}
-
-namespace {
 
 template <int R>
 inline void tile_of_fp32(const Matrix& m, int channel, const Input& input, int row, Four* out) {
@@ -278,7 +92,7 @@ inline void tile_of_int4(const Matrix& m, int channel, const Input& input, int r
             Bytes packed = load<Bytes>(weight + c * (m.in / 2) + i);
             Bytes w[2] = {packed & 15, (Bytes)((UInts)packed >> 4) & 15};
             for (int half = 0; half < 2; half++) {
-                int first = i / (BLOCK / 2) * BLOCK + i % (BLOCK / 2) + half * (BLOCK / 2);
+                int first = i / (INT4_BLOCK / 2) * INT4_BLOCK + i % (INT4_BLOCK / 2) + half * (INT4_BLOCK / 2);
                 Floats s = splat(scale[c * (m.in / m.group) + first / m.group]);
                 for (int r = 0; r < R; r++) {
                     Bytes x = load<Bytes>(input.bytes + (row + r) * m.in + first);

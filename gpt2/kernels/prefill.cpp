@@ -1,0 +1,460 @@
+// Prefill of GPT-2 on the CPU: the keys and values of a part of a prompt.
+//
+// Tokens are processed in panels. A vector holds one channel of LANES tokens, and a panel lists its values channel after
+// channel, (channels, PANEL): LayerNorm, softmax and quantization are then the same operations in every lane. Weights
+// stay in the layout of nn.Linear, (out, in). They, keys and transposed values are the first operand of all products,
+// `multiply`; the second is a panel whose channels are packed into words of 32 bits: one channel in fp32, two in bf16, or
+// four in 8 bits. So the same loop serves all dtypes, and with AMX a panel is a tile as it is.
+//
+// A token's result does not depend on the other tokens in its panel, nor on how a prompt is divided into parts.
+
+#include <omp.h>
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512VNNI__) && defined(__linux__)
+#define HAS_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "model.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int PANEL = 2 * LANES;                // tokens in a panel
+constexpr int CHANNELS = 32;                    // output channels computed together
+constexpr int TILE = VECTOR_BYTES == 64 ? 8 : 4;  // of them in registers, without AMX
+constexpr int PART = 512;                       // tokens that pass through a layer together
+constexpr int STEP = 64;                        // bytes of a row that AMX multiplies at once
+
+template <int D> constexpr int BYTES_OF = D == FP32 ? 4 : D == BF16 ? 2 : 1;
+
+typedef int16_t Shorts __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint8_t HalfBytes __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// acc + the products of the channels in each word.
+template <int D> inline auto dot(std::conditional_t<D == INT8, Ints, Floats> acc, UInts x, UInts weight) {
+    if constexpr (D == FP32) return acc + (Floats)x * (Floats)weight;
+    if constexpr (D == INT8) return dot4(acc, (Bytes)x, (Bytes)weight);
+    if constexpr (D == BF16) {
+#if defined(__AVX512BF16__) && VECTOR_BYTES == 64
+        return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)weight);
+#else
+        acc += (Floats)(x << 16) * (Floats)(weight << 16);
+        return acc + (Floats)(x & 0xffff0000u) * (Floats)(weight & 0xffff0000u);
+#endif
+    }
+}
+
+#ifdef HAS_AMX
+// Whether the system lets this process use AMX.
+bool may_use_amx() {
+    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+const bool USES_AMX = may_use_amx();
+
+void configure_amx() {
+    struct { uint8_t palette = 1, start_row = 0, reserved[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } tiles;
+    for (int i = 0; i < 8; i++) tiles.bytes[i] = STEP, tiles.rows[i] = 16;
+    _tile_loadconfig(&tiles);
+}
+
+template <int D>
+void multiply_amx(const char* rows, int64_t stride, const uint32_t* panel, int words, void* out) {
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (int word = 0; word < words; word += 16, rows += STEP, panel += 16 * PANEL) {
+        _tile_loadd(4, rows, stride);
+        _tile_loadd(5, rows + 16 * stride, stride);
+        _tile_loadd(6, panel, 4 * PANEL);
+        _tile_loadd(7, panel + LANES, 4 * PANEL);
+        if constexpr (D == INT8) {
+            _tile_dpbsud(0, 4, 6); _tile_dpbsud(1, 4, 7); _tile_dpbsud(2, 5, 6); _tile_dpbsud(3, 5, 7);
+        } else {
+            _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    float* to = (float*)out;
+    _tile_stored(0, to, 4 * PANEL);
+    _tile_stored(1, to + LANES, 4 * PANEL);
+    _tile_stored(2, to + 16 * PANEL, 4 * PANEL);
+    _tile_stored(3, to + 16 * PANEL + LANES, 4 * PANEL);
+}
+#else
+constexpr bool USES_AMX = false;
+#endif
+
+// CHANNELS rows, stride bytes apart, times a panel of words: (CHANNELS, PANEL), 32-bit integers if D is INT8.
+template <int D> void multiply(const void* first_row, int64_t stride, const uint32_t* panel, int words, void* out) {
+    const char* rows = (const char*)first_row;
+#ifdef HAS_AMX
+    if (D != FP32 && USES_AMX) return multiply_amx<D>(rows, stride, panel, words, out);
+#endif
+    for (int first = 0; first < CHANNELS; first += TILE) {
+        std::conditional_t<D == INT8, Ints, Floats> sums[TILE][2] = {};
+        for (int word = 0; word < words; word++) {
+            UInts left = load<UInts>(panel + word * PANEL), right = load<UInts>(panel + word * PANEL + LANES);
+            for (int c = 0; c < TILE; c++) {
+                UInts weight = UInts{} + load<uint32_t>(rows + (first + c) * stride + 4 * word);
+                sums[c][0] = dot<D>(sums[c][0], left, weight);
+                sums[c][1] = dot<D>(sums[c][1], right, weight);
+            }
+        }
+        for (int c = 0; c < TILE; c++)
+            for (int half = 0; half < 2; half++)
+                store((uint32_t*)out + (first + c) * PANEL + half * LANES, (UInts)sums[c][half]);
+    }
+}
+
+inline UInts rounded_to_bf16(Floats x) {  // to the nearest, ties to even; the upper halves count
+    UInts bits = (UInts)x;
+    return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+// Packs a panel, (width, PANEL), into words. 8 bits: quantizes each token with one scale.
+template <int D> void pack(const float* panel, int width, uint32_t* words, float* scale) {
+    if constexpr (D == FP32) std::memmove(words, panel, sizeof(float) * width * PANEL);
+    for (int half = 0; half < PANEL && D != FP32; half += LANES) {
+        const float* x = panel + half;
+        uint32_t* to = words + half;
+        if constexpr (D == BF16)
+            for (int i = 0; i < width; i += 2, to += PANEL) {
+                UInts low = rounded_to_bf16(load<Floats>(x + i * PANEL));
+                UInts high = rounded_to_bf16(load<Floats>(x + (i + 1) * PANEL));
+                store(to, low >> 16 | (high & 0xffff0000u));
+            }
+        if constexpr (D == INT8) {
+            Floats largest = {}, zero_or_nan = {};
+            for (int i = 0; i < width; i++) {
+                Floats v = load<Floats>(x + i * PANEL);
+                largest = larger(largest, larger(v, -v));
+                zero_or_nan += v * 0.0f;  // NaN for a value that is not finite
+            }
+            store(scale + half, largest / INT8_MAX_VALUE + zero_or_nan);
+            Floats factor = largest > SMALLEST ? INT8_MAX_VALUE / largest : splat(0.0f);
+            for (int i = 0; i < width; i += 4, to += PANEL) {
+                UInts word = {};
+                for (int j = 0; j < 4; j++) {
+                    // adding the zero point and a half before truncating rounds
+                    Ints whole = __builtin_convertvector(load<Floats>(x + (i + j) * PANEL) * factor + (UINT8_ZERO + 0.5f), Ints);
+                    word |= (UInts)((whole + (INPUT_ZERO - UINT8_ZERO)) & 255) << (8 * j);
+                }
+                store(to, word);
+            }
+        }
+    }
+}
+
+void normalise(const float* panel, const Norm& norm, int width, float* out) {
+    for (int half = 0; half < PANEL; half += LANES) {
+        const float* x = panel + half;
+        Floats sums[4] = {}, squares[4] = {};
+        for (int i = 0; i < width; i++) sums[i % 4] += load<Floats>(x + i * PANEL);
+        Floats mean = (sums[0] + sums[1] + sums[2] + sums[3]) / (float)width;
+        for (int i = 0; i < width; i++) {
+            Floats v = load<Floats>(x + i * PANEL) - mean;
+            squares[i % 4] += v * v;
+        }
+        Floats variance = (squares[0] + squares[1] + squares[2] + squares[3]) / (float)width, factor;
+        for (int lane = 0; lane < LANES; lane++) factor[lane] = 1.0f / std::sqrt(variance[lane] + NORM_EPSILON);
+        for (int i = 0; i < width; i++)
+            store(out + half + i * PANEL, (load<Floats>(x + i * PANEL) - mean) * factor * norm.weight[i] + norm.bias[i]);
+    }
+}
+
+// The packed input of a linear layer: words, (width * bytes of a channel / 4, PANEL) for each panel, and 8-bit scales.
+struct Operand {
+    uint32_t* words;
+    float* scale;
+};
+
+// Memory of one thread.
+struct Own {
+    float* values;    // (n_embd, PANEL)
+    float* scores;    // (context_length, PANEL)
+    uint32_t* query;  // (head_size, PANEL)
+    int8_t* weights;  // (CHANNELS, 4 n_embd)
+};
+
+// Rows of a weight matrix, as `multiply` takes them.
+struct Weights {
+    const void* rows;
+    const float* scale;
+    const int32_t* sums;
+};
+
+template <int D> Weights rows_of(const Matrix& m, int channel, int8_t*, float*, int32_t*) {
+    return {(const char*)m.weight + (int64_t)channel * m.in * BYTES_OF<D>, m.scale + channel, m.sums + channel};
+}
+
+// 4-bit weights become 8-bit ones, with one scale for each output channel.
+template <>
+Weights rows_of<INT4>(const Matrix& m, int channel, int8_t* rows, float* scale, int32_t* sums) {
+    constexpr int HALF = BYTES / 2, SHIFT = 8;
+    const int groups = m.in / m.group;
+    for (int c = 0; c < CHANNELS; c++) {
+        const uint8_t* packed = (const uint8_t*)m.weight + (int64_t)(channel + c) * (m.in / 2);
+        const float* group_scale = m.scale + (int64_t)(channel + c) * groups;
+        float largest = 0;
+        for (int g = 0; g < groups; g++) largest = std::max(largest, std::abs(group_scale[g]));
+        scale[c] = largest * INT4_ZERO / INT8_MAX_VALUE;
+        const float factor = largest > 0 ? (1 << SHIFT) / scale[c] : 0.0f;
+        int8_t* to = rows + c * m.in;
+        Shorts total = {};
+        for (int first = 0; first < m.in; first += HALF) {
+            const int byte = first / INT4_BLOCK * (INT4_BLOCK / 2) + first % (INT4_BLOCK / 2);
+            HalfBytes both = load<HalfBytes>(packed + byte);
+            HalfBytes nibbles = first % INT4_BLOCK < INT4_BLOCK / 2 ? both & 15 : both >> 4;
+            Shorts q = __builtin_convertvector(nibbles, Shorts) - (int16_t)INT4_ZERO;
+            q = (q * (int16_t)std::lrint(group_scale[first / m.group] * factor) + (int16_t)(1 << (SHIFT - 1))) >> SHIFT;
+            store(to + first, __builtin_convertvector(q, HalfBytes));
+            total += q;
+        }
+        sums[c] = 0;
+        for (int lane = 0; lane < HALF; lane++) sums[c] += total[lane];
+    }
+    return {rows, scale, sums};
+}
+
+// A linear layer from output channel `first` on: use(panel, channel, values), with values (CHANNELS, PANEL).
+template <int D, class Use>
+void linear(const Matrix& m, const Operand& input, int panels, int first, const Own& own, Use use) {
+    constexpr int E = D == INT4 ? INT8 : D;
+    const int words = m.in * BYTES_OF<E> / 4;
+#pragma omp for schedule(dynamic)
+    for (int channel = first; channel < m.out; channel += CHANNELS) {
+        alignas(64) float values[CHANNELS * PANEL], scale[CHANNELS];
+        int32_t sums[CHANNELS];
+        const Weights weights = rows_of<D>(m, channel, own.weights, scale, sums);
+        for (int panel = 0; panel < panels; panel++) {
+            multiply<E>(weights.rows, m.in * BYTES_OF<E>, input.words + (int64_t)panel * words * PANEL, words, values);
+            for (int c = 0; c < CHANNELS; c++)
+                for (int half = 0; half < PANEL; half += LANES) {
+                    float* at = values + c * PANEL + half;
+                    Floats value = load<Floats>(at);
+                    if constexpr (E == INT8)
+                        value = __builtin_convertvector((Ints)value - INPUT_ZERO * weights.sums[c], Floats) *
+                                (weights.scale[c] * load<Floats>(input.scale + panel * PANEL + half));
+                    store(at, value + (m.bias ? m.bias[channel + c] : 0.0f));
+                }
+            use(panel, channel, values);
+        }
+    }
+}
+
+// Attention of the tokens of one panel to their sequence, in one head.
+//
+// query, out: (head_size, PANEL). keys: (tokens, head_size). values: (head_size, stride), transposed, zeros after the
+// last token. first: the position of the panel's first token. length: tokens in the sequence.
+template <class T>
+void attend(const float* query, const T* keys, const T* values, int stride, int first, int length, int head_size,
+            const Own& own, float* out) {
+    constexpr int D = sizeof(T) == 4 ? FP32 : BF16;
+    const int visible = std::min(first + PANEL, length), padded = round_up(visible, CHANNELS);
+    const float factor = 1.0f / std::sqrt((float)head_size);
+    float* scores = own.scores;
+    for (int i = 0; i < head_size * PANEL; i += LANES) store(own.values + i, load<Floats>(query + i) * factor);
+    pack<D>(own.values, head_size, own.query, nullptr);
+    for (int key = 0; key < padded; key += CHANNELS)  // may read beyond the last key, never beyond the cache
+        multiply<D>(keys + key * head_size, head_size * sizeof(T), own.query, head_size * sizeof(T) / 4, scores + key * PANEL);
+    Floats total[2];
+    for (int half = 0; half < 2; half++) {
+        float* s = scores + half * LANES;
+        for (int key = first; key < padded; key++)
+            for (int lane = 0; lane < LANES; lane++)
+                if (key > first + half * LANES + lane) s[key * PANEL + lane] = -INFINITY;
+        Floats largest = splat(-INFINITY), sum = {};
+        for (int key = 0; key < padded; key++) largest = larger(largest, load<Floats>(s + key * PANEL));
+        for (int key = 0; key < padded; key++) {
+            Floats score = load<Floats>(s + key * PANEL);
+            Floats e = score == -INFINITY ? splat(0.0f) : exp_of_negative(score - largest);
+            store(s + key * PANEL, e);
+            sum += e;
+        }
+        total[half] = sum;
+    }
+    pack<D>(scores, padded, (uint32_t*)scores, nullptr);  // a word is written after its values have been read
+    for (int i = 0; i < head_size; i += CHANNELS) {
+        multiply<D>(values + (int64_t)i * stride, stride * sizeof(T), (uint32_t*)scores, padded * sizeof(T) / 4, out + i * PANEL);
+        for (int at = i * PANEL; at < (i + CHANNELS) * PANEL; at += LANES)
+            store(out + at, load<Floats>(out + at) / total[at / LANES % 2]);
+    }
+}
+
+// Memory that threads share: x the residual stream, q the queries, mixed the attention's output, hidden the MLP's, each
+// (PART, width) in panels; transposed: the values of a layer, (n_head, head_size, tokens).
+struct Shared {
+    float *x, *q, *mixed, *hidden;
+    Operand input;
+    void* transposed;
+};
+
+template <class T> void embed(const Model& model, const int32_t* tokens, int position, int count, float* panel) {
+    for (int lane = 0; lane < PANEL; lane++) {
+        const T* token = (const T*)model.wte + (int64_t)tokens[std::min(lane, count - 1)] * model.n_embd;
+        const T* at = (const T*)model.wpe + (int64_t)(position + std::min(lane, count - 1)) * model.n_embd;
+        for (int i = 0; i < model.n_embd; i += LANES) {
+            Floats sum = load_floats(token + i) + load_floats(at + i);
+            for (int j = 0; j < LANES; j++) panel[(i + j) * PANEL + lane] = sum[j];
+        }
+    }
+}
+
+// Passes at most PART tokens through the model. Their keys and values are all that is left of them.
+template <int D, class T>
+void process(const Model& model, const int32_t* tokens, int start, int count, T* cache, const Shared& shared, const Own& own) {
+    constexpr int E = D == INT4 ? INT8 : D;
+    const int width = model.n_embd, heads = model.n_head, head_size = width / heads;
+    const int panels = (count + PANEL - 1) / PANEL, length = start + count, stride = round_up(length, CHANNELS);
+    const int64_t per_head = (int64_t)model.context_length * head_size, per_part = heads * per_head;
+    const Operand& input = shared.input;
+    auto pack_panel = [&](const float* values, int panel, int channels) {
+        pack<E>(values, channels, input.words + (int64_t)panel * channels * BYTES_OF<E> / 4 * PANEL, input.scale + panel * PANEL);
+    };
+    auto take_normalised = [&](const Norm& norm) {
+#pragma omp for schedule(static)
+        for (int panel = 0; panel < panels; panel++) {
+            normalise(shared.x + (int64_t)panel * width * PANEL, norm, width, own.values);
+            pack_panel(own.values, panel, width);
+        }
+    };
+    auto take = [&](const float* from, int channels) {
+#pragma omp for schedule(static)
+        for (int panel = 0; panel < panels; panel++) pack_panel(from + (int64_t)panel * channels * PANEL, panel, channels);
+    };
+    auto add = [&](int panel, int channel, const float* values) {
+        float* x = shared.x + ((int64_t)panel * width + channel) * PANEL;
+        for (int i = 0; i < CHANNELS * PANEL; i += LANES) store(x + i, load<Floats>(x + i) + load<Floats>(values + i));
+    };
+#pragma omp for schedule(static)
+    for (int panel = 0; panel < panels; panel++) {
+        const int first = panel * PANEL;
+        float* x = shared.x + (int64_t)first * width;
+        if (model.embedding_dtype == FP32) embed<float>(model, tokens + first, start + first, count - first, x);
+        else embed<uint16_t>(model, tokens + first, start + first, count - first, x);
+    }
+    for (int layer = 0; layer < model.n_layer; layer++) {
+        const Layer& block = model.layers[layer];
+        const bool is_last = layer == model.n_layer - 1;
+        T* part = cache + layer * 2 * per_part;
+        take_normalised(block.norm_1);
+        linear<D>(block.attention, input, panels, is_last ? width : 0, own, [&](int panel, int channel, const float* values) {
+            if (channel < width) {
+                std::memcpy(shared.q + ((int64_t)panel * width + channel) * PANEL, values, sizeof(float) * CHANNELS * PANEL);
+                return;
+            }
+            const int within = (channel - width) % width, head = within / head_size;
+            T* to = part + (channel - width) / width * per_part + head * per_head + (within - head * head_size);
+            to += (int64_t)(start + panel * PANEL) * head_size;
+            for (int token = 0; token < std::min(PANEL, count - panel * PANEL); token++)
+                for (int c = 0; c < CHANNELS; c += 4) {
+                    const float* v = values + c * PANEL + token;
+                    store_floats(to + token * head_size + c, Four{v[0], v[PANEL], v[2 * PANEL], v[3 * PANEL]});
+                }
+        });
+        if (is_last) break;
+#pragma omp for schedule(dynamic)
+        for (int head = 0; head < heads; head++) {
+            const T* values = part + per_part + head * per_head;
+            T* to = (T*)shared.transposed + (int64_t)head * head_size * stride;
+            for (int token = 0; token < stride; token++)
+                for (int i = 0; i < head_size; i++)
+                    to[(int64_t)i * stride + token] = token < length ? values[(int64_t)token * head_size + i] : 0;
+        }
+#pragma omp for schedule(dynamic)
+        for (int task = 0; task < panels * heads; task++) {  // the longest first
+            const int panel = panels - 1 - task / heads, head = task % heads;
+            const int64_t at = ((int64_t)panel * width + head * head_size) * PANEL;
+            attend(shared.q + at, part + head * per_head, (const T*)shared.transposed + (int64_t)head * head_size * stride,
+                   stride, start + panel * PANEL, length, head_size, own, shared.mixed + at);
+        }
+        take(shared.mixed, width);
+        linear<D>(block.attention_projection, input, panels, 0, own, add);
+        take_normalised(block.norm_2);
+        linear<D>(block.expansion, input, panels, 0, own, [&](int panel, int channel, const float* values) {
+            float* hidden = shared.hidden + ((int64_t)panel * 4 * width + channel) * PANEL;
+            for (int i = 0; i < CHANNELS * PANEL; i += LANES) store(hidden + i, gelu(load<Floats>(values + i)));
+        });
+        take(shared.hidden, 4 * width);
+        linear<D>(block.projection, input, panels, 0, own, add);
+    }
+}
+
+// Divides memory into aligned arrays.
+struct Divider {
+    char* next;
+    template <class P> void take(P*& array, int64_t bytes) {
+        array = (P*)next;
+        next += (bytes + 63) / 64 * 64;
+    }
+};
+
+Shared shared_memory(const Model& m, Divider& memory) {
+    Shared shared;
+    const int64_t activations = (int64_t)PART * m.n_embd * sizeof(float);
+    memory.take(shared.x, activations);
+    memory.take(shared.q, activations);
+    memory.take(shared.mixed, activations);
+    memory.take(shared.hidden, 4 * activations);
+    memory.take(shared.input.words, 4 * activations);
+    memory.take(shared.input.scale, PART * sizeof(float));
+    memory.take(shared.transposed, (int64_t)m.n_embd * round_up(m.context_length, CHANNELS) * sizeof(float));
+    return shared;
+}
+
+Own own_memory(const Model& m, Divider& memory) {
+    Own own;
+    memory.take(own.values, (int64_t)m.n_embd * PANEL * sizeof(float));
+    memory.take(own.scores, (int64_t)round_up(m.context_length, CHANNELS) * PANEL * sizeof(float));
+    memory.take(own.query, (int64_t)m.n_embd * PANEL * sizeof(float));
+    memory.take(own.weights, (int64_t)CHANNELS * 4 * m.n_embd);
+    return own;
+}
+
+template <int D, class T>
+void process_all(const Model& model, const int32_t* tokens, int start, int count, void* cache, char* scratch, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        Divider memory{(char*)(((uintptr_t)scratch + 63) / 64 * 64)};
+        const Shared shared = shared_memory(model, memory);
+        Own own;
+        for (int thread = 0; thread <= omp_get_thread_num(); thread++) own = own_memory(model, memory);
+#ifdef HAS_AMX
+        if (USES_AMX) configure_amx();
+#endif
+        for (int done = 0; done < count; done += PART)
+            process<D>(model, tokens + done, start + done, std::min(PART, count - done), (T*)cache, shared, own);
+#ifdef HAS_AMX
+        if (USES_AMX) _tile_release();
+#endif
+    }
+}
+
+typedef void (*Process)(const Model&, const int32_t*, int, int, void*, char*, int);
+constexpr Process PROCESS[4][2] = {
+    {process_all<FP32, float>, process_all<FP32, uint16_t>},
+    {process_all<BF16, float>, process_all<BF16, uint16_t>},
+    {process_all<INT8, float>, process_all<INT8, uint16_t>},
+    {process_all<INT4, float>, process_all<INT4, uint16_t>},
+};
+
+}  // namespace
+
+extern "C" {
+
+int64_t prefill_scratch_bytes(const Model* model, int32_t threads) {
+    Divider memory{nullptr};
+    shared_memory(*model, memory);
+    for (int thread = 0; thread < threads; thread++) own_memory(*model, memory);
+    return (int64_t)memory.next + 64;
+}
+
+// Appends tokens to the `start` ones of a sequence. cache: its keys and values, (n_layer, 2, n_head, context_length,
+// head_size).
+void prefill(const Model* model, const int32_t* tokens, int32_t start, int32_t count, void* cache, void* scratch,
+             int32_t threads) {
+    PROCESS[model->weight_dtype][model->cache_dtype](*model, tokens, start, count, cache, (char*)scratch, threads);
+}
+
+}
