@@ -142,7 +142,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     build = library.start_build() if device.type == "cpu" else None  # beside loading the model
     model = load_model(arguments.model).to(device)
     if build is not None and not build.has_ended():
-        print("compiling the decode step for this CPU, once...", file=sys.stderr)
+        print("compiling the kernels for this CPU, once...", file=sys.stderr)
         build.has_ended(COMPILE_WAIT_S)
     dtype = fastest_dtype(model) if arguments.dtype == "auto" else arguments.dtype
     context_length = arguments.context_length or trained_context_length(Path(arguments.model))

@@ -46,8 +46,8 @@ CSS = """
 """
 
 
-def model_table(metadata: dict[str, Any], dtype: str, decode_step: str, folder: Path) -> str:
-    """A table about the model, and its loss curve if there is one. decode_step: what computes each token."""
+def model_table(metadata: dict[str, Any], dtype: str, kernels: str, folder: Path) -> str:
+    """A table about the model, and its loss curve if there is one. kernels: what processes requests."""
     quantized = " (quantized)" if dtype in ("int8", "int4") else ""
     losses = metadata["dtype_losses"].get(dtype)
     measured = f", loss {losses:.4f}" if isinstance(losses, int | float) and math.isfinite(losses) else ""
@@ -61,7 +61,7 @@ def model_table(metadata: dict[str, Any], dtype: str, decode_step: str, folder: 
         "bits per byte": metadata["bits_per_byte"],
         "context length": f"{metadata['context']:,} tokens",
         "dtype": dtype + quantized + measured,
-        "decode step": decode_step,
+        "kernels": kernels,
         "MLflow run": metadata["mlflow_run_id"],
         "git commit": str(metadata["git_commit"])[:12],
     }

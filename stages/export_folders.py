@@ -41,7 +41,7 @@ def write_space(folder: Path, model: GPT, facts: dict[str, Any], serving_files: 
     for file in serving_files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / file)
-    shutil.copyfile(paths.SPACE_SOURCE / "packages.txt", folder / "packages.txt")  # a compiler, for the decode step
+    shutil.copyfile(paths.SPACE_SOURCE / "packages.txt", folder / "packages.txt")  # a compiler, for the kernels
     shutil.copyfile(paths.TRAIN_REPORT / "loss.png", folder / "loss.png")
     requirements = (paths.SPACE_SOURCE / "requirements.txt").read_text(encoding="utf-8")
     write_text(folder / "requirements.txt", requirements_for(facts["target"], requirements))

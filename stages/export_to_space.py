@@ -30,10 +30,10 @@ SERVING_FILES = (
         )
     ),
     *(
-        f"gpt2/kernels/{name}"
-        for name in ("__init__.py", "__main__.py", "decode.cpp", "decoder.py", "int4.py", "library.py", "linear.py")
+        f"gpt2/kernels/{name}.py"
+        for name in ("__init__", "__main__", "compiled", "int4", "library", "linear", "weights")
     ),
-    "gpt2/kernels/weights.py",
+    *(f"gpt2/kernels/{name}" for name in ("decode.cpp", "model.h", "prefill.cpp", "vectors.h")),
     *(f"space/{name}.py" for name in ("guard", "handlers", "model_files", "page", "server", "service", "view")),
 )
 """The modules that a Space needs: its page, and all that the page imports."""

@@ -41,16 +41,17 @@ class Batch:
     @torch.inference_mode()
     def step(self, running: list[RunningSequence]) -> dict[int, list[Sampled]]:
         """One step. Returns by slot the tokens that it adds to each sequence that has its prompt in the cache."""
-        self.runner.poll()
+        if self.runner.poll() and all(sequence.is_compiled is not False for sequence in running):
+            self.runner.release()
         ready: list[tuple[RunningSequence, Tensor, list[int]]] = []  # with logits (len(draft) + 1, V) and draft
-        budget = self.runner.prefill_chunk if len(running) > 1 else self.context_length  # tokens the others wait for
+        budget = 1.0 if len(running) > 1 else math.inf  # parts of prompts, for which the others wait
         decoding: list[RunningSequence] = []
         for sequence in running:
             while not (can_decode := self._can_decode(sequence)) and budget > 0:
                 if sequence.has_ended:
                     break
-                hidden, count = self._prefill_chunk(sequence)
-                budget -= count
+                hidden, part = self._prefill_chunk(sequence)
+                budget -= part
                 if hidden is not None:
                     ready.append((sequence, self.runner.logits(hidden)[None], []))
                     break
@@ -73,21 +74,25 @@ class Batch:
         if start != sequence.window_start:
             sequence.window_start, sequence.num_cached = start, 0
         if sequence.is_compiled is None:
-            sequence.is_compiled = self.runner.decoder is not None
+            sequence.is_compiled = self.runner.compiled is not None
         is_last = sequence.num_cached == len(sequence.ids) - start - 1
         return is_last and (sequence.is_compiled or sequence.num_cached > 0)
 
-    def _prefill_chunk(self, sequence: RunningSequence) -> tuple[Tensor | None, int]:
-        """Processes the next tokens of the window, and returns their number.
+    def _prefill_chunk(self, sequence: RunningSequence) -> tuple[Tensor | None, float]:
+        """Processes the next tokens of the window, and returns what part of a chunk they are.
 
-        After the last token it also returns the hidden state; the compiled step will process that token itself.
+        PyTorch's path also returns the hidden state after the last token. The compiled step will process that token.
         """
-        first, last = sequence.window_start + sequence.num_cached, len(sequence.ids) - bool(sequence.is_compiled)
-        chunk = sequence.ids[first : min(first + self.runner.prefill_chunk, last)]
-        hidden = self.runner.prefill(sequence.slot, chunk, cached=sequence.num_cached)
+        runner, is_compiled = self.runner, bool(sequence.is_compiled)
+        size, cached = runner.chunks[is_compiled], sequence.num_cached
+        first, last = sequence.window_start + cached, len(sequence.ids) - is_compiled
+        chunk = sequence.ids[first : min(first + size, last)]
         sequence.num_cached += len(chunk)
-        is_done = first + len(chunk) == len(sequence.ids)
-        return hidden if is_done else None, len(chunk)
+        if is_compiled:
+            runner.prefill_compiled(sequence.slot, chunk, cached=cached)
+            return None, len(chunk) / size
+        hidden = runner.prefill(sequence.slot, chunk, cached=cached)
+        return hidden if first + len(chunk) == last else None, len(chunk) / size
 
     def _draft(self, sequence: RunningSequence) -> list[int]:
         room = self.context_length - sequence.num_cached - 1

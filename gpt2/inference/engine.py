@@ -81,9 +81,9 @@ class Engine:
         """model: as `gpt2.inference.quantization.quantize` returns it. context_length: tokens it attends to.
 
         slots: maximum batch size. max_queue_size: the engine rejects further requests; None is no limit. optimize:
-        measure which kernels are fastest, and use the compiled decode step as soon as it is there; otherwise
-        the same text comes out on the same machine, whatever it has measured or compiled. speculate: use drafts where
-        they save time.
+        use the compiled kernels as soon as they are there, and without a compiler measure which of PyTorch's are
+        fastest; otherwise the same text comes out on the same machine, whatever it has measured or compiled. speculate:
+        use drafts where they save time.
         """
         self.model = model.eval()
         self.context_length = min(context_length or model.config.block_size, model.config.block_size)
@@ -224,20 +224,17 @@ class Engine:
 
     def warm_up(self) -> None:
         """Allocates the memory of all slots and of the longest prompt, so that no request waits for it."""
-        self._runner.cache.zero_()
-        chunk = self._runner.prefill_chunk
-        for first in range(0, self.context_length, chunk):
-            self._runner.prefill(0, [0] * min(chunk, self.context_length - first), cached=first)
+        self._runner.warm_up()
 
     @property
     def path(self) -> str:
-        """What decodes the next request: "compiled", or "PyTorch" and why."""
-        if self._runner.decoder is not None:
+        """What processes the next request: "compiled", or "PyTorch" and why."""
+        if self._runner.compiled is not None:
             return "compiled"
-        return f"PyTorch: {self._runner.problem or 'the decode step is being compiled'}"
+        return f"PyTorch: {self._runner.problem or 'the kernels are being compiled'}"
 
     def wait_until_compiled(self, timeout_s: float) -> bool:
-        """Waits for the compiled decode step. Returns whether it is in use."""
+        """Waits for the compiled kernels. Returns whether it is in use."""
         return self._runner.poll(timeout_s)
 
     def serve(self) -> None:

@@ -2,23 +2,24 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2.inference.speculation import MAX_DRAFT, measure_steps
+from gpt2.inference.speculation import measure_steps
 from gpt2.kernels import library
-from gpt2.kernels.decoder import CompiledDecoder, supports
+from gpt2.kernels.compiled import CompiledModel, supports
 from gpt2.kernels.linear import choose_kernels, linear_layers, measured_here
 from gpt2.model.transformer import GPT
 
 PREFILL_CHUNKS = (64, 128, 256, 512)
+DEFAULT_CHUNK = 128
 MAX_STALL_S = 0.1
 """What other requests wait at most for a part of a prompt."""
-MAX_DECODER_ERROR = 0.1
+MAX_COMPILED_ERROR = 0.1
 DRIFT = 1.001
 """What the time of a step grows by at each step, so that it follows a machine that became slower."""
 DECODE_ROWS = (1, 8)
@@ -63,10 +64,12 @@ class _DecodeAttention:
 class ModelRunner:
     """A model and its KV cache: the logits after prompts, and after the next tokens of many sequences.
 
-    It decodes with PyTorch's operators, and once it has a decoder, with the compiled step of `gpt2.kernels`.
+    It computes with PyTorch's operators, and once they are compiled, with the kernels of `gpt2.kernels`, which have a
+    KV cache of their own. A sequence stays with what it began with. The system allocates the pages of a cache as they
+    fill.
 
-    cache: keys and values of the tokens in each slot, (slots, n_layer, 2, n_head, context_length, head_size); the
-    system allocates its pages as they fill. lengths: number of tokens in each slot.
+    cache: PyTorch's, keys and values of the tokens in each slot, (slots, n_layer, 2, n_head, context_length,
+    head_size). lengths: number of tokens in each slot.
     """
 
     def __init__(self, model: GPT, slots: int, context_length: int) -> None:
@@ -76,21 +79,19 @@ class ModelRunner:
         c_attn = blocks[0].attn.c_attn
         self.is_quantized = hasattr(c_attn, "out_dtype")
         self.dtype: str = c_attn.weights.dtype if self.is_quantized else ""
-        dtype = c_attn.out_dtype if self.is_quantized else c_attn.weight.dtype
         self.problem = self._why_not_compiled()
         self.can_compile = not self.problem
-        if self.can_compile and self.dtype != "fp32":
-            dtype = torch.bfloat16  # the compiled step reads it as fast as it reads memory, whatever the CPU
         self.cache = torch.empty(
             (slots, config.n_layer, 2, config.n_head, context_length, config.head_size),
-            dtype=dtype,
+            dtype=c_attn.out_dtype if self.is_quantized else c_attn.weight.dtype,
             device=model.device,
         )
         self.lengths = [0] * slots
-        self.prefill_chunk = PREFILL_CHUNKS[1]
-        self.decoder: CompiledDecoder | None = None
-        self.decode_seconds: list[float] = []  # of the compiled step, for 1, 2, ... tokens of a sequence
+        self.chunks = {False: DEFAULT_CHUNK, True: DEFAULT_CHUNK}  # of prompts, by whether they are compiled
+        self.compiled: CompiledModel | None = None
+        self.decode_seconds: list[float] = []  # of the compiled kernels, for 1, 2, ... tokens of a sequence
         self._build: library.Build | None = None
+        self._is_released = False
 
     def _why_not_compiled(self) -> str:
         if self.model.device.type != "cpu":
@@ -98,66 +99,79 @@ class ModelRunner:
         if not self.is_quantized:
             return "the model is not one of gpt2.quantize"
         if not supports(self.model.config, self.dtype):
-            return "the compiled decode step does not take models of these sizes"
+            return "the compiled kernels do not take models of these sizes"
         return "" if library.is_possible() else "there is no compiler, or it is turned off"
 
     def prepare(self) -> None:
-        """Chooses the fastest kernels on this machine, and starts to compile the decode step if it is not there."""
+        """Uses the compiled kernels, or starts to compile them. Without, it measures which of PyTorch's are fastest."""
         if not self.is_quantized or self.model.device.type != "cpu" or library.is_off():
             return
-        self._choose_kernels()
-        config = self.model.config
-        facts = f"prefill, {self.dtype}, {config}, context {self.cache.size(4)}"
-        self.prefill_chunk = int(measured_here(facts, self._measure_prefill_chunk))
-        if self.can_compile and not self.attach_decoder():
+        if self.can_compile and not self.attach_compiled():
             self._build = library.start_build()
+        if self.compiled is None and self._build is None:
+            choose_kernels(linear_layers(self.model), DECODE_ROWS)
+            facts = f"prefill, {self.dtype}, {self.model.config}, context {self.cache.size(4)}"
+            self.chunks[False] = int(measured_here(facts, lambda: self._measure_chunk(self.prefill)))
 
-    def _choose_kernels(self) -> None:
-        *layers, head = linear_layers(self.model)
-        if self.can_compile:  # PyTorch's operators will only process prompts, without the head
-            choose_kernels(layers, PREFILL_CHUNKS[1:2], sharing=self.dtype in ("fp32", "bf16"))
-            choose_kernels([head], [1], sharing=True)
-        else:
-            choose_kernels([*layers, head], DECODE_ROWS)
-
-    def _measure_prefill_chunk(self) -> float:
+    def _measure_chunk(self, prefill: Callable[[int, list[int]], object]) -> float:
         """The largest number of tokens that are processed in MAX_STALL_S."""
-        count = min(PREFILL_CHUNKS[1], self.cache.size(4))
-        seconds = min(measure_steps(lambda _: self.prefill(0, [0] * count), 1)[0] for _ in range(2))
+        count = min(DEFAULT_CHUNK, self.cache.size(4))
+        seconds = min(measure_steps(lambda _: prefill(0, [0] * count), 1)[0] for _ in range(2))
         fitting = [chunk for chunk in PREFILL_CHUNKS if chunk * seconds / count < MAX_STALL_S]
         return float(max(fitting, default=PREFILL_CHUNKS[0]))
 
     def poll(self, timeout_s: float = 0) -> bool:
-        """Uses the decode step once it is compiled; waits for it up to timeout_s. Returns whether it is in use."""
+        """Uses the compiled kernels once they are there; waits for them up to timeout_s. Returns whether it does."""
         if self._build is not None and self._build.has_ended(timeout_s):
             self.problem, self._build = self._build.problem(), None
-            if self.problem or not self.attach_decoder():
+            if self.problem or not self.attach_compiled():
                 self.can_compile = False
-                self._choose_kernels()  # and no more: a sequence may be in the slot that `prepare` measures with
-        return self.decoder is not None
+                choose_kernels(linear_layers(self.model), DECODE_ROWS)
+        return self.compiled is not None
 
-    def attach_decoder(self) -> bool:
-        """Uses the compiled decode step if there is one, and its logits are those of PyTorch's operators."""
+    def attach_compiled(self) -> bool:
+        """Uses the compiled kernels if they are there, and compute what PyTorch's operators do."""
         if not self.can_compile or not library.library_path().is_file():
             return False
         try:
-            decoder = CompiledDecoder(library.load(library.library_path()), self.model, self.cache)
+            compiled = CompiledModel(
+                library.load(library.library_path()), self.model, len(self.lengths), self.cache.size(4)
+            )
         except library.CompileError as error:
             self.problem = str(error)
             return False
-        used = self.cache[0, :, :, :, : MAX_DRAFT + 1]
-        saved, length = used.clone(), self.lengths[0]
+        saved, length = self.cache[0, :, :, :, 0].clone(), self.lengths[0]
         expected = self.logits(self.prefill(0, [0])).float()
-        found = decoder.decode([0], [0], [0])[0]
+        self.cache[0, :, :, :, 0] = saved
+        found = compiled.decode([0], [0], [0])[0]
         error_norm = float((found - expected).norm() / expected.norm())
-        if error_norm < MAX_DECODER_ERROR or not torch.isfinite(expected).all():
-            self.decoder = decoder
+        if error_norm < MAX_COMPILED_ERROR or not torch.isfinite(expected).all():
+            self.compiled = compiled
+            self.chunks[True] = int(self._measure_chunk(self.prefill_compiled))
             self.decode_seconds = self._measure_decode()
         else:
-            self.problem = f"the compiled decode step differs from PyTorch by {error_norm:.2g}"
-        used.copy_(saved)
+            self.problem = f"the compiled kernels differ from PyTorch by {error_norm:.2g}"
         self.lengths[0] = length
-        return self.decoder is not None
+        return self.compiled is not None
+
+    def release(self) -> None:
+        """Frees what only PyTorch's path needs, which no sequence uses any more."""
+        if not self._is_released:
+            self._is_released = True
+            self.cache = torch.empty_like(self.cache)
+            for layer in linear_layers(self.model):
+                layer.release()
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Allocates the memory of all slots and of the longest prompt."""
+        cache, prefill = self.cache, self.prefill
+        if self.compiled is not None:
+            cache, prefill = self.compiled.cache, self.prefill_compiled
+        cache.zero_()
+        chunk = self.chunks[self.compiled is not None]
+        for first in range(0, cache.size(4), chunk):
+            prefill(0, [0] * min(chunk, cache.size(4) - first), cached=first)
 
     @torch.inference_mode()
     def prefill(self, slot: int, ids: Sequence[int], *, cached: int = 0) -> Tensor:
@@ -189,16 +203,22 @@ class ModelRunner:
             lengths[slot] += 1
         return cast(Tensor, self.model.lm_head(hidden[:, 0]))
 
+    def prefill_compiled(self, slot: int, ids: Sequence[int], *, cached: int = 0) -> None:
+        """As `prefill`, with the compiled kernels: appends `ids` to the first `cached` tokens of the slot."""
+        assert self.compiled is not None
+        self.compiled.prefill(slot, ids, cached)
+        self.lengths[slot] = cached + len(ids)
+
     def decode_compiled(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Logits after appending tokens to each slot, (number of tokens, V) for each, with the compiled step."""
-        assert self.decoder is not None
+        """Logits after appending tokens to each slot, (number of tokens, V) for each, with the compiled kernels."""
+        assert self.compiled is not None
         rows = [
             (slot, token, self.lengths[slot] + index)
             for slot, own in zip(slots, tokens, strict=True)
             for index, token in enumerate(own)
         ]
         start_s = time.perf_counter()
-        logits = self.decoder.decode(*zip(*rows, strict=True))
+        logits = self.compiled.decode(*zip(*rows, strict=True))
         if len(slots) == 1 and len(rows) <= len(self.decode_seconds):  # the measurement may have been disturbed
             known = self.decode_seconds[len(rows) - 1]
             self.decode_seconds[len(rows) - 1] = min(DRIFT * known, time.perf_counter() - start_s)
@@ -207,7 +227,7 @@ class ModelRunner:
         return list(torch.split(logits, [len(own) for own in tokens]))
 
     def _measure_decode(self) -> list[float]:
-        """Seconds of the compiled step for 1, 2, ... tokens of a sequence."""
+        """Seconds of a compiled step for 1, 2, ... tokens of a sequence."""
 
         def step(count: int) -> None:
             self.lengths[0] = 0

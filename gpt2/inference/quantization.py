@@ -103,8 +103,7 @@ def fastest_dtype(model: GPT, among: tuple[str, ...] = AUTO_DTYPES) -> str:
 
 @torch.inference_mode()
 def seconds_per_token(model: GPT, among: tuple[str, ...] = AUTO_DTYPES) -> dict[str, float]:
-    """Seconds per decoded token in each dtype: with the compiled decode step if it is there, and with PyTorch's
-    operators otherwise.
+    """Seconds per decoded token in each dtype, with the compiled kernels if they are there.
 
     For large models only the first blocks and the head are measured, and the time of the rest is estimated.
     """
@@ -122,13 +121,13 @@ def seconds_per_token(model: GPT, among: tuple[str, ...] = AUTO_DTYPES) -> dict[
 
 def _time_token(model: GPT) -> float:
     runner = ModelRunner(model, slots=1, context_length=min(PROBE_CONTEXT, model.config.block_size))
-    runner.attach_decoder()
-    runner.prefill(0, [0])
+    runner.attach_compiled()
+    runner.prefill(0, [0]) if runner.compiled is None else runner.prefill_compiled(0, [0])
     best_s, deadline_s = math.inf, time.perf_counter() + PROBE_SECONDS
     for round_ in range(50):
         runner.lengths[0] = 1
         start_s = time.perf_counter()
-        runner.decode_compiled([0], [[0]]) if runner.decoder else runner.decode([0], [0])
+        runner.decode_compiled([0], [[0]]) if runner.compiled else runner.decode([0], [0])
         end_s = time.perf_counter()
         if round_:  # the first round warms up
             best_s = min(best_s, end_s - start_s)

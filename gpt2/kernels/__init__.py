@@ -1,1 +1,1 @@
-"""Quantized linear layers, and the compiled decode step. May import `gpt2.model` and the modules at the top."""
+"""Quantized linear layers, and compiled prefill and decode. May import `gpt2.model` and the modules at the top."""

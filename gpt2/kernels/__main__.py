@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from gpt2.errors import one_line
-from gpt2.kernels.decoder import check
+from gpt2.kernels.compiled import check
 from gpt2.kernels.library import CompileError, compile_source, library_path, load
 
 

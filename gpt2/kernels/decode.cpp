@@ -281,9 +281,10 @@ void attend(float* q, const T* keys, const T* values, int length, int head_size,
 // Memory that threads share: x the residual stream, q the queries, mixed the attention's output, hidden the MLP's.
 struct Shared { float *x, *q, *mixed, *hidden; };
 
-template <int D, class T>
+template <int D>
 void step(const Model& model, const Row* row, int rows, float* logits, Shared shared, Input input, float* scores,
           int thread, int threads) {
+    typedef Cached<D> T;
     const int width = model.n_embd, heads = model.n_head, head_size = width / heads;
     const int64_t per_head = (int64_t)model.context_length * head_size, per_part = heads * per_head;
     for (int layer = 0; layer < model.n_layer; layer++) {
@@ -367,12 +368,7 @@ template <class T> void embed(const Model& model, const Row& row, float* x) {
 }
 
 typedef void (*Step)(const Model&, const Row*, int, float*, Shared, Input, float*, int, int);
-constexpr Step STEPS[4][2] = {
-    {step<FP32, float>, step<FP32, uint16_t>},
-    {step<BF16, float>, step<BF16, uint16_t>},
-    {step<INT8, float>, step<INT8, uint16_t>},
-    {step<INT4, float>, step<INT4, uint16_t>},
-};
+constexpr Step STEPS[4] = {step<FP32>, step<BF16>, step<INT8>, step<INT4>};
 typedef void (*Multiply)(const Model&, int, float*, Shared, Input, int, int);
 constexpr Multiply MULTIPLY[4] = {multiply_all<FP32>, multiply_all<BF16>, multiply_all<INT8>, multiply_all<INT4>};
 
@@ -387,7 +383,7 @@ extern "C" {
 
 int32_t max_rows() { return MAX_ROWS; }
 
-int64_t scratch_bytes(const Model* model, int32_t threads) {
+int64_t decode_scratch_bytes(const Model* model, int32_t threads) {
     return 4 * (shared_floats(*model) + threads * (input_floats(*model) + 3 * BYTES));
 }
 
@@ -411,7 +407,7 @@ void decode(const Model* model, const Row* row, int32_t rows, float* logits, flo
         input.scale = own, own += MAX_ROWS;
         const int present = omp_get_num_threads();
         if (row)
-            STEPS[model->weight_dtype][model->cache_dtype](*model, row, rows, logits, shared, input, own, thread, present);
+            STEPS[model->weight_dtype](*model, row, rows, logits, shared, input, own, thread, present);
         else
             MULTIPLY[model->weight_dtype](*model, rows, logits, shared, input, thread, present);
     }

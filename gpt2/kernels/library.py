@@ -1,6 +1,6 @@
-"""Compiles decode.cpp for this CPU, once, and loads it.
+"""Compiles decode.cpp and prefill.cpp for this CPU, once, and loads them.
 
-The library is kept in the user's cache folder, under a name made of the source, the flags and the CPU. Without a
+The library is kept in the user's cache folder, under a name made of the sources, the flags and the CPU. Without a
 compiler, or if compiling fails, there is no library, and generation uses PyTorch's operators alone.
 """
 
@@ -12,15 +12,33 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 from gpt2.errors import GPT2Error, one_line
 
-SOURCE = Path(__file__).with_name("decode.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = ("decode.cpp", "prefill.cpp")
+HEADERS = ("model.h", "vectors.h")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-Wno-psabi")
-LIMITS = {"avx2": ("-march=native", "-mno-avx512f"), "default": ("-march=x86-64",)}
-"""Flags for the values of ATEN_CPU_CAPABILITY, with which users limit PyTorch's instruction sets."""
+NO_AMX = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
+NO_BF16 = (*NO_AMX, "-mno-avx512bf16")
+NO_VNNI = (*NO_BF16, "-mno-avx512vnni")
+LIMITS = {
+    "ATEN_CPU_CAPABILITY": {"AVX2": ("-mno-avx512f",), "DEFAULT": ("-march=x86-64",)},
+    "ONEDNN_MAX_CPU_ISA": {
+        "SSE41": ("-march=x86-64",),
+        "AVX": ("-march=x86-64",),
+        "AVX2": ("-mno-avx512f", "-mno-avxvnni"),
+        "AVX2_VNNI": ("-mno-avx512f",),
+        "AVX512_CORE": NO_VNNI,
+        "AVX512_CORE_VNNI": NO_BF16,
+        "AVX512_CORE_BF16": NO_AMX,
+        "AVX512_CORE_FP16": NO_AMX,
+    },
+}
+"""Flags for the environment variables with which users limit the instruction sets of PyTorch and its libraries."""
 COMPILE_TIMEOUT_S = 300
 SWITCH = "GPT2_OPTIMIZE"
 """Environment variable: 0 turns the library and the measuring of kernels off."""
@@ -48,7 +66,8 @@ def cache_folder() -> Path:
 
 def instruction_flags() -> tuple[str, ...]:
     """The compiler's flags for the instruction sets."""
-    return LIMITS.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), ("-march=native",))
+    limits = (flags.get(os.environ.get(name, "").upper(), ()) for name, flags in LIMITS.items())
+    return ("-march=native", *(flag for each in limits for flag in each))
 
 
 def cpu_identity() -> str:
@@ -61,9 +80,10 @@ def cpu_identity() -> str:
 
 
 def library_path() -> Path:
-    """Where the library for this source and this CPU is kept."""
-    facts = [SOURCE.read_bytes(), " ".join((*FLAGS, *instruction_flags())).encode(), cpu_identity().encode()]
-    return cache_folder() / f"decode-{hashlib.sha256(b'|'.join(facts)).hexdigest()[:16]}.so"
+    """Where the library for these sources and this CPU is kept."""
+    facts = [(FOLDER / name).read_bytes() for name in (*SOURCES, *HEADERS)]
+    facts += [" ".join((*FLAGS, *instruction_flags())).encode(), cpu_identity().encode()]
+    return cache_folder() / f"kernels-{hashlib.sha256(b'|'.join(facts)).hexdigest()[:16]}.so"
 
 
 def is_possible() -> bool:
@@ -79,19 +99,24 @@ def compile_source(target: Path) -> None:
     compiler = find_compiler()
     if compiler is None:
         raise CompileError("no C++ compiler; install g++ for faster generation")
-    with tempfile.TemporaryDirectory() as folder:
-        object_file = str(Path(folder) / "decode.o")
-        for command in (
-            [compiler, *FLAGS, *instruction_flags(), "-c", str(SOURCE), "-o", object_file],
-            [compiler, "-shared", object_file, "-o", str(target)],
-        ):
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
-            except (OSError, subprocess.TimeoutExpired) as error:
-                raise CompileError(f"{compiler} failed: {error}") from error
-            if done.returncode:
-                reason = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
-                raise CompileError(f"{compiler} failed: {reason}")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        objects = [str(Path(folder) / f"{name}.o") for name in SOURCES]
+        compile_only = [compiler, *FLAGS, *instruction_flags(), "-c"]
+        commands = [
+            [*compile_only, str(FOLDER / name), "-o", path] for name, path in zip(SOURCES, objects, strict=True)
+        ]
+        list(pool.map(_run, commands))
+        _run([compiler, "-shared", *objects, "-o", str(target)])
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompileError(f"{command[0]} failed: {error}") from error
+    if done.returncode:
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+        raise CompileError(f"{command[0]} failed: {reason}")
 
 
 class Build:
@@ -139,7 +164,7 @@ def load(path: Path) -> ctypes.CDLL:
     """Loads a library. Raises CompileError."""
     try:
         library = ctypes.CDLL(str(path))
-        library.scratch_bytes.restype = ctypes.c_int64
+        library.decode_scratch_bytes.restype = library.prefill_scratch_bytes.restype = ctypes.c_int64
         library.max_rows.restype = ctypes.c_int32
     except (OSError, AttributeError) as error:
         raise CompileError(f"{path} cannot be loaded: {error}") from error

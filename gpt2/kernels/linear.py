@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.device import Measured, remembered
-from gpt2.kernels.library import cache_folder, cpu_identity
+from gpt2.kernels.library import LIMITS, cache_folder, cpu_identity
 from gpt2.kernels.weights import INT8_MAX, LinearWeights, quantize_int8
 from gpt2.model.transformer import GPT
 
@@ -34,8 +34,6 @@ _QLINEAR: Any = _ONEDNN.qlinear_pointwise.default if hasattr(_ONEDNN, "qlinear_p
 
 class Plain:
     """`F.linear`, in fp32 or bf16."""
-
-    shares_weights = True
 
     def __init__(self, weights: LinearWeights) -> None:
         self.weight = weights.weight
@@ -60,8 +58,6 @@ class MatrixVector(Plain):
 class Prepacked(Plain):
     """oneDNN, with weights in its own layout."""
 
-    shares_weights = False
-
     def __init__(self, weights: LinearWeights) -> None:
         super().__init__(weights)
         self.dtype = self.weight.dtype
@@ -80,8 +76,6 @@ class Int8Prepacked:
     quantisation of LLM.int8(), https://arxiv.org/abs/2208.07339, section 3.1, without its outlier columns. Integer
     sums are exact, so the result of a row is bitwise independent of the other rows in the batch.
     """
-
-    shares_weights = False
 
     def __init__(self, weights: LinearWeights) -> None:
         if not has_exact_int8_matmul():
@@ -107,8 +101,6 @@ class Int8Prepacked:
 class Int8WeightOnly:
     """8-bit weights times inputs in bf16 for few rows, in fp32 for many."""
 
-    shares_weights = True
-
     def __init__(self, weights: LinearWeights) -> None:
         assert weights.scale is not None
         self.weight, self.bias, self.scale = weights.weight, weights.bias, weights.scale
@@ -124,8 +116,6 @@ class Int8WeightOnly:
 
 class Dequantized:
     """Weights dequantized to fp32 for each call."""
-
-    shares_weights = True
 
     def __init__(self, weights: LinearWeights) -> None:
         self.weights = weights
@@ -155,7 +145,6 @@ class Int4AsInt8(Int8Prepacked):
 class Int4Packed:
     """4-bit weights in PyTorch's own layout, times inputs in bf16."""
 
-    shares_weights = False
     OUT_MULTIPLE = 16
 
     def __init__(self, weights: LinearWeights) -> None:
@@ -184,21 +173,39 @@ CANDIDATES: dict[str, tuple[Any, ...]] = {
     "int4": (Dequantized, DequantizedBf16, Int4AsInt8, Int4Packed),
 }
 """The kernels of each dtype. The first that works here is used until they are measured."""
-LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
-"""Environment variables that limit the instruction sets of PyTorch's libraries."""
 
 
 class InferenceLinear:
     """A linear layer, (..., in_features) to (..., out_features): its weights, and the kernel that multiplies them.
 
-    out_dtype: dtype of the result.
+    out_dtype: dtype of the result. kind: name of the kernel. It is made when it is first called, because a kernel may
+    hold a copy of the weights, which the compiled kernels do not need.
     """
 
     def __init__(self, weights: LinearWeights, out_dtype: torch.dtype) -> None:
         self.weights, self.out_dtype = weights, out_dtype
-        candidates = CANDIDATES[weights.dtype]
-        working = (kernel for each in candidates if (kernel := make_kernel(each.__name__, weights)) is not None)
-        self.kernel: Kernel = next(working, None) or candidates[0](weights)  # which says why it does not work
+        self.kind = ""
+        self._kernel: Kernel | None = None
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel of this kind; without one that works here, the first candidate that does."""
+        if self._kernel is None:
+            candidates = CANDIDATES[self.weights.dtype]
+            names = sorted((each.__name__ for each in candidates), key=lambda name: name != self.kind)
+            kernels = (kernel for name in names if (kernel := make_kernel(name, self.weights)) is not None)
+            self._kernel = next(kernels, None) or candidates[0](self.weights)  # which says why it does not work
+            self.kind = type(self._kernel).__name__
+        return self._kernel
+
+    def use(self, kind: str) -> None:
+        """Changes the kernel."""
+        if self.kind != kind:
+            self.kind, self._kernel = kind, None
+
+    def release(self) -> None:
+        """Frees the kernel, until it is called again."""
+        self._kernel = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
@@ -225,22 +232,20 @@ def make_kernel(name: str, weights: LinearWeights) -> Kernel | None:
 
 
 @torch.inference_mode()
-def choose_kernels(layers: Iterable[InferenceLinear], rows: Sequence[int], *, sharing: bool = False) -> None:
+def choose_kernels(layers: Iterable[InferenceLinear], rows: Sequence[int]) -> None:
     """Gives each layer the kernel that is fastest on this machine for these numbers of rows.
 
-    Each shape is measured over all its layers, since one alone may stay in the processor's caches. sharing: only
-    kernels without a copy of the weights.
+    Each shape is measured over all its layers, since one alone may stay in the processor's caches.
     """
     by_shape: dict[tuple[str, tuple[int, int]], list[InferenceLinear]] = {}
     for layer in layers:
         by_shape.setdefault((layer.weights.dtype, layer.weights.shape), []).append(layer)
     for (dtype, shape), group in by_shape.items():
-        names = [each.__name__ for each in CANDIDATES[dtype] if each.shares_weights or not sharing]
+        names = [each.__name__ for each in CANDIDATES[dtype]]
         facts = f"{dtype}, {len(group)} x {shape}, rows {list(rows)}, {', '.join(names)}"
         name = measured_here(facts, lambda group=group, names=names: _fastest(group, names, rows))  # type: ignore[misc]
         for layer in group if name in names else []:
-            if type(layer.kernel).__name__ != name:
-                layer.kernel = make_kernel(name, layer.weights) or layer.kernel
+            layer.use(name)
 
 
 def measured_here(facts: str, measure: Callable[[], Measured]) -> Measured:

@@ -3,8 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 enum DType : int32_t { FP32, BF16, INT8, INT4 };
+
+// Keys and values: fp32 if the weights are, otherwise bf16.
+template <int D> using Cached = std::conditional_t<D == FP32, float, uint16_t>;
 
 constexpr int INT4_BLOCK = 128;  // 4-bit weights that are packed together
 constexpr int INT4_ZERO = 8;     // their zero point
@@ -29,7 +33,7 @@ struct Layer {
 };
 
 struct Model {
-    int32_t weight_dtype, embedding_dtype, cache_dtype;
+    int32_t weight_dtype, embedding_dtype;
     int32_t n_layer, n_head, n_embd, vocab_size, context_length;
     const void *wte, *wpe;
     const Layer* layers;

@@ -8,6 +8,7 @@
 //
 // A token's result does not depend on the other tokens in its panel, nor on how a prompt is divided into parts.
 
+#include <utility>
 #include <omp.h>
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512VNNI__) && defined(__linux__)
 #define HAS_AMX
@@ -112,6 +113,65 @@ inline UInts rounded_to_bf16(Floats x) {  // to the nearest, ties to even; the u
     return bits + 0x7fff + ((bits >> 16) & 1);
 }
 
+template <int STEP, bool UPPER, int... LANE>
+inline UInts exchange(UInts a, UInts b, std::integer_sequence<int, LANE...>) {
+    if constexpr (UPPER) return __builtin_shufflevector(a, b, (LANE & STEP ? LANES + LANE : LANE + STEP)...);
+    else return __builtin_shufflevector(a, b, (LANE & STEP ? LANES + LANE - STEP : LANE)...);
+}
+
+// Transposes a square of 32-bit values: exchanges ever larger blocks next to the diagonal.
+template <int STEP = 1> inline void transpose(UInts (&rows)[LANES]) {
+    if constexpr (STEP < LANES) {
+        constexpr auto all = std::make_integer_sequence<int, LANES>();
+        for (int i = 0; i < LANES; i++)
+            if (!(i & STEP)) {
+                UInts a = rows[i], b = rows[i + STEP];
+                rows[i] = exchange<STEP, false>(a, b, all), rows[i + STEP] = exchange<STEP, true>(a, b, all);
+            }
+        transpose<2 * STEP>(rows);
+    }
+}
+
+// Values, (tokens, head_size), to (head_size, stride), with zeros after the last token.
+template <class T> void transpose_values(const T* values, int tokens, int head_size, int stride, T* out) {
+    constexpr int IN_WORD = 4 / sizeof(T);
+    for (int first = 0; first < stride; first += LANES)
+        for (int channel = 0; channel < head_size; channel += LANES * IN_WORD) {
+            UInts rows[LANES];
+            for (int i = 0; i < LANES; i++)
+                rows[i] = first + i < tokens ? load<UInts>(values + (int64_t)(first + i) * head_size + channel) : UInts{};
+            transpose(rows);
+            for (int i = 0; i < LANES; i++) {
+                T* to = out + (int64_t)(channel + i * IN_WORD) * stride + first;
+                if constexpr (IN_WORD == 1) {
+                    store(to, rows[i]);
+                } else {
+                    store(to, __builtin_convertvector(rows[i] & 0xffffu, Halves));
+                    store(to + stride, __builtin_convertvector(rows[i] >> 16, Halves));
+                }
+            }
+        }
+}
+
+inline void store_all(float* to, Floats v) { store(to, v); }
+inline void store_all(uint16_t* to, Floats v) { store(to, __builtin_convertvector(rounded_to_bf16(v) >> 16, Halves)); }
+
+// Values of some channels, (CHANNELS, PANEL), to one row for each token, stride values apart.
+template <class T> void store_tokens(const float* values, int tokens, T* out, int stride) {
+    for (int first = 0; first < tokens; first += LANES)
+        for (int channel = 0; channel < CHANNELS; channel += LANES) {
+            UInts rows[LANES];
+            for (int i = 0; i < LANES; i++) rows[i] = load<UInts>(values + (channel + i) * PANEL + first);
+            transpose(rows);
+            for (int i = 0; i < std::min(LANES, tokens - first); i++)
+                store_all(out + (int64_t)(first + i) * stride + channel, (Floats)rows[i]);
+        }
+}
+
+inline UInts packed_bf16(Floats low, Floats high) {
+    return rounded_to_bf16(low) >> 16 | (rounded_to_bf16(high) & 0xffff0000u);
+}
+
 // Packs a panel, (width, PANEL), into words. 8 bits: quantizes each token with one scale.
 template <int D> void pack(const float* panel, int width, uint32_t* words, float* scale) {
     if constexpr (D == FP32) std::memmove(words, panel, sizeof(float) * width * PANEL);
@@ -119,11 +179,8 @@ template <int D> void pack(const float* panel, int width, uint32_t* words, float
         const float* x = panel + half;
         uint32_t* to = words + half;
         if constexpr (D == BF16)
-            for (int i = 0; i < width; i += 2, to += PANEL) {
-                UInts low = rounded_to_bf16(load<Floats>(x + i * PANEL));
-                UInts high = rounded_to_bf16(load<Floats>(x + (i + 1) * PANEL));
-                store(to, low >> 16 | (high & 0xffff0000u));
-            }
+            for (int i = 0; i < width; i += 2, to += PANEL)
+                store(to, packed_bf16(load<Floats>(x + i * PANEL), load<Floats>(x + (i + 1) * PANEL)));
         if constexpr (D == INT8) {
             Floats largest = {}, zero_or_nan = {};
             for (int i = 0; i < width; i++) {
@@ -264,17 +321,21 @@ void attend(const float* query, const T* keys, const T* values, int stride, int 
         for (int key = first; key < padded; key++)
             for (int lane = 0; lane < LANES; lane++)
                 if (key > first + half * LANES + lane) s[key * PANEL + lane] = -INFINITY;
-        Floats largest = splat(-INFINITY), sum = {};
-        for (int key = 0; key < padded; key++) largest = larger(largest, load<Floats>(s + key * PANEL));
-        for (int key = 0; key < padded; key++) {
-            Floats score = load<Floats>(s + key * PANEL);
-            Floats e = score == -INFINITY ? splat(0.0f) : exp_of_negative(score - largest);
-            store(s + key * PANEL, e);
-            sum += e;
+        Floats largest[2] = {splat(-INFINITY), splat(-INFINITY)}, sums[2] = {};
+        for (int key = 0; key < padded; key++) largest[key % 2] = larger(largest[key % 2], load<Floats>(s + key * PANEL));
+        largest[0] = larger(largest[0], largest[1]);
+        for (int key = 0; key < padded; key += 2) {  // overwrites the scores with packed probabilities
+            Floats e[2];
+            for (int i = 0; i < 2; i++) {
+                Floats score = load<Floats>(s + (key + i) * PANEL);
+                e[i] = score == -INFINITY ? splat(0.0f) : exp_of_negative(score - largest[0]);
+                sums[i] += e[i];
+            }
+            if constexpr (D == BF16) store(s + key / 2 * PANEL, packed_bf16(e[0], e[1]));
+            else store(s + key * PANEL, e[0]), store(s + (key + 1) * PANEL, e[1]);
         }
-        total[half] = sum;
+        total[half] = sums[0] + sums[1];
     }
-    pack<D>(scores, padded, (uint32_t*)scores, nullptr);  // a word is written after its values have been read
     for (int i = 0; i < head_size; i += CHANNELS) {
         multiply<D>(values + (int64_t)i * stride, stride * sizeof(T), (uint32_t*)scores, padded * sizeof(T) / 4, out + i * PANEL);
         for (int at = i * PANEL; at < (i + CHANNELS) * PANEL; at += LANES)
@@ -302,8 +363,9 @@ template <class T> void embed(const Model& model, const int32_t* tokens, int pos
 }
 
 // Passes at most PART tokens through the model. Their keys and values are all that is left of them.
-template <int D, class T>
-void process(const Model& model, const int32_t* tokens, int start, int count, T* cache, const Shared& shared, const Own& own) {
+template <int D>
+void process(const Model& model, const int32_t* tokens, int start, int count, Cached<D>* cache, const Shared& shared, const Own& own) {
+    typedef Cached<D> T;
     constexpr int E = D == INT4 ? INT8 : D;
     const int width = model.n_embd, heads = model.n_head, head_size = width / heads;
     const int panels = (count + PANEL - 1) / PANEL, length = start + count, stride = round_up(length, CHANNELS);
@@ -347,20 +409,13 @@ void process(const Model& model, const int32_t* tokens, int start, int count, T*
             const int within = (channel - width) % width, head = within / head_size;
             T* to = part + (channel - width) / width * per_part + head * per_head + (within - head * head_size);
             to += (int64_t)(start + panel * PANEL) * head_size;
-            for (int token = 0; token < std::min(PANEL, count - panel * PANEL); token++)
-                for (int c = 0; c < CHANNELS; c += 4) {
-                    const float* v = values + c * PANEL + token;
-                    store_floats(to + token * head_size + c, Four{v[0], v[PANEL], v[2 * PANEL], v[3 * PANEL]});
-                }
+            store_tokens(values, std::min(PANEL, count - panel * PANEL), to, head_size);
         });
         if (is_last) break;
 #pragma omp for schedule(dynamic)
         for (int head = 0; head < heads; head++) {
             const T* values = part + per_part + head * per_head;
-            T* to = (T*)shared.transposed + (int64_t)head * head_size * stride;
-            for (int token = 0; token < stride; token++)
-                for (int i = 0; i < head_size; i++)
-                    to[(int64_t)i * stride + token] = token < length ? values[(int64_t)token * head_size + i] : 0;
+            transpose_values(values, length, head_size, stride, (T*)shared.transposed + (int64_t)head * head_size * stride);
         }
 #pragma omp for schedule(dynamic)
         for (int task = 0; task < panels * heads; task++) {  // the longest first
@@ -412,7 +467,7 @@ Own own_memory(const Model& m, Divider& memory) {
     return own;
 }
 
-template <int D, class T>
+template <int D>
 void process_all(const Model& model, const int32_t* tokens, int start, int count, void* cache, char* scratch, int threads) {
 #pragma omp parallel num_threads(threads)
     {
@@ -424,7 +479,7 @@ void process_all(const Model& model, const int32_t* tokens, int start, int count
         if (USES_AMX) configure_amx();
 #endif
         for (int done = 0; done < count; done += PART)
-            process<D>(model, tokens + done, start + done, std::min(PART, count - done), (T*)cache, shared, own);
+            process<D>(model, tokens + done, start + done, std::min(PART, count - done), (Cached<D>*)cache, shared, own);
 #ifdef HAS_AMX
         if (USES_AMX) _tile_release();
 #endif
@@ -432,12 +487,7 @@ void process_all(const Model& model, const int32_t* tokens, int start, int count
 }
 
 typedef void (*Process)(const Model&, const int32_t*, int, int, void*, char*, int);
-constexpr Process PROCESS[4][2] = {
-    {process_all<FP32, float>, process_all<FP32, uint16_t>},
-    {process_all<BF16, float>, process_all<BF16, uint16_t>},
-    {process_all<INT8, float>, process_all<INT8, uint16_t>},
-    {process_all<INT4, float>, process_all<INT4, uint16_t>},
-};
+constexpr Process PROCESS[4] = {process_all<FP32>, process_all<BF16>, process_all<INT8>, process_all<INT4>};
 
 }  // namespace
 
@@ -454,7 +504,7 @@ int64_t prefill_scratch_bytes(const Model* model, int32_t threads) {
 // head_size).
 void prefill(const Model* model, const int32_t* tokens, int32_t start, int32_t count, void* cache, void* scratch,
              int32_t threads) {
-    PROCESS[model->weight_dtype][model->cache_dtype](*model, tokens, start, count, cache, (char*)scratch, threads);
+    PROCESS[model->weight_dtype](*model, tokens, start, count, cache, (char*)scratch, threads);
 }
 
 }

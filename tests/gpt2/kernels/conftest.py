@@ -18,7 +18,7 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture
 def optimized(compiled, monkeypatch):
-    """Turns measured kernels and the compiled step on."""
+    """Turns measured and compiled kernels on."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(compiled))
     monkeypatch.delenv("GPT2_OPTIMIZE", raising=False)
     library.start_build.cache_clear()

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 
@@ -60,7 +61,7 @@ def test_without_a_compiler_pytorch_generates(fresh, quantized, monkeypatch):
 def test_a_compiler_that_fails_leaves_pytorch(fresh, quantized, monkeypatch, script, reason):
     monkeypatch.setenv("CXX", compiler(fresh, script))
     engine = Engine(quantized)
-    assert engine.path == "PyTorch: the decode step is being compiled"
+    assert engine.path == "PyTorch: the kernels are being compiled"
     assert not engine.wait_until_compiled(60)
     assert reason in engine.path
     assert not list((fresh / "cache" / "gpt2").glob("*.so"))
@@ -74,7 +75,7 @@ def test_a_build_that_fails_beside_a_text_does_not_change_it(fresh, quantized, m
     monkeypatch.setattr(linear, "_fastest", lambda layers, names, rows: type(layers[0].kernel).__name__)
     (expected,) = generate(Engine(quantized, optimize=False), [request])
     engine = Engine(quantized)
-    assert engine.path == "PyTorch: the decode step is being compiled"
+    assert engine.path == "PyTorch: the kernels are being compiled"
     completion = engine.submit(request)
     while not completion._tokens:
         engine.step()
@@ -87,7 +88,7 @@ def test_a_compiler_that_hangs_holds_nothing_up(fresh, quantized, monkeypatch):
     monkeypatch.setenv("CXX", compiler(fresh, "exec sleep 20"))
     engine = Engine(quantized)
     assert len(generate(engine, [Request([1], 5)])[0]) == 5
-    assert engine.path == "PyTorch: the decode step is being compiled"
+    assert engine.path == "PyTorch: the kernels are being compiled"
 
 
 def test_a_damaged_library_leaves_pytorch(fresh, quantized):
@@ -113,10 +114,14 @@ def test_the_library_has_another_name_for_another_cpu_limit_or_source(monkeypatc
     names.append(library.library_path())
     monkeypatch.setattr(library, "cpu_identity", lambda: "another")
     names.append(library.library_path())
-    monkeypatch.setattr(library, "SOURCE", tmp_path / "other.cpp")
-    library.SOURCE.write_text("// nothing")
-    names.append(library.library_path())
-    assert len(set(names)) == 4
+    for name in (*library.SOURCES, *library.HEADERS):
+        shutil.copytree(library.FOLDER, tmp_path / name)
+        with open(tmp_path / name / name, "a") as file:
+            file.write("// a line more")
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "FOLDER", tmp_path / name)
+            names.append(library.library_path())
+    assert len(set(names)) == 7
 
 
 def test_the_switch_turns_it_off(fresh, quantized, monkeypatch):

@@ -61,12 +61,21 @@ def test_the_fastest_kernel_is_used_and_kept(layers, measuring):
         assert {type(layer.kernel).__name__ for layer in layers} == {"Prepacked"}
 
 
-def test_kernels_with_a_copy_of_the_weights_can_be_left_out(layers, measuring):
-    seconds, calls = measuring
-    seconds["Prepacked"] = 0.5
-    choose_kernels(layers, [128], sharing=True)
-    assert "Prepacked" not in calls
-    assert layers[0].kernel.weight.data_ptr() == layers[0].weights.weight.data_ptr()
+def test_a_released_kernel_comes_back_as_the_same_one():
+    layer = InferenceLinear(LinearWeights.of(nn.Linear(128, 64), "fp32"), torch.float32)
+    layer.use("MatrixVector")
+    first = layer.kernel
+    assert layer.kernel is first
+    layer.release()
+    assert type(layer.kernel).__name__ == "MatrixVector"
+    assert layer.kernel is not first
+
+
+def test_a_kernel_that_does_not_work_is_replaced_by_one_that_does(monkeypatch):
+    monkeypatch.setattr(linear, "_MKLDNN", object())
+    layer = InferenceLinear(LinearWeights.of(nn.Linear(128, 64), "fp32"), torch.float32)
+    layer.use("Prepacked")
+    assert type(layer.kernel).__name__ == "Plain"
 
 
 def test_another_limit_of_the_instruction_sets_is_measured_again(layers, measuring, monkeypatch):
@@ -93,4 +102,4 @@ def test_if_no_kernel_works_the_error_is_the_first_ones(monkeypatch):
     for kind in CANDIDATES["fp32"]:
         monkeypatch.setattr(kind, "__init__", out_of_memory)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        InferenceLinear(LinearWeights.of(nn.Linear(64, 64), "fp32"), torch.float32)
+        InferenceLinear(LinearWeights.of(nn.Linear(64, 64), "fp32"), torch.float32)(torch.zeros(1, 64))

@@ -1,4 +1,4 @@
-"""Calls the compiled decode step with the weights of a model."""
+"""Calls the compiled prefill and decode with the weights of a model."""
 
 import ctypes
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class _Layer(Structure):
 
 class _Model(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("weight_dtype", "embedding_dtype", "cache_dtype")),
+        *((name, c_int32) for name in ("weight_dtype", "embedding_dtype")),
         *((name, c_int32) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "context_length")),
         ("wte", c_void_p),
         ("wpe", c_void_p),
@@ -58,36 +58,39 @@ class _Row(Structure):
 
 
 def supports(config: GPTConfig, dtype: str) -> bool:
-    """Whether the compiled step takes models of these sizes: vectors have to fit into a row."""
+    """Whether the compiled kernels take models of these sizes: vectors have to fit into a row."""
     multiple = INT4_WIDTH_MULTIPLE if dtype == "int4" else WIDTH_MULTIPLE
     return config.n_embd % multiple == 0 and config.head_size % HEAD_MULTIPLE == 0 and config.vocab_size >= 4
 
 
-class CompiledDecoder:
-    """The compiled decode step for one model and its KV cache."""
+class CompiledModel:
+    """The compiled prefill and decode for one model, with a KV cache.
 
-    def __init__(self, library: ctypes.CDLL, model: GPT, cache: Tensor) -> None:
-        """model: as `gpt2.inference.quantization.quantize` returns it: its linear layers have `weights`.
+    cache: keys and values of the tokens in each slot, (slots, n_layer, 2, n_head, context_length, head_size), in fp32
+    for fp32 and in bf16 for the other dtypes.
+    """
 
-        cache: (slots, n_layer, 2, n_head, context_length, head_size), fp32 or bf16.
-        """
-        self.library, self.cache = library, cache
+    def __init__(self, library: ctypes.CDLL, model: GPT, slots: int, context_length: int) -> None:
+        """model: as `gpt2.inference.quantization.quantize` returns it: its linear layers have `weights`."""
+        self.library = library
         self.max_rows: int = library.max_rows()
         self._tensors: list[Tensor] = []  # what the pointers point to
         config = model.config
         parts: Any = model.transformer
+        dtype = parts["h"][0].mlp.c_fc.weights.dtype
+        shape = (slots, config.n_layer, 2, config.n_head, context_length, config.head_size)
+        self.cache = torch.empty(shape, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
         self._layers = (_Layer * config.n_layer)(*map(self._layer, parts["h"]))
         head: Any = model.lm_head
         wte, wpe = (self._kept(parts[name].weight.detach()) for name in ("wte", "wpe"))
         self._model = _Model(
-            DTYPE_CODES[parts["h"][0].mlp.c_fc.weights.dtype],
+            DTYPE_CODES[dtype],
             TENSOR_CODES[wte.dtype],
-            TENSOR_CODES[cache.dtype],
             config.n_layer,
             config.n_head,
             config.n_embd,
             config.vocab_size,
-            cache.size(4),
+            context_length,
             wte.data_ptr(),
             wpe.data_ptr(),
             self._layers,
@@ -95,39 +98,57 @@ class CompiledDecoder:
             self._matrix(head.weights),
         )
         self._vocab_size = config.vocab_size
-        self._scratch = torch.empty(0)
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def prefill(self, slot: int, tokens: Sequence[int], start: int) -> None:
+        """Appends tokens to the first `start` ones of a slot. Raises IndexError for what is not there.
+
+        How a prompt is divided changes nothing.
+        """
+        self._check([slot], tokens, [start, start + len(tokens) - 1])
+        ids = (c_int32 * len(tokens))(*tokens)
+        threads = torch.get_num_threads()
+        scratch = self._scratch_for(self.library.prefill_scratch_bytes(byref(self._model), threads))
+        self.library.prefill(byref(self._model), ids, start, len(ids), self._address(slot), scratch, threads)
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Appends tokens to slots at positions, and returns the logits after each, (len(slots), V).
 
         A slot may occur several times, with consecutive positions. Raises IndexError for what is not there.
         """
-        limits = ((slots, self.cache.size(0)), (tokens, self._vocab_size), (positions, self.cache.size(4)))
-        if not all(0 <= each < limit for values, limit in limits for each in values):
-            raise IndexError("a slot, token or position does not exist")
-        stride = self.cache.stride(0) * self.cache.element_size()
+        self._check(slots, tokens, positions)
         rows = (_Row * len(slots))(
             *(
-                _Row(token, position, self.cache.data_ptr() + slot * stride)
+                _Row(token, position, self._address(slot))
                 for slot, token, position in zip(slots, tokens, positions, strict=True)
             )
         )
         logits = torch.empty(len(slots), self._vocab_size)
         for first in range(0, len(slots), self.max_rows):
-            self._call(byref(rows, first * ctypes.sizeof(_Row)), logits[first : first + self.max_rows])
+            self._decode(byref(rows, first * ctypes.sizeof(_Row)), logits[first : first + self.max_rows])
         return logits
 
     def multiply(self, rows: int) -> None:
-        """Computes the matrix products of a step with this many rows, at most max_rows, and nothing else."""
-        self._call(None, torch.empty(min(rows, self.max_rows), self._vocab_size))
+        """Computes the matrix products of a decode step with this many rows, at most max_rows, and nothing else."""
+        self._decode(None, torch.empty(min(rows, self.max_rows), self._vocab_size))
 
-    def _call(self, rows: Any, logits: Tensor) -> None:
+    def _decode(self, rows: Any, logits: Tensor) -> None:
         threads = torch.get_num_threads()
-        needed = self.library.scratch_bytes(byref(self._model), threads)
-        if self._scratch.nbytes < needed:
-            self._scratch = torch.empty(needed // 4)
-        pointers = c_void_p(logits.data_ptr()), c_void_p(self._scratch.data_ptr())
-        self.library.decode(byref(self._model), rows, len(logits), *pointers, threads)
+        scratch = self._scratch_for(self.library.decode_scratch_bytes(byref(self._model), threads))
+        self.library.decode(byref(self._model), rows, len(logits), c_void_p(logits.data_ptr()), scratch, threads)
+
+    def _check(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> None:
+        limits = ((slots, self.cache.size(0)), (tokens, self._vocab_size), (positions, self.cache.size(4)))
+        if not all(0 <= each < limit for values, limit in limits for each in values):
+            raise IndexError("a slot, token or position does not exist")
+
+    def _address(self, slot: int) -> c_void_p:
+        return c_void_p(self.cache.data_ptr() + slot * self.cache.stride(0) * self.cache.element_size())
+
+    def _scratch_for(self, num_bytes: int) -> c_void_p:
+        if self._scratch.nbytes < num_bytes:
+            self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
+        return c_void_p(self._scratch.data_ptr())
 
     def _kept(self, tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()
@@ -160,19 +181,16 @@ class CompiledDecoder:
 
 def check(library: ctypes.CDLL) -> None:
     """Compares the library with PyTorch, on a small model in each dtype. Raises CompileError if they differ."""
-    config = GPTConfig(block_size=40, vocab_size=97, n_layer=2, n_head=2, n_embd=128)
-    ids = [(7 * i) % 97 for i in range(20)]
+    config = GPTConfig(block_size=80, vocab_size=97, n_layer=2, n_head=2, n_embd=128)
+    ids = [(7 * i) % 97 for i in range(60)]
     for dtype in DTYPE_CODES:
-        for cache_dtype in TENSOR_CODES:
-            error = _relative_error(library, config, ids, dtype, cache_dtype)
-            if not error < MAX_CHECK_ERROR:
-                raise CompileError(f"the compiled decode step is wrong on this CPU: {dtype} differs by {error:.2g}")
+        error = _relative_error(library, config, ids, dtype)
+        if not error < MAX_CHECK_ERROR:
+            raise CompileError(f"the compiled kernels are wrong on this CPU: {dtype} differs by {error:.2g}")
 
 
 @torch.inference_mode()
-def _relative_error(
-    library: ctypes.CDLL, config: GPTConfig, ids: list[int], dtype: str, cache_dtype: torch.dtype
-) -> float:
+def _relative_error(library: ctypes.CDLL, config: GPTConfig, ids: list[int], dtype: str) -> float:
     model = GPT(config)  # with the weights as they are after quantization
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) / 8)
@@ -185,13 +203,10 @@ def _relative_error(
                 module.weight.copy_(weights.dequantized())
     head: Any = model.lm_head
     expected = model.hidden(torch.tensor([ids])) @ head.weights.dequantized().T
-    cache = torch.zeros(1, config.n_layer, 2, config.n_head, config.block_size, config.head_size, dtype=cache_dtype)
-    decoder = CompiledDecoder(library, model, cache)
-    found = torch.cat(
-        [
-            decoder.decode([0], ids[:1], [0]),
-            *(decoder.decode([0] * 5, ids[i : i + 5], range(i, min(i + 5, 20))) for i in range(1, 16, 5)),
-            decoder.decode([0] * 4, ids[16:], range(16, 20)),
-        ]
-    )
-    return float((found - expected[0]).norm() / expected.norm())
+    compiled = CompiledModel(library, model, 1, config.block_size)
+    logits = [compiled.decode([0], ids[:1], [0]), compiled.decode([0] * 5, ids[1:6], range(1, 6))]
+    compiled.prefill(0, ids[6:-4], 6)
+    logits.append(compiled.decode([0] * 4, ids[-4:], range(len(ids) - 4, len(ids))))
+    found = torch.cat(logits)
+    expected = torch.cat((expected[0, :6], expected[0, -4:]))
+    return float((found - expected).norm() / expected.norm())

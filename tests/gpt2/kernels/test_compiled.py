@@ -8,7 +8,7 @@ from gpt2.inference.kv_cache import ModelRunner
 from gpt2.inference.quantization import fastest_dtype, quantize
 from gpt2.inference.request import Request, Sampling
 from gpt2.inference.speculation import Drafter
-from gpt2.kernels import decoder, library
+from gpt2.kernels import compiled, library
 from gpt2.kernels.library import CompileError
 from gpt2.model.transformer import GPT
 from tests.conftest import needs_compiler
@@ -35,7 +35,7 @@ def test_the_compiled_step_has_the_logits_of_the_dequantized_weights(model, dtyp
     ids = torch.randint(1001, (40,)).tolist()
     quantized = quantize(model, dtype)
     runner = ModelRunner(quantized, slots=2, context_length=48)
-    assert runner.attach_decoder(), runner.problem
+    assert runner.attach_compiled(), runner.problem
     found = torch.cat([runner.decode_compiled([1], [[token]])[0] for token in ids])
     reference = GPT(model.config)
     reference.load_state_dict(model.state_dict())
@@ -60,7 +60,7 @@ def test_a_text_is_the_same_to_the_bit_alone_and_in_company(model, dtype):
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 16, 21])
 def test_any_number_of_rows_gives_the_same_bits(model, rows):
     runner = ModelRunner(quantize(model, "bf16"), slots=rows, context_length=16)
-    assert runner.attach_decoder()
+    assert runner.attach_compiled()
     tokens = torch.randint(1001, (rows,)).tolist()
     together = [logits[0] for logits in runner.decode_compiled(range(rows), [[token] for token in tokens])]
     runner.lengths = [0] * rows
@@ -70,7 +70,7 @@ def test_any_number_of_rows_gives_the_same_bits(model, rows):
 
 def test_any_number_of_threads_gives_the_same_bits(model):
     runner = ModelRunner(quantize(model, "int8"), slots=1, context_length=16)
-    assert runner.attach_decoder()
+    assert runner.attach_compiled()
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
@@ -122,10 +122,10 @@ def test_damaged_weights_give_an_error_in_every_dtype(model):
 
 def test_what_is_not_there_is_refused(model):
     runner = ModelRunner(quantize(model, "fp32"), slots=2, context_length=8)
-    assert runner.attach_decoder()
+    assert runner.attach_compiled()
     for slot, token, position in ((2, 0, 0), (0, 1001, 0), (0, -1, 0), (0, 0, 8)):
         with pytest.raises(IndexError, match="does not exist"):
-            runner.decoder.decode([slot], [token], [position])
+            runner.compiled.decode([slot], [token], [position])
 
 
 def test_sizes_that_do_not_fit_into_vectors_use_pytorch():
@@ -137,11 +137,11 @@ def test_sizes_that_do_not_fit_into_vectors_use_pytorch():
 
 def test_a_step_that_computes_something_else_is_not_used(model, monkeypatch):
     wrong = lambda self, slots, tokens, positions: torch.randn(len(slots), self._vocab_size)  # noqa: E731
-    monkeypatch.setattr(decoder.CompiledDecoder, "decode", wrong)
+    monkeypatch.setattr(compiled.CompiledModel, "decode", wrong)
     engine = Engine(quantize(model, "fp32"))
-    assert engine.path.startswith("PyTorch: the compiled decode step differs from PyTorch by ")
-    with pytest.raises(CompileError, match="the compiled decode step is wrong on this CPU: fp32 differs by"):
-        decoder.check(library.load(library.library_path()))
+    assert engine.path.startswith("PyTorch: the compiled kernels differ from PyTorch by ")
+    with pytest.raises(CompileError, match="the compiled kernels are wrong on this CPU: fp32 differs by"):
+        compiled.check(library.load(library.library_path()))
 
 
 def test_the_dtype_is_chosen_with_the_compiled_step(model):
@@ -155,7 +155,7 @@ def test_a_text_that_began_before_the_step_was_there_stays_with_pytorch(model, m
         patch.setattr(library.Path, "is_file", lambda self: False)
         patch.setattr(library, "start_build", _EndedBuild)
         engine = Engine(quantized, slots=2)
-    assert engine.path == "PyTorch: the decode step is being compiled"
+    assert engine.path == "PyTorch: the kernels are being compiled"
     early = engine.submit(Request([1], 20))
     engine.step()
     assert engine.wait_until_compiled(1)
