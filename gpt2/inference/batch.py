@@ -50,7 +50,7 @@ class Batch:
             while not (can_decode := self._can_decode(sequence)) and budget > 0:
                 if sequence.has_ended:
                     break
-                hidden, part = self._prefill_chunk(sequence)
+                hidden, part = self._prefill_chunk(sequence, is_alone=len(running) == 1)
                 budget -= part
                 if hidden is not None:
                     ready.append((sequence, self.runner.logits(hidden)[None], []))
@@ -78,13 +78,15 @@ class Batch:
         is_last = sequence.num_cached == len(sequence.ids) - start - 1
         return is_last and (sequence.is_compiled or sequence.num_cached > 0)
 
-    def _prefill_chunk(self, sequence: RunningSequence) -> tuple[Tensor | None, float]:
+    def _prefill_chunk(self, sequence: RunningSequence, *, is_alone: bool) -> tuple[Tensor | None, float]:
         """Processes the next tokens of the window, and returns what part of a chunk they are.
 
+        The compiled kernels take the prompt of a sequence that is alone as a whole; with them, chunks change nothing.
         PyTorch's path also returns the hidden state after the last token. The compiled step will process that token.
         """
         runner, is_compiled = self.runner, bool(sequence.is_compiled)
-        size, cached = runner.chunks[is_compiled], sequence.num_cached
+        size = self.context_length if is_compiled and is_alone else runner.chunks[is_compiled]
+        cached = sequence.num_cached
         first, last = sequence.window_start + cached, len(sequence.ids) - is_compiled
         chunk = sequence.ids[first : min(first + size, last)]
         sequence.num_cached += len(chunk)

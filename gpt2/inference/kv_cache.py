@@ -165,13 +165,12 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Allocates the memory of all slots and of the longest prompt."""
-        cache, prefill = self.cache, self.prefill
-        if self.compiled is not None:
-            cache, prefill = self.compiled.cache, self.prefill_compiled
+        length, chunk = self.cache.size(4), self.chunks[self.compiled is not None]
+        cache = self.cache if self.compiled is None else self.compiled.cache
+        prefill = self.prefill if self.compiled is None else self.prefill_compiled
         cache.zero_()
-        chunk = self.chunks[self.compiled is not None]
-        for first in range(0, cache.size(4), chunk):
-            prefill(0, [0] * min(chunk, cache.size(4) - first), cached=first)
+        for first in range(0, length, chunk):
+            prefill(0, [0] * min(chunk, length - first), cached=first)
 
     @torch.inference_mode()
     def prefill(self, slot: int, ids: Sequence[int], *, cached: int = 0) -> Tensor:

@@ -25,7 +25,7 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-Wno-psabi")
 NO_AMX = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
 NO_BF16 = (*NO_AMX, "-mno-avx512bf16")
 NO_VNNI = (*NO_BF16, "-mno-avx512vnni")
-LIMITS = {
+LIMITS: dict[str, dict[str, tuple[str, ...]]] = {
     "ATEN_CPU_CAPABILITY": {"AVX2": ("-mno-avx512f",), "DEFAULT": ("-march=x86-64",)},
     "ONEDNN_MAX_CPU_ISA": {
         "SSE41": ("-march=x86-64",),

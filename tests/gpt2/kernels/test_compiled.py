@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -55,6 +57,45 @@ def test_a_text_is_the_same_to_the_bit_alone_and_in_company(model, dtype):
     alone = [generate(Engine(quantized, speculate=False), [request])[0] for request in requests]
     assert Engine(quantized).path == "compiled"
     assert generate(Engine(quantized, slots=7), requests) == alone  # with their log probabilities
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_prefill_has_the_keys_and_values_of_the_compiled_decode(model, dtype):
+    ids = torch.randint(1001, (77,)).tolist()  # no multiple of a panel
+    runner = ModelRunner(quantize(model, dtype), slots=3, context_length=80)
+    assert runner.attach_compiled()
+    cache = runner.compiled.cache.zero_()
+    for token in ids:
+        runner.decode_compiled([1], [[token]])
+    expected = cache[1].float()
+    cache[1] = 0
+    runner.prefill_compiled(1, ids)
+    found = cache[1].float()
+    limit = {"fp32": 1e-5, "bf16": 0.01}.get(dtype, 0.04)
+    for layer in range(2):
+        assert (found[layer] - expected[layer]).norm() / expected[layer].norm() < limit
+    assert not cache[0].any()
+    assert not cache[2].any()
+    assert not found[..., 77:, :].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_how_a_prompt_is_divided_changes_nothing(model, dtype):
+    ids = torch.randint(1001, (90,)).tolist()
+    runner = ModelRunner(quantize(model, dtype), slots=1, context_length=96)
+    assert runner.attach_compiled()
+    threads, caches = torch.get_num_threads(), []
+    try:
+        for parts in ([90], [1, 89], [31, 33, 26], [64, 26]):
+            torch.set_num_threads(1 + len(parts))
+            runner.compiled.cache.fill_(7)
+            for part, first in zip(parts, itertools.accumulate(parts, initial=0), strict=False):
+                runner.prefill_compiled(0, ids[first : first + part], cached=first)
+            caches.append(runner.compiled.cache.clone())
+    finally:
+        torch.set_num_threads(threads)
+    assert runner.lengths == [90]
+    assert all(torch.equal(caches[0], other) for other in caches[1:])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 16, 21])
@@ -126,6 +167,10 @@ def test_what_is_not_there_is_refused(model):
     for slot, token, position in ((2, 0, 0), (0, 1001, 0), (0, -1, 0), (0, 0, 8)):
         with pytest.raises(IndexError, match="does not exist"):
             runner.compiled.decode([slot], [token], [position])
+        with pytest.raises(IndexError, match="does not exist"):
+            runner.compiled.prefill(slot, [token], position)
+    with pytest.raises(IndexError, match="does not exist"):
+        runner.compiled.prefill(0, [0] * 5, 4)
 
 
 def test_sizes_that_do_not_fit_into_vectors_use_pytorch():

@@ -132,9 +132,18 @@ def test_the_switch_turns_it_off(fresh, quantized, monkeypatch):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_it_is_compiled_and_right_with_fewer_instruction_sets(fresh, capability):
-    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+@pytest.mark.parametrize(
+    "limit",
+    [
+        {"ATEN_CPU_CAPABILITY": "avx2"},
+        {"ATEN_CPU_CAPABILITY": "default"},
+        {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+        {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+        {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+    ],
+)
+def test_it_is_compiled_and_right_with_fewer_instruction_sets(fresh, limit):
+    env = {**os.environ, **limit}
     done = subprocess.run([sys.executable, "-m", "gpt2.kernels"], env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr  # it has compared each dtype with PyTorch
     assert len(list((fresh / "cache" / "gpt2").glob("*.so"))) == 1
