@@ -182,7 +182,7 @@ class Engine:
             self._running.remove(running)
             sequence = running[1]
             sequence.has_ended = True
-            self._free_slots.append(sequence.slot)
+            self._free_slots.insert(0, sequence.slot)  # its memory is allocated
             if reason in ("timeout", "cancelled") and (rest := sequence.detokenizer.flush()) and completion._tokens:
                 last = completion._tokens.pop()
                 completion._tokens.append(Token(last.id, last.text + rest, last.logprob, last.top_logprobs))
