@@ -66,8 +66,8 @@ def supports(config: GPTConfig, dtype: str) -> bool:
 class CompiledModel:
     """The compiled prefill and decode for one model, with a KV cache.
 
-    cache: keys and values of the tokens in each slot, (slots, n_layer, 2, n_head, context_length, head_size), in fp32
-    for fp32 and in bf16 for the other dtypes.
+    cache: keys and values of the tokens in each slot, (slots, bytes): in fp32 or bf16 as the weights, and in 8 bits,
+    with a scale for each token and head, for int8 and int4.
     """
 
     def __init__(self, library: ctypes.CDLL, model: GPT, slots: int, context_length: int) -> None:
@@ -78,8 +78,6 @@ class CompiledModel:
         config = model.config
         parts: Any = model.transformer
         dtype = parts["h"][0].mlp.c_fc.weights.dtype
-        shape = (slots, config.n_layer, 2, config.n_head, context_length, config.head_size)
-        self.cache = torch.empty(shape, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
         self._layers = (_Layer * config.n_layer)(*map(self._layer, parts["h"]))
         head: Any = model.lm_head
         wte, wpe = (self._kept(parts[name].weight.detach()) for name in ("wte", "wpe"))
@@ -97,7 +95,8 @@ class CompiledModel:
             self._norm(parts["ln_f"]),
             self._matrix(head.weights),
         )
-        self._vocab_size = config.vocab_size
+        self.cache = torch.empty(slots, library.cache_bytes(byref(self._model)), dtype=torch.uint8)
+        self._vocab_size, self._context_length = config.vocab_size, context_length
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> None:
@@ -138,12 +137,12 @@ class CompiledModel:
         self.library.decode(byref(self._model), rows, len(logits), c_void_p(logits.data_ptr()), scratch, threads)
 
     def _check(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> None:
-        limits = ((slots, self.cache.size(0)), (tokens, self._vocab_size), (positions, self.cache.size(4)))
+        limits = ((slots, self.cache.size(0)), (tokens, self._vocab_size), (positions, self._context_length))
         if not all(0 <= each < limit for values, limit in limits for each in values):
             raise IndexError("a slot, token or position does not exist")
 
     def _address(self, slot: int) -> c_void_p:
-        return c_void_p(self.cache.data_ptr() + slot * self.cache.stride(0) * self.cache.element_size())
+        return c_void_p(self.cache.data_ptr() + slot * self.cache.stride(0))
 
     def _scratch_for(self, num_bytes: int) -> c_void_p:
         if self._scratch.nbytes < num_bytes:

@@ -18,7 +18,7 @@ namespace {
 constexpr int CHANNELS = 4;      // output channels computed together
 constexpr int ROWS = 4;          // rows of the batch computed together
 constexpr int MAX_ROWS = 16;     // rows of the batch in one call
-constexpr int TOKENS_AHEAD = 16;  // of keys and values that are prefetched
+constexpr int TOKENS_AHEAD = 64; // of keys and values that are prefetched
 
 // The rows of an input, as the products of a dtype need them. Each thread has its own.
 struct Input {
@@ -97,7 +97,7 @@ inline void tile_of_int4(const Matrix& m, int channel, const Input& input, int r
                 for (int r = 0; r < R; r++) {
                     Bytes x = load<Bytes>(input.bytes + (row + r) * m.in + first);
                     Ints start = load<Ints>(input.offsets + ((row + r) * m.in + first) / 4);
-                    sums[c][r] += __builtin_convertvector(dot4_int4(start, w[half], x), Floats) * s;
+                    sums[c][r] += __builtin_convertvector(dot4_small(start, w[half], x), Floats) * s;
                 }
             }
         }
@@ -151,32 +151,34 @@ inline void join_pairs(float* x, int width) {
     }
 }
 
-// Prepares the values of a row for products. 8 and 4 bits: quantizes them with one scale, as Int8Prepacked does.
-template <int D> void prepare_row(Input& input, int row) {
-    if constexpr (D == BF16) split_pairs(input.values + row * input.width, input.width);
-    if constexpr (D == FP32 || D == BF16) return;
-    const float* x = input.values + row * input.width;
-    uint8_t* q = input.bytes + row * input.width;
+// One scale for some values, and their 8-bit integers, as bytes with a zero point. Returns the scale.
+inline float quantize(const float* x, int width, int zero, uint8_t* out) {
     Floats most = {}, zero_or_nan = {};
-    for (int i = 0; i < input.width; i += LANES) {
+    for (int i = 0; i < width; i += LANES) {
         Floats v = load<Floats>(x + i);
         most = larger(most, larger(v, -v));
         zero_or_nan += v * 0.0f;  // NaN for a value that is not finite
     }
-    float largest = max_lanes(most);
-    input.scale[row] = largest / INT8_MAX_VALUE + sum_lanes(zero_or_nan);
-    float factor = largest > SMALLEST ? INT8_MAX_VALUE / largest : 0.0f;
-    constexpr int zero = D == INT8 ? INPUT_ZERO : 0;
-    for (int i = 0; i < input.width; i += LANES) {
+    const float largest = max_lanes(most), factor = largest > SMALLEST ? INT8_MAX_VALUE / largest : 0.0f;
+    for (int i = 0; i < width; i += LANES) {
         // adding the zero point and a half before truncating rounds
         Ints whole = __builtin_convertvector(load<Floats>(x + i) * factor + (UINT8_ZERO + 0.5f), Ints);
-        store(q + i, __builtin_convertvector(whole + (zero - UINT8_ZERO), LaneBytes));
+        store(out + i, __builtin_convertvector(whole + (zero - UINT8_ZERO), LaneBytes));
     }
+    return largest / INT8_MAX_VALUE + sum_lanes(zero_or_nan);
+}
+
+// Prepares the values of a row for products. 8 and 4 bits: quantizes them with one scale, as Int8Prepacked does.
+template <int D> void prepare_row(Input& input, int row) {
+    if constexpr (D == BF16) split_pairs(input.values + row * input.width, input.width);
+    if constexpr (D == FP32 || D == BF16) return;
+    uint8_t* q = input.bytes + row * input.width;
+    input.scale[row] = quantize(input.values + row * input.width, input.width, D == INT8 ? INPUT_ZERO : 0, q);
     if constexpr (D == INT4) {
         int32_t* offsets = input.offsets + row * input.width / 4;
         Bytes zeros = Bytes{} + INT4_ZERO;
         for (int i = 0; i < input.width; i += BYTES)
-            store(offsets + i / 4, Ints{} - dot4_int4(Ints{}, zeros, load<Bytes>(q + i)));
+            store(offsets + i / 4, Ints{} - dot4_small(Ints{}, zeros, load<Bytes>(q + i)));
     }
 }
 
@@ -204,16 +206,20 @@ template <int D> void take_normalised(Input& input, const float* x, const Norm& 
     }
 }
 
-// Keys and values in fp32 or bf16: V vectors of them at a time, as floats. Of bf16 the even ones come first, then the
-// odd ones (see `split_pairs`).
-template <int V> inline void load_vectors(const float* from, Floats (&to)[V]) {
-    for (int v = 0; v < V; v++) to[v] = load<Floats>(from + v * LANES);
+// Keys or values: V vectors of them at a time, as floats. Of bf16 the even ones come first, then the odd ones (see
+// `split_pairs`).
+template <int V, class T> inline void load_vectors(const T* from, Floats (&to)[V]) {
+    for (int v = 0; v < V; v++) to[v] = load_floats(from + v * LANES);
 }
 template <int V> inline void load_vectors(const uint16_t* from, Floats (&to)[V]) {
     for (int v = 0; v < V; v += 2) {
         UInts pairs = load<UInts>(from + v * LANES);
         to[v] = (Floats)(pairs << 16), to[v + 1] = (Floats)(pairs & 0xffff0000u);
     }
+}
+
+template <int V, class T> inline void fetch_ahead_vectors(const T* from) {
+    for (int i = 0; i < V * LANES; i += 64 / sizeof(T)) fetch_ahead(from + i);
 }
 
 // scores[t] += q * keys[t] for V vectors of each key.
@@ -225,8 +231,7 @@ void add_scores(const float* q, const T* keys, int length, int stride, float* sc
         Floats sums[4];
         for (int i = 0; i < 4; i++) {
             Floats key[V];
-            fetch_ahead(keys + (int64_t)(t + i + TOKENS_AHEAD) * stride);
-            fetch_ahead(keys + (int64_t)(t + i + TOKENS_AHEAD) * stride + 64 / sizeof(T));
+            fetch_ahead_vectors<V>(keys + (int64_t)(t + i + TOKENS_AHEAD) * stride);
             load_vectors<V>(keys + (int64_t)(t + i) * stride, key);
             sums[i] = query[0] * key[0];
             for (int v = 1; v < V; v++) sums[i] += query[v] * key[v];
@@ -241,27 +246,16 @@ void weighted_sum(const float* weights, const T* values, int length, int stride,
     Floats sums[V] = {};
     for (int t = 0; t < length; t++) {
         Floats value[V];
-        fetch_ahead(values + (int64_t)(t + TOKENS_AHEAD) * stride);
-        fetch_ahead(values + (int64_t)(t + TOKENS_AHEAD) * stride + 64 / sizeof(T));
+        fetch_ahead_vectors<V>(values + (int64_t)(t + TOKENS_AHEAD) * stride);
         load_vectors<V>(values + (int64_t)t * stride, value);
         for (int v = 0; v < V; v++) sums[v] += weights[t] * value[v];
     }
     for (int v = 0; v < V; v++) store(out + v * LANES, sums[v] * factor);
 }
 
-// Attention of one head of one row to its sequence up to its own position. scores: scratch of this thread.
-template <class T>
-void attend(float* q, const T* keys, const T* values, int length, int head_size, float* scores, float* out) {
-    constexpr bool is_bf16 = std::is_same_v<T, uint16_t>;
-    constexpr int V = BYTES == 64 ? 4 : 8;
-    const float scale = 1.0f / std::sqrt((float)head_size);
+// Scores become e^(score - largest score), and zero from `length` to the end of its vector. Returns their sum.
+float softmax(float* scores, int length) {
     const int padded = (length + LANES - 1) / LANES * LANES;
-    for (int i = 0; i < head_size; i++) q[i] *= scale;
-    if (is_bf16) split_pairs(q, head_size);
-    for (int t = 0; t < padded; t++) scores[t] = 0;
-    int i = 0;
-    for (; i + V * LANES <= head_size; i += V * LANES) add_scores<V>(q + i, keys + i, length, head_size, scores);
-    for (; i < head_size; i += 2 * LANES) add_scores<2>(q + i, keys + i, length, head_size, scores);
     for (int t = length; t < padded; t++) scores[t] = -INFINITY;
     Floats most = splat(-INFINITY), total = {};
     for (int t = 0; t < padded; t += LANES) most = larger(most, load<Floats>(scores + t));
@@ -271,11 +265,101 @@ void attend(float* q, const T* keys, const T* values, int length, int head_size,
         store(scores + t, e);
         total += e;
     }
-    const float factor = 1.0f / sum_lanes(total);
+    for (int t = length; t < padded; t++) scores[t] = 0;
+    return sum_lanes(total);
+}
+
+// Attention of one head of one row to its sequence up to its own position. scores, bytes: scratch of this thread.
+template <class T>
+void attend(float* q, HeadCache<T> keys, HeadCache<T> values, int length, int head_size, float* scores, uint8_t*, float* out) {
+    constexpr bool is_bf16 = std::is_same_v<T, uint16_t>;
+    constexpr int V = BYTES == 64 ? 4 : 8;
+    const float scale = 1.0f / std::sqrt((float)head_size);
+    const int padded = (length + LANES - 1) / LANES * LANES;
+    for (int i = 0; i < head_size; i++) q[i] *= scale;
+    if (is_bf16) split_pairs(q, head_size);
+    for (int t = 0; t < padded; t++) scores[t] = 0;
+    int i = 0;
+    for (; i + V * LANES <= head_size; i += V * LANES) add_scores<V>(q + i, keys.rows + i, length, head_size, scores);
+    for (; i < head_size; i += 2 * LANES) add_scores<2>(q + i, keys.rows + i, length, head_size, scores);
+    const float factor = 1.0f / softmax(scores, length);
     for (i = 0; i + V * LANES <= head_size; i += V * LANES)
-        weighted_sum<V>(scores, values + i, length, head_size, factor, out + i);
-    for (; i < head_size; i += 2 * LANES) weighted_sum<2>(scores, values + i, length, head_size, factor, out + i);
+        weighted_sum<V>(scores, values.rows + i, length, head_size, factor, out + i);
+    for (; i < head_size; i += 2 * LANES) weighted_sum<2>(scores, values.rows + i, length, head_size, factor, out + i);
     if (is_bf16) join_pairs(out, head_size);
+}
+
+inline void store_key(const float* key, int position, int head_size, HeadCache<int8_t> cache, uint8_t* bytes) {
+    cache.scale[position] = quantize(key, head_size, INPUT_ZERO, bytes);
+    for (int i = 0; i < head_size; i += 4) std::memcpy(cache.rows + key_word(position, i, head_size, LANES), bytes + i, 4);
+}
+
+inline void store_value(const float* value, int position, int head_size, HeadCache<int8_t> cache, uint8_t* bytes) {
+    cache.scale[position] = quantize(value, head_size, 0, bytes);
+    for (int i = 0; i < head_size; i++) cache.rows[value_byte(position, i, head_size)] = (int8_t)bytes[i];
+}
+
+// The sum of weights[t] * values[t] for V vectors of each value, with weights in two parts: 128 high + low.
+template <int V>
+void weighted_sum_of_int8(const uint8_t* high, const uint8_t* low, const int8_t* values, int length, int head_size,
+                          float factor, float* out) {
+    Ints sums[V][2] = {};
+    for (int t = 0; t < length; t += 4) {
+        const int8_t* words = values + (int64_t)t * head_size;
+        const Bytes h = (Bytes)(UInts{} + load<uint32_t>(high + t)), l = (Bytes)(UInts{} + load<uint32_t>(low + t));
+        for (int v = 0; v < V; v++) {
+            fetch_ahead(words + TOKENS_AHEAD * head_size + v * BYTES);
+            const Bytes value = load<Bytes>(words + v * BYTES);
+            sums[v][0] = dot4_small(sums[v][0], h, value);
+            sums[v][1] = dot4_small(sums[v][1], l, value);
+        }
+    }
+    for (int v = 0; v < V; v++) {
+        const Floats whole = __builtin_convertvector(sums[v][0], Floats) * 128.0f + __builtin_convertvector(sums[v][1], Floats);
+        store(out + v * LANES, whole * factor);
+    }
+}
+
+// The same in 8 bits: the query gets one scale, and the weights of the values 14 bits, in two parts of 7.
+inline void attend(float* q, HeadCache<int8_t> keys, HeadCache<int8_t> values, int length, int head_size, float* scores,
+                   uint8_t* bytes, float* out) {
+    constexpr int V = BYTES == 64 ? 4 : 2, HALF = 32 / LANES;
+    constexpr float LARGEST = 16383.0f;
+    const float q_scale = quantize(q, head_size, 0, bytes) / std::sqrt((float)head_size);
+    int sum = 0;
+    for (int i = 0; i < head_size; i++) sum += (int8_t)bytes[i];
+    for (int t = 0; t < length; t += LANES) {
+        const int8_t* words = keys.rows + (int64_t)t * head_size;
+        Ints sums[2] = {Ints{} - INPUT_ZERO * sum, Ints{}};
+        for (int i = 0; i < head_size; i += 8)
+            for (int j = 0; j < 2; j++) {
+                const int word = i + 4 * j;
+                fetch_ahead(words + TOKENS_AHEAD * head_size + word * LANES);
+                const Bytes query = (Bytes)(UInts{} + load<uint32_t>(bytes + word));
+                sums[j] = dot4(sums[j], load<Bytes>(words + word * LANES), query);
+            }
+        store(scores + t, __builtin_convertvector(sums[0] + sums[1], Floats) * q_scale * load<Floats>(keys.scale + t));
+    }
+    const float total = softmax(scores, length);
+    Floats most = {}, zero_or_nan = {};
+    for (int t = 0; t < length; t++) scores[t] *= values.scale[t];
+    for (int t = 0; t < length; t += LANES) {
+        most = larger(most, load<Floats>(scores + t));
+        zero_or_nan += load<Floats>(scores + t) * 0.0f;
+    }
+    const float largest = max_lanes(most), factor = largest > SMALLEST ? LARGEST / largest : 0.0f;
+    uint8_t *high = bytes, *low = bytes + (length + LANES - 1) / LANES * LANES;
+    for (int t = 0; t < length; t += LANES) {
+        const Ints whole = __builtin_convertvector(load<Floats>(scores + t) * factor + 0.5f, Ints);
+        store(high + t, __builtin_convertvector(whole >> 7, LaneBytes));
+        store(low + t, __builtin_convertvector(whole & 127, LaneBytes));
+    }
+    const float back = (largest / LARGEST + sum_lanes(zero_or_nan)) / total;
+    int i = 0;
+    for (; i + V * LANES <= head_size; i += V * LANES)
+        weighted_sum_of_int8<V>(high, low, values.rows + 4 * i, length, head_size, back, out + i);
+    for (; i < head_size; i += HALF * LANES)
+        weighted_sum_of_int8<HALF>(high, low, values.rows + 4 * i, length, head_size, back, out + i);
 }
 
 // Memory that threads share: x the residual stream, q the queries, mixed the attention's output, hidden the MLP's.
@@ -286,26 +370,38 @@ void step(const Model& model, const Row* row, int rows, float* logits, Shared sh
           int thread, int threads) {
     typedef Cached<D> T;
     const int width = model.n_embd, heads = model.n_head, head_size = width / heads;
-    const int64_t per_head = (int64_t)model.context_length * head_size, per_part = heads * per_head;
     for (int layer = 0; layer < model.n_layer; layer++) {
         const Layer& block = model.layers[layer];
         take_normalised<D>(input, shared.x, block.norm_1, rows, width);
         product<D>(block.attention, input, rows, thread, threads, [&](int r, int channel, Four values) {
             if (channel < width) {
                 store(shared.q + r * width + channel, values);
+            } else if constexpr (sizeof(T) == 1) {
+                store(shared.hidden + r * 2 * width + channel - width, values);  // quantized below, a head as a whole
             } else {
                 const int part = channel < 2 * width ? 0 : 1, within = channel - (part + 1) * width;
                 const int head = within / head_size;
-                T* cache = (T*)row[r].cache + (layer * 2 + part) * per_part + head * per_head;
-                store_floats(cache + (int64_t)row[r].position * head_size + (within - head * head_size), values);
+                HeadCache<T> cache(model, row[r].cache, layer, part, head);
+                store_floats(cache.rows + (int64_t)row[r].position * head_size + (within - head * head_size), values);
             }
         });
 #pragma omp barrier
-        for (int task = thread; task < rows * heads; task += threads) {
+        if constexpr (sizeof(T) == 1) {
+            for (int task = thread; task < rows * 2 * heads; task += threads) {
+                const int r = task / (2 * heads), part = task / heads % 2;
+                HeadCache<T> cache(model, row[r].cache, layer, part, task % heads);
+                const float* from = shared.hidden + task * head_size;
+                if (part == 0) store_key(from, row[r].position, head_size, cache, input.bytes);
+                else store_value(from, row[r].position, head_size, cache, input.bytes);
+            }
+#pragma omp barrier
+        }
+        const int tasks = rows * heads;  // neighbouring heads lie side by side
+        for (int task = tasks * thread / threads; task < tasks * (thread + 1) / threads; task++) {
             int r = task / heads, head = task % heads;
-            const T* keys = (const T*)row[r].cache + layer * 2 * per_part + head * per_head;
-            attend(shared.q + r * width + head * head_size, keys, keys + per_part, row[r].position + 1, head_size,
-                   scores, shared.mixed + r * width + head * head_size);
+            HeadCache<T> keys(model, row[r].cache, layer, 0, head), values(model, row[r].cache, layer, 1, head);
+            attend(shared.q + r * width + head * head_size, keys, values, row[r].position + 1, head_size, scores,
+                   input.bytes, shared.mixed + r * width + head * head_size);
         }
 #pragma omp barrier
         take_input<D>(input, shared.mixed, rows, width);
@@ -373,8 +469,9 @@ typedef void (*Multiply)(const Model&, int, float*, Shared, Input, int, int);
 constexpr Multiply MULTIPLY[4] = {multiply_all<FP32>, multiply_all<BF16>, multiply_all<INT8>, multiply_all<INT4>};
 
 int64_t shared_floats(const Model& m) { return (int64_t)MAX_ROWS * m.n_embd * 7; }
+int64_t bytes_floats(const Model& m) { return std::max(MAX_ROWS * m.n_embd, (m.context_length + LANES) / 2); }
 int64_t input_floats(const Model& m) {  // values, bytes, offsets, scales, scores
-    return (int64_t)MAX_ROWS * 4 * m.n_embd * 3 / 2 + MAX_ROWS + (m.context_length + 2 * LANES);
+    return (int64_t)MAX_ROWS * 5 * m.n_embd + bytes_floats(m) + MAX_ROWS + (m.context_length + 2 * LANES);
 }
 
 }  // namespace
@@ -382,6 +479,13 @@ int64_t input_floats(const Model& m) {  // values, bytes, offsets, scales, score
 extern "C" {
 
 int32_t max_rows() { return MAX_ROWS; }
+
+int64_t cache_bytes(const Model* model) {  // of a sequence
+    const int64_t bytes = model->weight_dtype == FP32   ? HeadCache<float>::bytes(*model)
+                          : model->weight_dtype == BF16 ? HeadCache<uint16_t>::bytes(*model)
+                                                        : HeadCache<int8_t>::bytes(*model);
+    return bytes * model->n_layer * 2 * model->n_head;
+}
 
 int64_t decode_scratch_bytes(const Model* model, int32_t threads) {
     return 4 * (shared_floats(*model) + threads * (input_floats(*model) + 3 * BYTES));
@@ -402,7 +506,7 @@ void decode(const Model* model, const Row* row, int32_t rows, float* logits, flo
         float* own = scratch + shared_floats(*model) + thread * (input_floats(*model) + 3 * BYTES);
         Input input;
         input.values = own, own += MAX_ROWS * 4 * width;
-        input.bytes = (uint8_t*)own, own += MAX_ROWS * width;
+        input.bytes = (uint8_t*)own, own += bytes_floats(*model);
         input.offsets = (int32_t*)own, own += MAX_ROWS * width;
         input.scale = own, own += MAX_ROWS;
         const int present = omp_get_num_threads();

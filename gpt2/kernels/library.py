@@ -164,7 +164,8 @@ def load(path: Path) -> ctypes.CDLL:
     """Loads a library. Raises CompileError."""
     try:
         library = ctypes.CDLL(str(path))
-        library.decode_scratch_bytes.restype = library.prefill_scratch_bytes.restype = ctypes.c_int64
+        for function in (library.cache_bytes, library.decode_scratch_bytes, library.prefill_scratch_bytes):
+            function.restype = ctypes.c_int64
         library.max_rows.restype = ctypes.c_int32
     except (OSError, AttributeError) as error:
         raise CompileError(f"{path} cannot be loaded: {error}") from error

@@ -132,6 +132,12 @@ template <int STEP = 1> inline void transpose(UInts (&rows)[LANES]) {
     }
 }
 
+// What products take keys and values in.
+template <class T> using Wide = std::conditional_t<sizeof(T) == 4, float, uint16_t>;
+
+inline void store_all(float* to, Floats v) { store(to, v); }
+inline void store_all(uint16_t* to, Floats v) { store(to, __builtin_convertvector(rounded_to_bf16(v) >> 16, Halves)); }
+
 // Values, (tokens, head_size), to (head_size, stride), with zeros after the last token.
 template <class T> void transpose_values(const T* values, int tokens, int head_size, int stride, T* out) {
     constexpr int IN_WORD = 4 / sizeof(T);
@@ -152,9 +158,6 @@ template <class T> void transpose_values(const T* values, int tokens, int head_s
             }
         }
 }
-
-inline void store_all(float* to, Floats v) { store(to, v); }
-inline void store_all(uint16_t* to, Floats v) { store(to, __builtin_convertvector(rounded_to_bf16(v) >> 16, Halves)); }
 
 // Values of some channels, (CHANNELS, PANEL), to one row for each token, stride values apart.
 template <class T> void store_tokens(const float* values, int tokens, T* out, int stride) {
@@ -300,24 +303,82 @@ void linear(const Matrix& m, const Operand& input, int panels, int first, const 
     }
 }
 
+// Quantizes the keys (part 0) or values of one head, (head_size, PANEL), from position `first` on.
+void quantize_tokens(const float* values, int tokens, int head_size, int first, int part, HeadCache<int8_t> cache, const Own& own) {
+    alignas(64) float scale[PANEL];
+    pack<INT8>(values, head_size, own.query, scale);
+    std::memcpy(cache.scale + first, scale, sizeof(float) * tokens);
+    for (int i = 0; i < head_size; i += 4)
+        for (int token = 0; token < tokens; token++) {
+            const uint32_t word = own.query[i / 4 * PANEL + token], plain = word ^ (INPUT_ZERO * 0x01010101u);
+            if (part == 0) std::memcpy(cache.rows + key_word(first + token, i, head_size, LANES), &word, 4);
+            else
+                for (int j = 0; j < 4; j++) cache.rows[value_byte(first + token, i + j, head_size)] = (int8_t)(plain >> 8 * j);
+        }
+}
+
+// The bytes of some words as bf16, 4 LANES of them.
+inline void widen(UInts words, uint16_t* out) {
+    int8_t bytes[BYTES];
+    store(bytes, words);
+    for (int i = 0; i < BYTES; i += LANES) store_all(out + i, load_floats(bytes + i));
+}
+
+// 8-bit keys to (tokens, head_size).
+void widen_keys(const int8_t* keys, int tokens, int head_size, uint16_t* out) {
+    for (int first = 0; first < tokens; first += LANES)
+        for (int channel = 0; channel < head_size; channel += BYTES) {
+            const int words = std::min(LANES, (head_size - channel) / 4);
+            UInts rows[LANES] = {};
+            for (int i = 0; i < words; i++)
+                rows[i] = load<UInts>(keys + key_word(first, channel + 4 * i, head_size, LANES)) ^ (INPUT_ZERO * 0x01010101u);
+            transpose(rows);
+            for (int i = 0; i < LANES; i++) {
+                alignas(64) uint16_t row[BYTES];
+                widen(rows[i], row);
+                std::memcpy(out + (int64_t)(first + i) * head_size + channel, row, 2 * 4 * words);
+            }
+        }
+}
+
+// 8-bit values to (head_size, stride), transposed. stride: a multiple of BYTES.
+void widen_values(const int8_t* values, int head_size, int stride, uint16_t* out) {
+    for (int first = 0; first < stride; first += BYTES)
+        for (int channel = 0; channel < head_size; channel += LANES) {
+            UInts rows[LANES];
+            for (int i = 0; i < LANES; i++) rows[i] = load<UInts>(values + value_byte(first + 4 * i, channel, head_size));
+            transpose(rows);
+            for (int i = 0; i < LANES; i++) widen(rows[i], out + (int64_t)(channel + i) * stride + first);
+        }
+}
+
+// The keys and values of one head, as products take them. keys: (tokens, head_size). values: (head_size, stride),
+// transposed; finite after the last token. scales: of 8-bit ones.
+template <class T> struct Head {
+    const Wide<T> *keys, *values;
+    const float *key_scale, *value_scale;
+    int stride;
+};
+
 // Attention of the tokens of one panel to their sequence, in one head.
 //
-// query, out: (head_size, PANEL). keys: (tokens, head_size). values: (head_size, stride), transposed, zeros after the
-// last token. first: the position of the panel's first token. length: tokens in the sequence.
+// query, out: (head_size, PANEL). first: the position of the panel's first token. length: tokens in the sequence.
 template <class T>
-void attend(const float* query, const T* keys, const T* values, int stride, int first, int length, int head_size,
-            const Own& own, float* out) {
+void attend(const float* query, const Head<T>& head, int first, int length, int head_size, const Own& own, float* out) {
     constexpr int D = sizeof(T) == 4 ? FP32 : BF16;
+    constexpr bool is_int8 = sizeof(T) == 1;
     const int visible = std::min(first + PANEL, length), padded = round_up(visible, CHANNELS);
     const float factor = 1.0f / std::sqrt((float)head_size);
     float* scores = own.scores;
     for (int i = 0; i < head_size * PANEL; i += LANES) store(own.values + i, load<Floats>(query + i) * factor);
     pack<D>(own.values, head_size, own.query, nullptr);
     for (int key = 0; key < padded; key += CHANNELS)  // may read beyond the last key, never beyond the cache
-        multiply<D>(keys + key * head_size, head_size * sizeof(T), own.query, head_size * sizeof(T) / 4, scores + key * PANEL);
+        multiply<D>(head.keys + key * head_size, head_size * BYTES_OF<D>, own.query, head_size * BYTES_OF<D> / 4, scores + key * PANEL);
     Floats total[2];
     for (int half = 0; half < 2; half++) {
         float* s = scores + half * LANES;
+        for (int key = 0; is_int8 && key < visible; key++)
+            store(s + key * PANEL, load<Floats>(s + key * PANEL) * head.key_scale[key]);
         for (int key = first; key < padded; key++)
             for (int lane = 0; lane < LANES; lane++)
                 if (key > first + half * LANES + lane) s[key * PANEL + lane] = -INFINITY;
@@ -330,6 +391,7 @@ void attend(const float* query, const T* keys, const T* values, int stride, int 
                 Floats score = load<Floats>(s + (key + i) * PANEL);
                 e[i] = score == -INFINITY ? splat(0.0f) : exp_of_negative(score - largest[0]);
                 sums[i] += e[i];
+                if (is_int8) e[i] *= key + i < visible ? head.value_scale[key + i] : 0.0f;
             }
             if constexpr (D == BF16) store(s + key / 2 * PANEL, packed_bf16(e[0], e[1]));
             else store(s + key * PANEL, e[0]), store(s + (key + 1) * PANEL, e[1]);
@@ -337,18 +399,19 @@ void attend(const float* query, const T* keys, const T* values, int stride, int 
         total[half] = sums[0] + sums[1];
     }
     for (int i = 0; i < head_size; i += CHANNELS) {
-        multiply<D>(values + (int64_t)i * stride, stride * sizeof(T), (uint32_t*)scores, padded * sizeof(T) / 4, out + i * PANEL);
+        multiply<D>(head.values + (int64_t)i * head.stride, head.stride * BYTES_OF<D>, (uint32_t*)scores,
+                    padded * BYTES_OF<D> / 4, out + i * PANEL);
         for (int at = i * PANEL; at < (i + CHANNELS) * PANEL; at += LANES)
             store(out + at, load<Floats>(out + at) / total[at / LANES % 2]);
     }
 }
 
 // Memory that threads share: x the residual stream, q the queries, mixed the attention's output, hidden the MLP's, each
-// (PART, width) in panels; transposed: the values of a layer, (n_head, head_size, tokens).
+// (PART, width) in panels; keys and values: those of a layer, for each head as `Head` has them.
 struct Shared {
     float *x, *q, *mixed, *hidden;
     Operand input;
-    void* transposed;
+    void *keys, *values;
 };
 
 template <class T> void embed(const Model& model, const int32_t* tokens, int position, int count, float* panel) {
@@ -364,12 +427,11 @@ template <class T> void embed(const Model& model, const int32_t* tokens, int pos
 
 // Passes at most PART tokens through the model. Their keys and values are all that is left of them.
 template <int D>
-void process(const Model& model, const int32_t* tokens, int start, int count, Cached<D>* cache, const Shared& shared, const Own& own) {
+void process(const Model& model, const int32_t* tokens, int start, int count, void* cache, const Shared& shared, const Own& own) {
     typedef Cached<D> T;
     constexpr int E = D == INT4 ? INT8 : D;
     const int width = model.n_embd, heads = model.n_head, head_size = width / heads;
-    const int panels = (count + PANEL - 1) / PANEL, length = start + count, stride = round_up(length, CHANNELS);
-    const int64_t per_head = (int64_t)model.context_length * head_size, per_part = heads * per_head;
+    const int panels = (count + PANEL - 1) / PANEL, length = start + count, stride = round_up(length, 64);
     const Operand& input = shared.input;
     auto pack_panel = [&](const float* values, int panel, int channels) {
         pack<E>(values, channels, input.words + (int64_t)panel * channels * BYTES_OF<E> / 4 * PANEL, input.scale + panel * PANEL);
@@ -399,30 +461,50 @@ void process(const Model& model, const int32_t* tokens, int start, int count, Ca
     for (int layer = 0; layer < model.n_layer; layer++) {
         const Layer& block = model.layers[layer];
         const bool is_last = layer == model.n_layer - 1;
-        T* part = cache + layer * 2 * per_part;
         take_normalised(block.norm_1);
         linear<D>(block.attention, input, panels, is_last ? width : 0, own, [&](int panel, int channel, const float* values) {
             if (channel < width) {
                 std::memcpy(shared.q + ((int64_t)panel * width + channel) * PANEL, values, sizeof(float) * CHANNELS * PANEL);
                 return;
             }
-            const int within = (channel - width) % width, head = within / head_size;
-            T* to = part + (channel - width) / width * per_part + head * per_head + (within - head * head_size);
-            to += (int64_t)(start + panel * PANEL) * head_size;
-            store_tokens(values, std::min(PANEL, count - panel * PANEL), to, head_size);
+            if constexpr (sizeof(T) == 1) {  // quantized below, a head as a whole
+                float* to = shared.hidden + ((int64_t)panel * 2 * width + channel - width) * PANEL;
+                std::memcpy(to, values, sizeof(float) * CHANNELS * PANEL);
+            } else {
+                const int part = channel / width - 1, within = channel % width, head = within / head_size;
+                T* rows = HeadCache<T>(model, cache, layer, part, head).rows + within % head_size;
+                rows += (int64_t)(start + panel * PANEL) * head_size;
+                store_tokens(values, std::min(PANEL, count - panel * PANEL), rows, head_size);
+            }
         });
+        if constexpr (sizeof(T) == 1) {
+#pragma omp for schedule(static)
+            for (int task = 0; task < panels * 2 * heads; task++) {
+                const int first = task / (2 * heads) * PANEL, tokens = std::min(PANEL, count - first), part = task / heads % 2;
+                HeadCache<T> head(model, cache, layer, part, task % heads);
+                quantize_tokens(shared.hidden + (int64_t)task * head_size * PANEL, tokens, head_size, start + first, part, head, own);
+            }
+        }
         if (is_last) break;
 #pragma omp for schedule(dynamic)
         for (int head = 0; head < heads; head++) {
-            const T* values = part + per_part + head * per_head;
-            transpose_values(values, length, head_size, stride, (T*)shared.transposed + (int64_t)head * head_size * stride);
+            const HeadCache<T> keys(model, cache, layer, 0, head), values(model, cache, layer, 1, head);
+            const int64_t at = (int64_t)head * head_size * stride;
+            if constexpr (sizeof(T) == 1) {
+                widen_keys(keys.rows, length, head_size, (uint16_t*)shared.keys + at);
+                widen_values(values.rows, head_size, stride, (uint16_t*)shared.values + at);
+            } else {
+                transpose_values(values.rows, length, head_size, stride, (T*)shared.values + at);
+            }
         }
 #pragma omp for schedule(dynamic)
         for (int task = 0; task < panels * heads; task++) {  // the longest first
-            const int panel = panels - 1 - task / heads, head = task % heads;
-            const int64_t at = ((int64_t)panel * width + head * head_size) * PANEL;
-            attend(shared.q + at, part + head * per_head, (const T*)shared.transposed + (int64_t)head * head_size * stride,
-                   stride, start + panel * PANEL, length, head_size, own, shared.mixed + at);
+            const int panel = panels - 1 - task / heads, number = task % heads;
+            const HeadCache<T> keys(model, cache, layer, 0, number), values(model, cache, layer, 1, number);
+            const int64_t at = ((int64_t)panel * width + number * head_size) * PANEL, in_layer = (int64_t)number * head_size * stride;
+            Head<T> head{(Wide<T>*)shared.keys + in_layer, (Wide<T>*)shared.values + in_layer, keys.scale, values.scale, stride};
+            if constexpr (sizeof(T) != 1) head.keys = keys.rows;
+            attend(shared.q + at, head, start + panel * PANEL, length, head_size, own, shared.mixed + at);
         }
         take(shared.mixed, width);
         linear<D>(block.attention_projection, input, panels, 0, own, add);
@@ -454,7 +536,9 @@ Shared shared_memory(const Model& m, Divider& memory) {
     memory.take(shared.hidden, 4 * activations);
     memory.take(shared.input.words, 4 * activations);
     memory.take(shared.input.scale, PART * sizeof(float));
-    memory.take(shared.transposed, (int64_t)m.n_embd * round_up(m.context_length, CHANNELS) * sizeof(float));
+    const int64_t layer = (int64_t)m.n_embd * round_up(m.context_length, 64) * sizeof(float);
+    memory.take(shared.keys, layer);
+    memory.take(shared.values, layer);
     return shared;
 }
 
@@ -479,7 +563,7 @@ void process_all(const Model& model, const int32_t* tokens, int start, int count
         if (USES_AMX) configure_amx();
 #endif
         for (int done = 0; done < count; done += PART)
-            process<D>(model, tokens + done, start + done, std::min(PART, count - done), (Cached<D>*)cache, shared, own);
+            process<D>(model, tokens + done, start + done, std::min(PART, count - done), cache, shared, own);
 #ifdef HAS_AMX
         if (USES_AMX) _tile_release();
 #endif
@@ -500,8 +584,7 @@ int64_t prefill_scratch_bytes(const Model* model, int32_t threads) {
     return (int64_t)memory.next + 64;
 }
 
-// Appends tokens to the `start` ones of a sequence. cache: its keys and values, (n_layer, 2, n_head, context_length,
-// head_size).
+// Appends tokens to the `start` ones of a sequence. cache: its keys and values.
 void prefill(const Model* model, const int32_t* tokens, int32_t start, int32_t count, void* cache, void* scratch,
              int32_t threads) {
     PROCESS[model->weight_dtype](*model, tokens, start, count, cache, (char*)scratch, threads);

@@ -49,6 +49,17 @@ inline Floats load_floats(const float* from) { return load<Floats>(from); }
 inline Floats load_floats(const uint16_t* from) {  // bf16
     return (Floats)(__builtin_convertvector(load<Halves>(from), UInts) << 16);
 }
+inline Floats load_floats(const int8_t* from) {
+#if VECTOR_BYTES == 64
+    Ints whole = (Ints)_mm512_cvtepi8_epi32(load<__m128i>(from));
+#elif defined(__AVX2__)
+    Ints whole = (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+    typedef int8_t LaneInts __attribute__((vector_size(LANES)));
+    Ints whole = __builtin_convertvector(load<LaneInts>(from), Ints);
+#endif
+    return __builtin_convertvector(whole, Floats);
+}
 inline void store_floats(float* to, Four v) { store(to, v); }
 inline void store_floats(uint16_t* to, Four v) {  // rounds to the nearest, ties to even
     typedef uint32_t FourUInts __attribute__((vector_size(16)));
@@ -110,29 +121,30 @@ inline Floats gelu(Floats x) {
     return x * (u > 0.0f ? splat(1.0f) : e) / (1.0f + e);
 }
 
-// acc + the products of 4 neighbouring pairs of unsigned a (at most 255) and signed b, in each 32-bit lane.
+// acc + the products of 4 neighbouring pairs in each 32-bit lane. dot4: of inputs, with zero point INPUT_ZERO, and signed
+// weights. dot4_small: of unsigned a, at most 127, and signed b.
 #if defined(__AVX512VNNI__)
 constexpr int INPUT_ZERO = UINT8_ZERO;
 inline Ints dot4(Ints acc, Bytes input, Bytes weight) {
     return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)input, (__m512i)weight);
 }
-inline Ints dot4_int4(Ints acc, Bytes weight, Bytes input) {
-    return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)weight, (__m512i)input);
+inline Ints dot4_small(Ints acc, Bytes a, Bytes b) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
 }
 #elif defined(__AVX2__) && VECTOR_BYTES == 32
 constexpr int INPUT_ZERO = 0;
-inline Ints dot4_int4(Ints acc, Bytes weight, Bytes input) {
+inline Ints dot4_small(Ints acc, Bytes a, Bytes b) {
 #if defined(__AVXVNNI__)
-    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)weight, (__m256i)input);
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)a, (__m256i)b);
 #else
-    __m256i pairs = _mm256_maddubs_epi16((__m256i)weight, (__m256i)input);
+    __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
     return acc + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #endif
 }
 // |weight| <= 127 times input with the sign of both: two products fit 16 bits, which 255 * 127 would not
 inline Ints dot4(Ints acc, Bytes input, Bytes weight) {
     __m256i w = (__m256i)weight;
-    return dot4_int4(acc, (Bytes)_mm256_sign_epi8(w, w), (Bytes)_mm256_sign_epi8((__m256i)input, w));
+    return dot4_small(acc, (Bytes)_mm256_sign_epi8(w, w), (Bytes)_mm256_sign_epi8((__m256i)input, w));
 }
 #else
 constexpr int INPUT_ZERO = 0;
@@ -141,9 +153,9 @@ inline Ints dot4(Ints acc, Bytes input, Bytes weight) {
         for (int j = 0; j < 4; j++) acc[i] += (int8_t)input[4 * i + j] * (int8_t)weight[4 * i + j];
     return acc;
 }
-inline Ints dot4_int4(Ints acc, Bytes weight, Bytes input) {
+inline Ints dot4_small(Ints acc, Bytes a, Bytes b) {
     for (int i = 0; i < LANES; i++)
-        for (int j = 0; j < 4; j++) acc[i] += weight[4 * i + j] * (int8_t)input[4 * i + j];
+        for (int j = 0; j < 4; j++) acc[i] += a[4 * i + j] * (int8_t)b[4 * i + j];
     return acc;
 }
 #endif
