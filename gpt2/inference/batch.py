@@ -43,7 +43,8 @@ class Batch:
         """One step. Returns by slot the tokens that it adds to each sequence that has its prompt in the cache."""
         if self.runner.poll() and all(sequence.is_compiled is not False for sequence in running):
             self.runner.release()
-        ready: list[tuple[RunningSequence, Tensor, list[int]]] = []  # with logits (len(draft) + 1, V) and draft
+        # with logits (len(draft) + 1, V), their logsumexp, and draft
+        ready: list[tuple[RunningSequence, Tensor, Tensor, list[int]]] = []
         budget = 1.0 if len(running) > 1 else math.inf  # parts of prompts, for which the others wait
         decoding: list[RunningSequence] = []
         for sequence in running:
@@ -53,7 +54,8 @@ class Batch:
                 hidden, part = self._prefill_chunk(sequence, is_alone=len(running) == 1)
                 budget -= part
                 if hidden is not None:
-                    ready.append((sequence, self.runner.logits(hidden)[None], []))
+                    row = self.runner.logits(hidden)[None].float().cpu()
+                    ready.append((sequence, row, row.logsumexp(1), []))
                     break
             if can_decode:
                 decoding.append(sequence)
@@ -62,12 +64,16 @@ class Batch:
             if batch and is_compiled:
                 drafts = [self._draft(sequence) if len(running) == 1 else [] for sequence in batch]
                 tokens = [[sequence.ids[-1], *draft] for sequence, draft in zip(batch, drafts, strict=True)]
-                logits = self.runner.decode_compiled([sequence.slot for sequence in batch], tokens)
-                ready += zip(batch, logits, drafts, strict=True)
+                logits, totals = self.runner.decode_compiled([sequence.slot for sequence in batch], tokens)
+                ready += zip(batch, logits, totals, drafts, strict=True)
             elif batch:
-                rows = self.runner.decode([each.slot for each in batch], [each.ids[-1] for each in batch])
-                ready += [(sequence, row[None], []) for sequence, row in zip(batch, rows, strict=True)]
-        return {sequence.slot: self._sample(sequence, logits.float().cpu(), draft) for sequence, logits, draft in ready}
+                rows = self.runner.decode([each.slot for each in batch], [each.ids[-1] for each in batch]).float().cpu()
+                ready += [
+                    (sequence, row[None], row.logsumexp(0)[None], []) for sequence, row in zip(batch, rows, strict=True)
+                ]
+        return {
+            sequence.slot: self._sample(sequence, logits, totals, draft) for sequence, logits, totals, draft in ready
+        }
 
     def _can_decode(self, sequence: RunningSequence) -> bool:
         start = window_start(len(sequence.ids), self.context_length)
@@ -103,12 +109,15 @@ class Batch:
             return []
         return sequence.drafter.propose(sequence.ids, limit, self.runner.decode_seconds)
 
-    def _sample(self, sequence: RunningSequence, logits: Tensor, draft: list[int]) -> list[Sampled]:
-        """The next token, and those after it as long as the draft has them, given logits (len(draft) + 1, V)."""
+    def _sample(self, sequence: RunningSequence, logits: Tensor, totals: Tensor, draft: list[int]) -> list[Sampled]:
+        """The next token, and those after it as long as the draft has them.
+
+        logits: (len(draft) + 1, V). totals: their logsumexp.
+        """
         sampled: list[Sampled] = []
         seen = sequence.ids[sequence.window_start :]
-        for row, guess in zip(logits, [*draft, None], strict=True):
-            result = _next_token(sequence, seen, row)
+        for row, total, guess in zip(logits, totals.tolist(), [*draft, None], strict=True):
+            result = _next_token(sequence, seen, row, total)
             sampled.append(result)
             if isinstance(result, GPT2Error) or result[0] != guess:
                 break
@@ -121,9 +130,11 @@ class Batch:
         return sampled
 
 
-def _next_token(sequence: RunningSequence, seen: list[int], logits: Tensor) -> Sampled:
-    """The next token after those in the window, its log probability and the likeliest tokens, given logits (V,)."""
-    total = float(logits.logsumexp(0))
+def _next_token(sequence: RunningSequence, seen: list[int], logits: Tensor, total: float) -> Sampled:
+    """The next token after those in the window, its log probability and the likeliest tokens.
+
+    logits: (V,). total: their logsumexp.
+    """
     if not math.isfinite(total):
         return GPT2Error("the model returned non-finite logits; its weights are damaged")
     adjusted = apply_repetition_penalty(logits, seen, sequence.request.sampling.repetition_penalty)

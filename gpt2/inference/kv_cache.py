@@ -143,7 +143,7 @@ class ModelRunner:
         saved, length = self.cache[0, :, :, :, 0].clone(), self.lengths[0]
         expected = self.logits(self.prefill(0, [0])).float()
         self.cache[0, :, :, :, 0] = saved
-        found = compiled.decode([0], [0], [0])[0]
+        found = compiled.decode([0], [0], [0])[0][0]
         error_norm = float((found - expected).norm() / expected.norm())
         if error_norm < MAX_COMPILED_ERROR or not torch.isfinite(expected).all():
             self.compiled = compiled
@@ -208,8 +208,13 @@ class ModelRunner:
         self.compiled.prefill(slot, ids, cached)
         self.lengths[slot] = cached + len(ids)
 
-    def decode_compiled(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Logits after appending tokens to each slot, (number of tokens, V) for each, with the compiled kernels."""
+    def decode_compiled(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Appends tokens to each slot, with the compiled kernels.
+
+        Returns for each slot the logits after its tokens, (number of tokens, V), and their logsumexp.
+        """
         assert self.compiled is not None
         rows = [
             (slot, token, self.lengths[slot] + index)
@@ -217,13 +222,14 @@ class ModelRunner:
             for index, token in enumerate(own)
         ]
         start_s = time.perf_counter()
-        logits = self.compiled.decode(*zip(*rows, strict=True))
+        logits, totals = self.compiled.decode(*zip(*rows, strict=True))
         if len(slots) == 1 and len(rows) <= len(self.decode_seconds):  # the measurement may have been disturbed
             known = self.decode_seconds[len(rows) - 1]
             self.decode_seconds[len(rows) - 1] = min(DRIFT * known, time.perf_counter() - start_s)
         for slot, own in zip(slots, tokens, strict=True):
             self.lengths[slot] += len(own)
-        return list(torch.split(logits, [len(own) for own in tokens]))
+        counts = [len(own) for own in tokens]
+        return list(torch.split(logits, counts)), list(torch.split(totals, counts))
 
     def _measure_decode(self) -> list[float]:
         """Seconds of a compiled step for 1, 2, ... tokens of a sequence."""

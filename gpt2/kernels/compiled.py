@@ -110,10 +110,11 @@ class CompiledModel:
         scratch = self._scratch_for(self.library.prefill_scratch_bytes(byref(self._model), threads))
         self.library.prefill(byref(self._model), ids, start, len(ids), self._address(slot), scratch, threads)
 
-    def decode(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Appends tokens to slots at positions, and returns the logits after each, (len(slots), V).
+    def decode(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Appends tokens to slots at positions. Returns the logits after each, (len(slots), V), and their logsumexp.
 
-        A slot may occur several times, with consecutive positions. Raises IndexError for what is not there.
+        A logsumexp is NaN if a logit is not finite. A slot may occur several times, with consecutive positions. Raises
+        IndexError for what is not there.
         """
         self._check(slots, tokens, positions)
         rows = (_Row * len(slots))(
@@ -122,19 +123,22 @@ class CompiledModel:
                 for slot, token, position in zip(slots, tokens, positions, strict=True)
             )
         )
-        logits = torch.empty(len(slots), self._vocab_size)
+        logits, totals = torch.empty(len(slots), self._vocab_size), torch.empty(len(slots))
         for first in range(0, len(slots), self.max_rows):
-            self._decode(byref(rows, first * ctypes.sizeof(_Row)), logits[first : first + self.max_rows])
-        return logits
+            part = slice(first, first + self.max_rows)
+            self._decode(byref(rows, first * ctypes.sizeof(_Row)), logits[part], totals[part])
+        return logits, totals
 
     def multiply(self, rows: int) -> None:
         """Computes the matrix products of a decode step with this many rows, at most max_rows, and nothing else."""
-        self._decode(None, torch.empty(min(rows, self.max_rows), self._vocab_size))
+        count = min(rows, self.max_rows)
+        self._decode(None, torch.empty(count, self._vocab_size), torch.empty(count))
 
-    def _decode(self, rows: Any, logits: Tensor) -> None:
+    def _decode(self, rows: Any, logits: Tensor, totals: Tensor) -> None:
         threads = torch.get_num_threads()
         scratch = self._scratch_for(self.library.decode_scratch_bytes(byref(self._model), threads))
-        self.library.decode(byref(self._model), rows, len(logits), c_void_p(logits.data_ptr()), scratch, threads)
+        pointers = c_void_p(logits.data_ptr()), c_void_p(totals.data_ptr()), scratch
+        self.library.decode(byref(self._model), rows, len(logits), *pointers, threads)
 
     def _check(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> None:
         limits = ((slots, self.cache.size(0)), (tokens, self._vocab_size), (positions, self._context_length))
@@ -203,9 +207,10 @@ def _relative_error(library: ctypes.CDLL, config: GPTConfig, ids: list[int], dty
     head: Any = model.lm_head
     expected = model.hidden(torch.tensor([ids])) @ head.weights.dequantized().T
     compiled = CompiledModel(library, model, 1, config.block_size)
-    logits = [compiled.decode([0], ids[:1], [0]), compiled.decode([0] * 5, ids[1:6], range(1, 6))]
+    results = [compiled.decode([0], ids[:1], [0]), compiled.decode([0] * 5, ids[1:6], range(1, 6))]
     compiled.prefill(0, ids[6:-4], 6)
-    logits.append(compiled.decode([0] * 4, ids[-4:], range(len(ids) - 4, len(ids))))
-    found = torch.cat(logits)
+    results.append(compiled.decode([0] * 4, ids[-4:], range(len(ids) - 4, len(ids))))
+    logits, totals = (torch.cat(parts) for parts in zip(*results, strict=True))
     expected = torch.cat((expected[0, :6], expected[0, -4:]))
-    return float((found - expected).norm() / expected.norm())
+    wrong_totals = float((totals - logits.logsumexp(1)).abs().max())
+    return max(float((logits - expected).norm() / expected.norm()), wrong_totals)

@@ -18,6 +18,7 @@ namespace {
 constexpr int CHANNELS = 4;      // output channels computed together
 constexpr int ROWS = 4;          // rows of the batch computed together
 constexpr int MAX_ROWS = 16;     // rows of the batch in one call
+constexpr int PARTS = 32;        // of the vocabulary, for the sum of probabilities
 constexpr int TOKENS_AHEAD = 64; // of keys and values that are prefetched
 
 // The rows of an input, as the products of a dtype need them. Each thread has its own.
@@ -365,8 +366,27 @@ inline void attend(float* q, HeadCache<int8_t> keys, HeadCache<int8_t> values, i
 // Memory that threads share: x the residual stream, q the queries, mixed the attention's output, hidden the MLP's.
 struct Shared { float *x, *q, *mixed, *hidden; };
 
+// Largest value of a row's part, and the sum of e^(value - largest). NaN if a value is not finite.
+inline void sum_exponentials(const float* x, int count, float* out) {
+    Floats most = splat(-INFINITY), total = {}, zero_or_nan = {};
+    auto vector = [&](int i) {
+        float last[LANES];
+        if (i + LANES <= count) return load<Floats>(x + i);
+        for (int lane = 0; lane < LANES; lane++) last[lane] = x[std::min(i + lane, count - 1)];
+        return load<Floats>(last);
+    };
+    for (int i = 0; i < count; i += LANES) most = larger(most, vector(i)), zero_or_nan += vector(i) * 0.0f;
+    out[0] = max_lanes(most);
+    for (int i = 0; i < count; i += LANES) {
+        Floats e = exp_of_negative(vector(i) - out[0]);
+        for (int lane = count - i; lane < LANES; lane++) e[lane] = 0;
+        total += e;
+    }
+    out[1] = sum_lanes(total) + sum_lanes(zero_or_nan);
+}
+
 template <int D>
-void step(const Model& model, const Row* row, int rows, float* logits, Shared shared, Input input, float* scores,
+void step(const Model& model, const Row* row, int rows, float* logits, float* totals, Shared shared, Input input, float* scores,
           int thread, int threads) {
     typedef Cached<D> T;
     const int width = model.n_embd, heads = model.n_head, head_size = width / heads;
@@ -429,6 +449,22 @@ void step(const Model& model, const Row* row, int rows, float* logits, Shared sh
     product<HEAD>(model.head, input, rows, thread, threads, [&](int r, int channel, Four values) {
         store(logits + (int64_t)r * model.vocab_size + channel, values);
     });
+#pragma omp barrier
+    const int size = (model.vocab_size + PARTS - 1) / PARTS;
+    for (int task = thread; task < rows * PARTS; task += threads) {
+        const int first = task % PARTS * size;  // the last parts may be empty
+        const float* part = logits + (int64_t)(task / PARTS) * model.vocab_size + first;
+        sum_exponentials(part, std::min(size, model.vocab_size - first), shared.hidden + 2 * task);
+    }
+#pragma omp barrier
+    for (int r = thread; r < rows; r += threads) {
+        const float* parts = shared.hidden + 2 * PARTS * r;
+        float largest = parts[0];
+        double total = 0;
+        for (int i = 1; i < PARTS; i++) largest = std::max(largest, parts[2 * i]);
+        for (int i = 0; i < PARTS; i++) total += std::exp((double)(parts[2 * i] - largest)) * parts[2 * i + 1];
+        totals[r] = (float)(largest + std::log(total));
+    }
 }
 
 // The products of a step and nothing else, to measure what part of a step they take.
@@ -463,7 +499,7 @@ template <class T> void embed(const Model& model, const Row& row, float* x) {
     for (int i = 0; i < model.n_embd; i += LANES) store(x + i, load_floats(token + i) + load_floats(position + i));
 }
 
-typedef void (*Step)(const Model&, const Row*, int, float*, Shared, Input, float*, int, int);
+typedef void (*Step)(const Model&, const Row*, int, float*, float*, Shared, Input, float*, int, int);
 constexpr Step STEPS[4] = {step<FP32>, step<BF16>, step<INT8>, step<INT4>};
 typedef void (*Multiply)(const Model&, int, float*, Shared, Input, int, int);
 constexpr Multiply MULTIPLY[4] = {multiply_all<FP32>, multiply_all<BF16>, multiply_all<INT8>, multiply_all<INT4>};
@@ -491,9 +527,11 @@ int64_t decode_scratch_bytes(const Model* model, int32_t threads) {
     return 4 * (shared_floats(*model) + threads * (input_floats(*model) + 3 * BYTES));
 }
 
-// Appends one token to each row's sequence and writes its logits, (rows, vocab_size). If `row` is null, it computes the
+// Appends one token to each row's sequence and writes its logits, (rows, vocab_size), and the logarithms of their
+// summed exponentials, (rows). If `row` is null, it computes the
 // products of a step and nothing else.
-void decode(const Model* model, const Row* row, int32_t rows, float* logits, float* scratch, int32_t threads) {
+void decode(const Model* model, const Row* row, int32_t rows, float* logits, float* totals, float* scratch,
+            int32_t threads) {
     const int width = model->n_embd;
     Shared shared{scratch, scratch + MAX_ROWS * width, scratch + 2 * MAX_ROWS * width, scratch + 3 * MAX_ROWS * width};
     for (int r = 0; row && r < rows; r++) {
@@ -511,7 +549,7 @@ void decode(const Model* model, const Row* row, int32_t rows, float* logits, flo
         input.scale = own, own += MAX_ROWS;
         const int present = omp_get_num_threads();
         if (row)
-            STEPS[model->weight_dtype](*model, row, rows, logits, shared, input, own, thread, present);
+            STEPS[model->weight_dtype](*model, row, rows, logits, totals, shared, input, own, thread, present);
         else
             MULTIPLY[model->weight_dtype](*model, rows, logits, shared, input, thread, present);
     }

@@ -38,7 +38,7 @@ def test_the_compiled_step_has_the_logits_of_the_dequantized_weights(model, dtyp
     quantized = quantize(model, dtype)
     runner = ModelRunner(quantized, slots=2, context_length=48)
     assert runner.attach_compiled(), runner.problem
-    found = torch.cat([runner.decode_compiled([1], [[token]])[0] for token in ids])
+    found = torch.cat([runner.decode_compiled([1], [[token]])[0][0] for token in ids])
     reference = GPT(model.config)
     reference.load_state_dict(model.state_dict())
     for name, module in reference.named_modules():
@@ -65,10 +65,10 @@ def test_compiled_prefill_is_followed_by_the_logits_of_the_compiled_decode(model
     runner = ModelRunner(quantize(model, dtype), slots=3, context_length=80)
     assert runner.attach_compiled()
     cache = runner.compiled.cache.zero_()
-    expected = [runner.decode_compiled([1], [[token]])[0] for token in ids][-1]
+    expected = [runner.decode_compiled([1], [[token]])[0][0] for token in ids][-1]
     cache[1] = 255
     runner.prefill_compiled(1, ids[:-1])
-    found = runner.decode_compiled([1], [ids[-1:]])[0]
+    found = runner.decode_compiled([1], [ids[-1:]])[0][0]
     assert (found - expected).norm() / expected.norm() < {"fp32": 1e-5, "bf16": 0.01}.get(dtype, 0.03)
     assert not cache[0].any()
     assert not cache[2].any()
@@ -98,10 +98,13 @@ def test_any_number_of_rows_gives_the_same_bits(model, rows):
     runner = ModelRunner(quantize(model, "bf16"), slots=rows, context_length=16)
     assert runner.attach_compiled()
     tokens = torch.randint(1001, (rows,)).tolist()
-    together = [logits[0] for logits in runner.decode_compiled(range(rows), [[token] for token in tokens])]
+    logits, totals = runner.decode_compiled(range(rows), [[token] for token in tokens])
     runner.lengths = [0] * rows
-    alone = [runner.decode_compiled([slot], [[tokens[slot]]])[0][0] for slot in range(rows)]
-    assert all(map(torch.equal, together, alone))
+    for slot in range(rows):
+        (own_logits,), (own_total,) = runner.decode_compiled([slot], [[tokens[slot]]])
+        assert torch.equal(own_logits, logits[slot])
+        assert torch.equal(own_total, totals[slot])
+        assert float(own_total) == pytest.approx(float(own_logits.logsumexp(1)), abs=1e-5)
 
 
 def test_any_number_of_threads_gives_the_same_bits(model):
@@ -112,7 +115,7 @@ def test_any_number_of_threads_gives_the_same_bits(model):
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             runner.lengths = [0]
-            found.append(runner.decode_compiled([0], [[1, 2, 3, 4, 5]])[0])
+            found.append(torch.cat([part[0].view(-1) for part in runner.decode_compiled([0], [[1, 2, 3, 4, 5]])]))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
@@ -176,7 +179,7 @@ def test_sizes_that_do_not_fit_into_vectors_use_pytorch():
 
 
 def test_a_step_that_computes_something_else_is_not_used(model, monkeypatch):
-    wrong = lambda self, slots, tokens, positions: torch.randn(len(slots), self._vocab_size)  # noqa: E731
+    wrong = lambda self, slots, *_: (torch.randn(len(slots), self._vocab_size), torch.zeros(len(slots)))  # noqa: E731
     monkeypatch.setattr(compiled.CompiledModel, "decode", wrong)
     engine = Engine(quantize(model, "fp32"))
     assert engine.path.startswith("PyTorch: the compiled kernels differ from PyTorch by ")
