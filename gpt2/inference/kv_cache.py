@@ -129,16 +129,21 @@ class ModelRunner:
                 choose_kernels(linear_layers(self.model), DECODE_ROWS)
         return self.compiled is not None
 
-    def attach_compiled(self) -> bool:
-        """Uses the compiled kernels if they are there, and compute what PyTorch's operators do."""
-        if not self.can_compile or not library.library_path().is_file():
-            return False
+    def load_compiled(self) -> CompiledModel | None:
+        """The model with the compiled kernels, if they are there."""
+        path = library.library_path()
+        if not self.can_compile or not path.is_file():
+            return None
         try:
-            compiled = CompiledModel(
-                library.load(library.library_path()), self.model, len(self.lengths), self.cache.size(4)
-            )
+            return CompiledModel(library.load(path), self.model, len(self.lengths), self.cache.size(4))
         except library.CompileError as error:
             self.problem = str(error)
+            return None
+
+    def attach_compiled(self) -> bool:
+        """Uses the compiled kernels if they are there, and compute what PyTorch's operators do."""
+        compiled = self.load_compiled()
+        if compiled is None:
             return False
         saved, length = self.cache[0, :, :, :, 0].clone(), self.lengths[0]
         expected = self.logits(self.prefill(0, [0])).float()

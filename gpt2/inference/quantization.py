@@ -27,7 +27,7 @@ AUTO_DTYPES = ("fp32", "bf16", "int8")
 """What `auto` chooses from. int4 costs some loss, so it has to be measured or asked for."""
 PROBE_CONTEXT = 16
 PROBE_PARAMETERS = 64_000_000
-PROBE_SECONDS = 0.25  # per dtype
+PROBE_SECONDS = 0.15  # per dtype
 
 
 class InferenceLayerNorm:
@@ -121,13 +121,16 @@ def seconds_per_token(model: GPT, among: tuple[str, ...] = AUTO_DTYPES) -> dict[
 
 def _time_token(model: GPT) -> float:
     runner = ModelRunner(model, slots=1, context_length=min(PROBE_CONTEXT, model.config.block_size))
-    runner.attach_compiled()
-    runner.prefill(0, [0]) if runner.compiled is None else runner.prefill_compiled(0, [0])
+    compiled = runner.load_compiled()
+    if compiled is None:
+        runner.prefill(0, [0])
+    else:
+        compiled.prefill(0, [0], 0)
     best_s, deadline_s = math.inf, time.perf_counter() + PROBE_SECONDS
     for round_ in range(50):
         runner.lengths[0] = 1
         start_s = time.perf_counter()
-        runner.decode_compiled([0], [[0]]) if runner.compiled else runner.decode([0], [0])
+        compiled.decode([0], [0], [1]) if compiled else runner.decode([0], [0])
         end_s = time.perf_counter()
         if round_:  # the first round warms up
             best_s = min(best_s, end_s - start_s)

@@ -70,7 +70,10 @@ class Server:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "log"
-        program = f"import pathlib; from space.server import main; main(pathlib.Path({str(folder)!r}))"
+        program = (  # as space/app.py, with another folder
+            "import pathlib; from gpt2.kernels import library; library.start_build(); "
+            f"from space.server import main; main(pathlib.Path({str(folder)!r}))"
+        )
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
