@@ -33,7 +33,7 @@ def transformers(folder: Path, precision: str) -> Model:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(folder / "hf"), dtype=getattr(torch, precision))
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder / "hf"), dtype=getattr(torch, precision))
 
     def generate(prompt: list[int], batch: int, tokens: int) -> list[list[int]]:
         idx = torch.tensor([prompt] * batch)
