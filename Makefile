@@ -78,6 +78,7 @@ preset: ## params.yaml becomes presets/NAME.yaml: make preset NAME=seed
 bench: setup ## measure speed and learning beside other implementations and other work (over an hour)
 	python -m benchmarks.train
 	python -m benchmarks.generate
+	python -m benchmarks.drafts
 	python -m benchmarks.learning
 	python -m benchmarks.concurrency --busy --experiments
 

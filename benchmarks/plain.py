@@ -32,7 +32,8 @@ class PlainBlock(nn.Module):
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
-        return x + self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh"))
+        mlp: Tensor = self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh"))
+        return x + mlp
 
 
 class PlainGPT(nn.Module):
@@ -70,7 +71,7 @@ def plain_step(
         for inputs, targets in batches:
             with autocast:
                 value = loss(inputs, targets) / len(batches)
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -90,10 +91,13 @@ def products_alone(
 
     heads, size = batch_size * config.n_head, config.head_size
     q, s = (torch.randn(heads, T, last, device=device).to(dtype) for last in (size, T))
-    attention: list[Callable[[], object]] = [lambda: q @ q.transpose(1, 2)] * 2 + [lambda: s @ q] * 2
-    attention += [lambda: s.transpose(1, 2) @ q] * 2
+    attention: list[Callable[[], object]] = [
+        lambda: q @ q.transpose(1, 2),
+        lambda: s @ q,
+        lambda: s.transpose(1, 2) @ q,
+    ]
     for _ in range(config.n_layer):
         for n, k in ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C)):
             yield from linear(n, k)
-        yield from attention
+        yield from (product for product in attention for _ in range(2))
     yield from linear(config.vocab_size, C)

@@ -18,7 +18,10 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpt2.device import DeviceName
 
 REPORT = Path("reports/benchmarks")
 TIMED_STEPS, TIMED_S = 40, 25.0
@@ -99,15 +102,15 @@ def main() -> None:
     draw(results)
 
 
-def default_cases(device_name: str) -> list[str]:
+def default_cases(device_name: "DeviceName") -> list[str]:
     """The default cases for a device."""
     from gpt2.device import choose_device
 
-    on_cuda = choose_device(device_name).type == "cuda"  # type: ignore[arg-type]
+    on_cuda = choose_device(device_name).type == "cuda"
     return ["gpt2-gpu"] if on_cuda else [case for case in CASES if case != "gpt2-gpu"]
 
 
-def work(contender: dict[str, Any], device_name: str) -> dict[str, Any]:
+def work(contender: dict[str, Any], device_name: "DeviceName") -> dict[str, Any]:
     """Times one contender."""
     import torch
 
@@ -122,7 +125,7 @@ def work(contender: dict[str, Any], device_name: str) -> dict[str, Any]:
     )
     from gpt2.device import device_name as name_of
 
-    device = choose_device(device_name)  # type: ignore[arg-type]
+    device = choose_device(device_name)
     reduced = choose_precision(device, "auto")
     precision = reduced if contender["precision"] == "reduced" else torch.float32
     sizes, batch_size, length, accumulation = CASES[contender["case"]]
@@ -170,7 +173,8 @@ def make_step(contender: dict[str, Any], config: Any, precision: Any, device: An
     from benchmarks import plain
 
     if contender.get("bound"):
-        products = list(plain.products_alone(config, *batches[0][0].shape, precision, device))
+        batch_size, length = batches[0][0].shape
+        products = list(plain.products_alone(config, batch_size, length, precision, device))
 
         def all_products() -> None:
             for _ in batches:

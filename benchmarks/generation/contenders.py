@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ TASKS = {
 }
 FIRST = f"time to first token after {LONG_PROMPT}, ms"
 POSITIONS = {"at position 50": 50, "at position 1000": 1000}
+PRODUCTS = "products alone, ms per token"
 AROUND = 10
 """The speed at a position is that of the tokens up to so many before and after it."""
 LOSS_TOKENS = 8192
@@ -37,10 +39,16 @@ CONTENDERS = {
     "llama.cpp, q8_0": ("llama_cpp", "q8_0"),
     "llama.cpp, q4_0": ("llama_cpp", "q4_0"),
     "llama.cpp, q4_K_M": ("llama_cpp", "q4_K_M"),
+    "llama.cpp with BLAS, f32": ("llama_cpp_with_blas", "f32"),
+    "llama.cpp with BLAS, bf16": ("llama_cpp_with_blas", "bf16"),
+    "llama.cpp with BLAS, q8_0": ("llama_cpp_with_blas", "q8_0"),
     "OpenVINO, fp32": ("openvino", "fp32"),
     "OpenVINO, bf16": ("openvino", "bf16"),
+    "OpenVINO, bf16, not fused": ("openvino", "bf16, not fused"),
     "OpenVINO, int8": ("openvino", "int8"),
+    "OpenVINO, int8, bf16 hint": ("openvino", "int8, bf16 hint"),
     "OpenVINO, int4": ("openvino", "int4"),
+    "OpenVINO, int4, bf16 hint": ("openvino", "int4, bf16 hint"),
     "baseline loop, fp32": ("loop", "float32"),
 }
 BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.0}
@@ -74,12 +82,14 @@ def ours(folder: Path, precision: str) -> Model:
     def stream(prompt: list[int], tokens: int) -> Iterator[Any]:
         return iter(engine.submit(request(prompt, tokens)))
 
+    compiled = engine._runner.compiled
+    multiply = None if compiled is None else partial(compiled.multiply, 1)
     parts = [part for layer in linear_layers(model) for part in (layer.weights.weight, layer.weights.scale)]
     facts = {
         "version": f"{machine.commit()}, {peers.versions('torch')}",
         "weight_bytes": float(sum(part.nbytes for part in parts if part is not None)),
     }
-    return Model(generate, stream=stream, facts=facts)
+    return Model(generate, stream=stream, multiply=multiply, facts=facts)
 
 
 def our_loss(folder: Path, precision: str, tokens: Any, context_length: int) -> float:
@@ -97,10 +107,15 @@ MAKERS: dict[str, Callable[[Path, str], Model]] = {
     "transformers": peers.transformers,
     "ctranslate2": peers.ctranslate2,
     "llama_cpp": peers.llama_cpp,
+    "llama_cpp_with_blas": peers.llama_cpp_with_blas,
     "openvino": peers.openvino,
     "loop": peers.loop,
 }
-LOSSES: dict[str, Callable[[Path, str, Any, int], float]] = {"ours": our_loss, "llama_cpp": llama_cpp.loss}
+LOSSES: dict[str, Callable[[Path, str, Any, int], float]] = {
+    "ours": our_loss,
+    "llama_cpp": llama_cpp.loss,
+    "llama_cpp_with_blas": llama_cpp.loss,
+}
 
 
 def prepare(folder: Path, trained: Path | None = None, tokens: Path | None = None) -> None:
@@ -144,6 +159,8 @@ def work(name: str, folder: Path) -> dict[str, Any]:
     for task, position in POSITIONS.items():
         if model.stream:
             found[task] = 2 * AROUND / least(seconds_around, model.stream, long_prompt[: position - 2 * AROUND])
+    if model.multiply:
+        found[PRODUCTS] = 1000 * least(seconds_of_products, model.multiply) / (2 * AROUND)
     if kind in LOSSES and (folder / "trained").is_dir():
         found["loss"] = trained_loss(LOSSES[kind], folder / "trained", precision)
     return found
@@ -160,6 +177,14 @@ def seconds_around(stream: peers.Stream, prompt: list[int]) -> float:
     """Seconds for the 2 * AROUND tokens that follow the first AROUND + 1 after a prompt."""
     times_s = [time.perf_counter() for _ in stream(prompt, 3 * AROUND + 1)]
     return times_s[-1] - times_s[AROUND]
+
+
+def seconds_of_products(multiply: Callable[[], None]) -> float:
+    """Seconds of the matrix products of as many tokens as `seconds_around` measures."""
+    start_s = time.perf_counter()
+    for _ in range(2 * AROUND):
+        multiply()
+    return time.perf_counter() - start_s
 
 
 def least(measure: Callable[..., float], *arguments: Any) -> float:

@@ -85,9 +85,8 @@ def silence() -> None:
     api.llama_log_set(_NO_LOG, ctypes.c_void_p(0))
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _NO_LOG(level: int, text: bytes, data: Any) -> None:  # noqa: N802  # a constant: llama.cpp keeps the pointer
-    pass
+_NO_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
+"""A constant: llama.cpp keeps the pointer."""
 
 
 def loss(folder: Path, precision: str, tokens: Any, context_length: int) -> float:

@@ -11,9 +11,11 @@ INSTRUCTION_SETS = (
     *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8"),
     *("asimddp", "bf16", "i8mm", "sve"),  # of Arm
 )
-LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "CT2_FORCE_CPU_ISA", "GPT2_OPTIMIZE")
-"""Environment variables that keep PyTorch, CTranslate2 or this project from using all that the CPU has."""
-READ_BYTES = 1 << 30
+INSTRUCTION_LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "CT2_FORCE_CPU_ISA")
+LIMITS = (*INSTRUCTION_LIMITS, "GPT2_OPTIMIZE")
+"""Environment variables that keep a contender from using all that the CPU has."""
+READ_MB = (32, 64, 96, 128, 192, 256, 512)
+READ_S = 0.2
 
 
 def describe(threads: int) -> tuple[str, dict[str, Any]]:
@@ -22,7 +24,8 @@ def describe(threads: int) -> tuple[str, dict[str, Any]]:
     cpuinfo = path.read_text(encoding="utf-8") if path.exists() else ""
     found = instruction_sets(cpuinfo)
     name = f"{cpu_name(cpuinfo, os.environ)}, {threads} threads"
-    return name, {"instruction_sets": found, "read_gb_per_s": round(read_bandwidth() / 1e9, 1)}
+    read_gb_per_s = {str(size): round(read_bandwidth(size * 1_000_000) / 1e9, 1) for size in READ_MB}
+    return name, {"instruction_sets": found, "read_gb_per_s": read_gb_per_s}
 
 
 def cpu_name(cpuinfo: str, environment: Mapping[str, str]) -> str:
@@ -50,19 +53,22 @@ def _fields(cpuinfo: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-def read_bandwidth(num_bytes: int = READ_BYTES) -> float:
-    """Bytes/s at which all threads read memory: the best of several reads, as integers and as floats."""
+def read_bandwidth(num_bytes: int, seconds: float = READ_S) -> float:
+    """Bytes/s at which all threads read the same bytes again and again: the best, as integers and as floats.
+
+    What fits into a cache is read from there. seconds: for each way to read.
+    """
     import torch
 
     block = torch.ones(num_bytes // 8, dtype=torch.int64)
-    seconds = []
+    best_s = float("inf")
     for view in (block, block.view(torch.int32), block.view(torch.float32)):
         for read in (view.sum, view.max):
-            for _ in range(5):
-                start_s = time.perf_counter()
+            end_s = time.perf_counter() + seconds
+            while (start_s := time.perf_counter()) < end_s:
                 read()
-                seconds.append(time.perf_counter() - start_s)
-    return num_bytes / min(seconds)
+                best_s = min(best_s, time.perf_counter() - start_s)
+    return num_bytes / best_s
 
 
 def commit() -> str:

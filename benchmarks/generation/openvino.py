@@ -1,14 +1,34 @@
 """OpenVINO: our model as a stateful graph, whose variables are the KV cache, as OpenVINO GenAI runs its models."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32", "int4": "f32"}
-"""OpenVINO's inference precision. Its 8-bit and 4-bit weights decode faster with f32, but their prefill with bf16."""
+
+@dataclass(frozen=True)
+class Settings:
+    """dtype: of the weights. hint: OpenVINO's inference precision. fused: attention and KV cache in one operation."""
+
+    dtype: str
+    hint: str
+    fused: bool = True
+
+
+SETTINGS = {
+    "fp32": Settings("fp32", "f32"),
+    "bf16": Settings("bf16", "bf16"),
+    "bf16, not fused": Settings("bf16", "bf16", fused=False),
+    "int8": Settings("int8", "f32"),
+    "int8, bf16 hint": Settings("int8", "bf16"),
+    "int4": Settings("int4", "f32"),
+    "int4, bf16 hint": Settings("int4", "bf16"),
+}
+"""With AMX, 8-bit and 4-bit weights decode faster with f32, and prefill with bf16. Fused attention decodes faster, most
+of all late in the context, and takes longer to prefill."""
 
 
 class GrowingCache:
@@ -44,15 +64,19 @@ class Step(nn.Module):
         return self.model.lm_head(x[:, -1]), *present
 
 
-def convert(model: Any, precision: str) -> Any:
-    """An OpenVINO model with a KV cache, its weights compressed to the precision."""
+def convert(model: Any, settings: Settings) -> Any:
+    """An OpenVINO model with a KV cache, its weights compressed if they are to be int8 or int4."""
     import openvino as ov
     from openvino._offline_transformations import apply_make_stateful_transformation
 
     config = model.config
     shape = (2, config.n_head, 3, config.n_embd // config.n_head)
     past = [torch.zeros(shape) for _ in range(2 * config.n_layer)]
-    example = (torch.zeros(2, 4, dtype=torch.long), torch.arange(2), *past)
+    example = (
+        torch.zeros(2, 4, dtype=torch.long),
+        torch.arange(2, dtype=torch.int32 if settings.fused else torch.int64),
+        *past,
+    )
     with torch.no_grad():
         converted = ov.convert_model(Step(model), example_input=example)
     names = {}
@@ -66,13 +90,29 @@ def convert(model: Any, precision: str) -> Any:
     converted.inputs[1].get_tensor().set_names({"beam_idx"})
     converted.validate_nodes_and_infer_types()
     apply_make_stateful_transformation(converted, names)
-    if precision in ("int8", "int4"):
+    start_empty(converted)
+    if settings.dtype in ("int8", "int4"):
         import nncf
 
         mode = nncf.CompressWeightsMode
-        options = {"mode": mode.INT8_ASYM} if precision == "int8" else {"mode": mode.INT4_SYM, "group_size": 32}
+        options = {"mode": mode.INT8_ASYM} if settings.dtype == "int8" else {"mode": mode.INT4_SYM, "group_size": 32}
         converted = nncf.compress_weights(converted, **options)
     return converted
+
+
+def start_empty(converted: Any) -> None:
+    """Gives each KV cache its first value, without tokens: (B, n_head, 0, head_size).
+
+    With it and a beam_idx of 32 bits, OpenVINO fuses attention and KV cache, and appends to the cache in place.
+    """
+    from openvino import opset13 as ops
+
+    batch_size = ops.gather(ops.shape_of(converted.input("idx")), ops.constant([0]), ops.constant(0))
+    for read in (op for op in converted.get_ops() if op.get_type_name() == "ReadValue"):
+        shape = read.get_output_partial_shape(0)
+        sizes = [batch_size, ops.constant([shape[1].get_length(), 0, shape[3].get_length()])]
+        read.set_arguments([ops.broadcast(ops.constant(0.0, read.get_output_element_type(0)), ops.concat(sizes, 0))])
+    converted.validate_nodes_and_infer_types()
 
 
 def weight_bytes(converted: Any, context_length: int) -> int:
@@ -85,28 +125,28 @@ class Decoder:
     """Greedy decoding with a compiled model."""
 
     def __init__(self, model: Any, precision: str) -> None:
-        """model: as `load_folder` returns it."""
+        """model: as `load_folder` returns it. Raises RuntimeError if OpenVINO cannot compute in the precision here."""
         import openvino as ov
 
-        config = model.config
-        self.empty = (config.n_head, 0, config.n_embd // config.n_head)
+        self.settings = settings = SETTINGS[precision]
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "INFERENCE_PRECISION_HINT": HINTS[precision],
+            "INFERENCE_PRECISION_HINT": settings.hint,
         }
-        converted = convert(model, precision)
-        self.weight_bytes = weight_bytes(converted, config.block_size) // (2 if precision == "bf16" else 1)
-        self.request = ov.Core().compile_model(converted, "CPU", options).create_infer_request()
-        self.ov = ov
+        converted = convert(model, settings)
+        self.weight_bytes = weight_bytes(converted, model.config.block_size) // (2 if settings.dtype == "bf16" else 1)
+        compiled = ov.Core().compile_model(converted, "CPU", options)
+        if (used := compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()) != settings.hint:
+            raise RuntimeError(f"OpenVINO computes in {used} here")
+        self.request = compiled.create_infer_request()
 
     def stream(self, prompt: list[int], batch: int, num_tokens: int) -> Iterator[list[int]]:
         """Yields the next token of each sequence."""
         import numpy as np
 
-        for state in self.request.query_state():
-            state.state = self.ov.Tensor(np.zeros((batch, *self.empty), np.float32))
-        idx, order = np.array([prompt] * batch), np.arange(batch)
+        self.request.reset_state()
+        idx, order = np.array([prompt] * batch), np.arange(batch, dtype=np.int32 if self.settings.fused else np.int64)
         for _ in range(num_tokens):
             self.request.infer({"idx": idx, "beam_idx": order}, share_inputs=True)
             idx = self.request.get_output_tensor(0).data.argmax(1)[:, None]

@@ -2,8 +2,9 @@
 
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,22 @@ Generate = Callable[[list[int], int, int], list[list[int]]]
 """Arguments: a prompt, a batch size, and a number of tokens per sequence. Returns the new tokens of each sequence."""
 Stream = Callable[[list[int], int], Iterator[Any]]
 """Arguments: a prompt and a number of tokens. Yields once for each new token of one sequence, when it is known."""
+BLAS = "LLAMA_CPP_BLAS"
+"""Environment variable: the folder with the shared libraries of a llama.cpp that is built with BLAS."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model that is ready to generate. facts: what the report says about it, besides its speed."""
+    """A model that is ready to generate.
+
+    multiply: computes the matrix products of a token, and nothing else. facts: what the report says about it, besides
+    its speed.
+    """
 
     generate: Generate
     batched: bool = True
     stream: Stream | None = None
+    multiply: Callable[[], None] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -33,7 +41,7 @@ def transformers(folder: Path, precision: str) -> Model:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(folder / "hf"), dtype=getattr(torch, precision))
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder / "hf"), dtype=getattr(torch, precision))
 
     def generate(prompt: list[int], batch: int, tokens: int) -> list[list[int]]:
         idx = torch.tensor([prompt] * batch)
@@ -46,6 +54,8 @@ def transformers(folder: Path, precision: str) -> Model:
 
 def ctranslate2(folder: Path, precision: str) -> Model:
     """OpenNMT's CTranslate2."""
+    if precision == "float32":
+        os.environ["CT2_PACKED_GEMM"] = "0"  # packed weights take 1.5 times as long to decode in fp32; in 8 bits, less
     import ctranslate2 as ct2
     import torch
     from ctranslate2.converters import TransformersConverter
@@ -91,6 +101,16 @@ def llama_cpp(folder: Path, precision: str) -> Model:
         "weight_bytes": sum(tensor_types(path).values()),
     }
     return Model(generate, stream=stream, facts=facts)
+
+
+def llama_cpp_with_blas(folder: Path, precision: str) -> Model:
+    """llama.cpp from the folder that $LLAMA_CPP_BLAS names. Raises RuntimeError if there is none."""
+    libraries = os.environ.get(BLAS, "")
+    if not libraries or not list(Path(libraries).glob("libggml-blas*")):
+        raise RuntimeError(f"{BLAS} names no folder with libggml-blas")
+    os.environ["LLAMA_CPP_LIB_PATH"] = libraries  # of llama-cpp-python, when it is imported
+    model = llama_cpp(folder, precision)
+    return replace(model, facts=model.facts | {"version": f"{model.facts['version']} with BLAS"})
 
 
 def openvino(folder: Path, precision: str) -> Model:

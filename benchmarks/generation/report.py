@@ -4,11 +4,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.generation.contenders import AROUND, CONTENDERS, FIRST, LOSS_TOKENS, POSITIONS, PROMPT, TASKS
+import numpy as np
+
+from benchmarks.generation.contenders import AROUND, CONTENDERS, FIRST, LOSS_TOKENS, POSITIONS, PRODUCTS, PROMPT, TASKS
+from benchmarks.generation.machine import INSTRUCTION_LIMITS
 
 FOLDER = Path("reports/benchmarks")
 OURS = "ours, int8"
 ONE = "1 x 100"
+SHORT = "at position 50"
+OBEYS = {
+    "OpenVINO": "ONEDNN_MAX_CPU_ISA",
+    "OpenVINO's fused attention of single tokens": "nothing",
+    "CTranslate2": "MKL_ENABLE_INSTRUCTIONS",
+    "PyTorch's fp32 products": "MKL_ENABLE_INSTRUCTIONS",
+    "BLAS": "MKL_ENABLE_INSTRUCTIONS",
+    "llama.cpp": "its build",
+}
+"""What limits the instruction sets of those that not every limit of PyTorch and oneDNN reaches, on Intel's CPUs."""
 Results = dict[str, dict[str, Any]]
 """For each contender its results, by task, and facts about it."""
 
@@ -30,8 +43,8 @@ def best(results: Results, name: str, found: dict[str, Any]) -> Results:
     """`results` with a round of one contender: the best of its rounds for each task."""
     before = results.get(name, {})
     kept = dict(found)
-    for task in {*TASKS, *POSITIONS, FIRST} & before.keys() & found.keys():
-        kept[task] = (min if task == FIRST else max)(before[task], found[task])
+    for task in {*TASKS, *POSITIONS, FIRST, PRODUCTS} & before.keys() & found.keys():
+        kept[task] = (min if task in (FIRST, PRODUCTS) else max)(before[task], found[task])
     return results | {name: kept}
 
 
@@ -48,7 +61,7 @@ def worst_first(known: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def lines(known: dict[str, Any]) -> list[str]:
-    """generate.md: two tables for each CPU."""
+    """generate.md: tables for each CPU."""
     text = [
         "# Generation with GPT-2 124M, side by side",
         "",
@@ -57,17 +70,27 @@ def lines(known: dict[str, Any]) -> list[str]:
         f"`at position 50` is the speed of {2 * AROUND} tokens around that position, one text. "
         "Random weights, greedy decoding.",
         "",
-        "A token reads each weight once. The limit is the time to read them from memory once, at the bandwidth "
-        "measured here; weights in a cache can be read faster. The losses are those of the model in `models/`, in nats "
-        f"per token, on the first {LOSS_TOKENS:,} validation tokens.",
+        "A token reads each weight once. The limit is the time to read them once, at the bandwidth at which as many "
+        "bytes are read again and again on this machine: a part of them is in the cache. The losses are those of the "
+        f"model in `models/`, in nats per token, on the first {LOSS_TOKENS:,} validation tokens. A contender without "
+        "a row could not run.",
     ]
     for cpu, entry in worst_first(known):
         text += ["", f"## {cpu}", "", f"Instruction sets: {', '.join(entry['instruction_sets']) or 'unknown'}. "]
-        text[-1] += f"Reading memory: {entry['read_gb_per_s']} GB/s."
-        text += ["", *speeds(entry["results"]), "", *limits(entry)]
+        read = ", ".join(f"{speed} ({size} MB)" for size, speed in entry["read_gb_per_s"].items())
+        text += [f"Reading memory, GB/s: {read}.", *unlimited(cpu)]
+        text += ["", *speeds(entry["results"]), "", *limits(entry), "", *products(entry["results"])]
         versions = dict.fromkeys(found["version"] for found in entry["results"].values() if "version" in found)
         text += ["", *(f"- {version}" for version in versions)]
     return text
+
+
+def unlimited(cpu: str) -> list[str]:
+    """What the limits in the name of a CPU do not reach, and what would limit it."""
+    if not any(f"{limit}=" in cpu for limit in INSTRUCTION_LIMITS):
+        return []
+    found = [f"{name} ({limit})" for name, limit in OBEYS.items() if f"{limit}=" not in cpu]
+    return ["", f"Not limited here, in brackets what would limit it: {', '.join(found)}."]
 
 
 def speeds(results: Results) -> list[str]:
@@ -101,9 +124,21 @@ def limits(entry: dict[str, Any]) -> list[str]:
     return table
 
 
+def products(results: Results) -> list[str]:
+    """The table of the matrix products' share of a token, for those that can compute them alone."""
+    table = [f"| | {PRODUCTS} | {SHORT}, ms per token | share of a token |", "|---|---:|---:|---:|"]
+    for name, found in results.items():
+        if PRODUCTS in found:
+            needed = 1000 / found[SHORT]
+            table.append(f"| {name} | {found[PRODUCTS]:.2f} | {needed:.2f} | {found[PRODUCTS] / needed:.0%} |")
+    return table
+
+
 def limit_ms(found: dict[str, Any], entry: dict[str, Any]) -> float:
-    """Milliseconds to read the weights of a contender from memory once."""
-    return float(found["weight_bytes"] / entry["read_gb_per_s"] / 1e6)
+    """Milliseconds to read the weights of a contender once."""
+    sizes, speeds = zip(*((1e6 * float(size), speed) for size, speed in entry["read_gb_per_s"].items()), strict=True)
+    gb_per_s = np.interp(found["weight_bytes"], sizes, speeds)
+    return float(found["weight_bytes"] / gb_per_s / 1e6)
 
 
 def draw(known: dict[str, Any], path: Path) -> None:

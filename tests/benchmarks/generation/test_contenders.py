@@ -1,9 +1,13 @@
+import os
+from contextlib import suppress
+
 import numpy as np
 import pytest
 
-from benchmarks.generation import contenders, llama_cpp, peers
+from benchmarks.generation import contenders, llama_cpp, openvino, peers
 from gpt2.config import PRESETS
 from gpt2.evaluation.scores import score
+from gpt2.model.storage import load_folder
 from tests.conftest import TINY
 
 PROMPT = [5, 17, 300]
@@ -39,7 +43,60 @@ def test_openvino_generates_the_same_tokens(prepared):
     expected = contenders.ours(prepared, "fp32").generate(PROMPT, 2, 6)
     theirs = peers.openvino(prepared, "fp32")
     assert theirs.generate(PROMPT, 2, 6) == expected
+    assert theirs.generate(PROMPT, 1, 6) == expected[:1]  # the KV cache starts empty again
     assert theirs.facts["weight_bytes"] == pytest.approx(4 * contenders.matrix_weights(prepared), rel=0.05)
+
+
+def test_openvino_runs_with_each_setting_or_says_that_it_cannot(prepared):
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    for precision in ("int8", "int8, bf16 hint", "bf16, not fused"):
+        with suppress(RuntimeError):  # a CPU without bf16
+            model = peers.openvino(prepared, precision)
+            assert [len(ids) for ids in model.generate(PROMPT, 2, 3)] == [3, 3]
+            assert model.facts["weight_bytes"] < 2.2 * contenders.matrix_weights(prepared)
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("fp32", True), ("bf16, not fused", False)])
+def test_openvino_fuses_attention_and_kv_cache(prepared, precision, fused):
+    pytest.importorskip("openvino")
+    compiled = openvino.Decoder(load_folder(prepared), precision).request.get_compiled_model()
+    types = {op.get_rt_info()["layerType"].value for op in compiled.get_runtime_model().get_ops()}
+    assert ("ScaledDotProductAttention" in types) == fused
+
+
+def test_all_contenders_can_be_made():
+    assert {kind for kind, _ in contenders.CONTENDERS.values()} == contenders.MAKERS.keys()
+    assert {precision for kind, precision in contenders.CONTENDERS.values() if kind == "openvino"} == {
+        *openvino.SETTINGS
+    }
+
+
+def test_llama_cpp_with_blas_needs_a_folder_with_blas(prepared, tmp_path, monkeypatch):
+    monkeypatch.delenv(peers.BLAS, raising=False)
+    with pytest.raises(RuntimeError, match="LLAMA_CPP_BLAS"):
+        peers.llama_cpp_with_blas(prepared, "f32")
+    monkeypatch.setenv(peers.BLAS, str(tmp_path))
+    with pytest.raises(RuntimeError, match="libggml-blas"):
+        peers.llama_cpp_with_blas(prepared, "f32")
+
+
+def test_llama_cpp_with_blas_loads_the_libraries_of_that_folder(prepared, tmp_path, monkeypatch):
+    (tmp_path / "libggml-blas.so").touch()
+    monkeypatch.setenv(peers.BLAS, str(tmp_path))
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", "/another")
+
+    def load(folder, precision):
+        return peers.Model(lambda *_: [], facts={"version": os.environ["LLAMA_CPP_LIB_PATH"]})
+
+    monkeypatch.setattr(peers, "llama_cpp", load)
+    assert peers.llama_cpp_with_blas(prepared, "f32").facts["version"] == f"{tmp_path} with BLAS"
+
+
+def test_the_products_of_as_many_tokens_are_timed():
+    done = []
+    assert contenders.seconds_of_products(lambda: done.append(1)) > 0
+    assert len(done) == 2 * contenders.AROUND
 
 
 def test_the_baseline_loop_generates_all_tokens(prepared):

@@ -28,4 +28,12 @@ def test_instruction_sets_of_the_kernels_are_listed():
 
 
 def test_bandwidth_is_measured():
-    assert machine.read_bandwidth(1 << 20) > 0
+    assert machine.read_bandwidth(1 << 20, seconds=0.01) > 0
+
+
+def test_bandwidth_is_that_of_the_fastest_read(monkeypatch):
+    now_s = [0.0]
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now_s.append(now_s[-1] + len(now_s)) or now_s[-1])
+    assert (
+        machine.read_bandwidth(1 << 20, seconds=10) == (1 << 20) / 3
+    )  # of the reads, the first is the fastest here: 3 s
