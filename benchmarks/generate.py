@@ -1,15 +1,16 @@
 r"""Speed and loss of GPT-2 124M: ours in each dtype, and other implementations, side by side.
 
-    python -m benchmarks.generate                   half an hour on two cores
+    python -m benchmarks.generate                   an hour on two cores, with all peers
     python -m benchmarks.generate --only ours       some of the contenders; the others keep their results
+    python -m benchmarks.generate --rounds 1        half the time
 
 Tokens/s for one text and for eight at once, at the start and at the end of the context; time to first token; the limit
 that memory bandwidth sets; and the losses of a trained model (`--trained`, made by `dvc repro`) in each precision.
 Results are kept for each CPU and each limit on its instruction sets (ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY).
 
-All use the same weights, the same prompt and greedy decoding. Each runs ROUNDS times in its own process, in turns; the
-best result counts. One that fails or takes longer than TIMEOUT_S is skipped. The baseline is the generation loop of the
-original project's Space, without a KV cache. Writes reports/benchmarks/generate.{json,md,png}.
+All use the same weights, the same prompt and greedy decoding. Each runs `--rounds` times in its own process, in turns;
+the best result counts. One that fails or takes longer than TIMEOUT_S is skipped. The baseline is the generation loop of
+the original project's Space, without a KV cache. Writes reports/benchmarks/generate.{json,md,png}.
 
 Peers that are not installed are skipped. Measured with ctranslate2 4.8.5, gguf 0.19.0, openvino 2026.4.1, nncf 3.4.0,
 llama-cpp-python 0.3.36:
@@ -41,7 +42,6 @@ from typing import Any
 
 from benchmarks.generation import contenders, machine, report
 
-ROUNDS = 2
 TIMEOUT_S = 600
 
 
@@ -49,6 +49,7 @@ def main() -> None:
     """Runs the contenders, or a single one in a worker process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="contenders with this in their name")
+    parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
     parser.add_argument(
         "--trained", type=Path, default=Path("models"), help="folder of a trained model, for the losses"
     )
@@ -65,17 +66,17 @@ def main() -> None:
         if not has_trained:
             print(f"{arguments.trained} has no model.safetensors: no losses", flush=True)
         contenders.prepare(Path(place), arguments.trained if has_trained else None, arguments.tokens)
-        compare(names, place)
+        compare(names, place, arguments.rounds)
 
 
-def compare(names: list[str], place: str) -> None:
+def compare(names: list[str], place: str, rounds: int) -> None:
     """Runs contenders in turns, and writes the report after each round."""
     import torch
 
     cpu, facts = machine.describe(torch.get_num_threads())
     print(cpu, facts, flush=True)
     results: report.Results = {}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name in names:
             if found := run(name, place):
                 results = report.best(results, name, found)
