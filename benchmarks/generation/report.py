@@ -27,9 +27,10 @@ Results = dict[str, dict[str, Any]]
 
 
 def load(folder: Path = FOLDER) -> dict[str, Any]:
-    """What is known of each CPU."""
+    """What is known of each CPU. Entries of older versions, with one bandwidth for all sizes, are left out."""
     path = folder / "generate.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {cpu: entry for cpu, entry in known.items() if isinstance(entry["read_gb_per_s"], dict)}
 
 
 def merge(known: dict[str, Any], cpu: str, facts: dict[str, Any], results: Results) -> dict[str, Any]:
@@ -76,10 +77,11 @@ def lines(known: dict[str, Any]) -> list[str]:
         "a row could not run.",
     ]
     for cpu, entry in worst_first(known):
-        text += ["", f"## {cpu}", "", f"Instruction sets: {', '.join(entry['instruction_sets']) or 'unknown'}. "]
+        text += ["", f"## {cpu}", "", f"Instruction sets: {', '.join(entry['instruction_sets']) or 'unknown'}."]
         read = ", ".join(f"{speed} ({size} MB)" for size, speed in entry["read_gb_per_s"].items())
         text += [f"Reading memory, GB/s: {read}.", *unlimited(cpu)]
-        text += ["", *speeds(entry["results"]), "", *limits(entry), "", *products(entry["results"])]
+        for table in (speeds(entry["results"]), limits(entry), products(entry["results"])):
+            text += ["", *table] if len(table) > 2 else []
         versions = dict.fromkeys(found["version"] for found in entry["results"].values() if "version" in found)
         text += ["", *(f"- {version}" for version in versions)]
     return text

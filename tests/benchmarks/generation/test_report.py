@@ -31,6 +31,15 @@ def test_the_best_of_the_rounds_counts():
     assert second == {"ours, int8": {"1 x 100": 5.0, FIRST: 4.0, PRODUCTS: 4.0, "loss": 4.0}}
 
 
+def test_an_entry_with_one_bandwidth_for_all_sizes_is_left_out(tmp_path):
+    report.write({"A CPU": {**FACTS, "results": {"ours, int8": FAST}}}, tmp_path)
+    known = json.loads((tmp_path / "generate.json").read_text())
+    known["an old one"] = {"instruction_sets": [], "read_gb_per_s": 28.3, "results": {}}
+    (tmp_path / "generate.json").write_text(json.dumps(known))
+    assert report.load(tmp_path).keys() == {"A CPU"}
+    assert report.load(tmp_path / "nowhere") == {}
+
+
 def test_the_limit_is_that_of_as_many_bytes():
     assert report.limit_ms({"weight_bytes": 96e6}, FACTS) == pytest.approx(96 / 20)
     assert report.limit_ms({"weight_bytes": 500e6}, FACTS) == pytest.approx(500 / 10)  # as the largest measured
