@@ -202,7 +202,8 @@ template <int D> void take_normalised(Input& input, const float* x, const Norm& 
         }
         float factor = 1.0f / std::sqrt(sum_lanes(squares) / width + NORM_EPSILON);
         for (int i = 0; i < width; i += LANES)
-            store(y + i, (load<Floats>(x + i) - mean) * factor * load<Floats>(norm.weight + i) + load<Floats>(norm.bias + i));
+            store(y + i, (load<Floats>(x + i) - mean) * factor * load<Floats>(norm.weight + i) +
+                             load<Floats>(norm.bias + i));
         prepare_row<D>(input, row);
     }
 }
@@ -272,7 +273,8 @@ float softmax(float* scores, int length) {
 
 // Attention of one head of one row to its sequence up to its own position. scores, bytes: scratch of this thread.
 template <class T>
-void attend(float* q, HeadCache<T> keys, HeadCache<T> values, int length, int head_size, float* scores, uint8_t*, float* out) {
+void attend(float* q, HeadCache<T> keys, HeadCache<T> values, int length, int head_size, float* scores, uint8_t*,
+            float* out) {
     constexpr bool is_bf16 = std::is_same_v<T, uint16_t>;
     constexpr int V = BYTES == 64 ? 4 : 8;
     const float scale = 1.0f / std::sqrt((float)head_size);
@@ -292,7 +294,8 @@ void attend(float* q, HeadCache<T> keys, HeadCache<T> values, int length, int he
 
 inline void store_key(const float* key, int position, int head_size, HeadCache<int8_t> cache, uint8_t* bytes) {
     cache.scale[position] = quantize(key, head_size, INPUT_ZERO, bytes);
-    for (int i = 0; i < head_size; i += 4) std::memcpy(cache.rows + key_word(position, i, head_size, LANES), bytes + i, 4);
+    for (int i = 0; i < head_size; i += 4)
+        std::memcpy(cache.rows + key_word(position, i, head_size, LANES), bytes + i, 4);
 }
 
 inline void store_value(const float* value, int position, int head_size, HeadCache<int8_t> cache, uint8_t* bytes) {
@@ -316,8 +319,8 @@ void weighted_sum_of_int8(const uint8_t* high, const uint8_t* low, const int8_t*
         }
     }
     for (int v = 0; v < V; v++) {
-        const Floats whole = __builtin_convertvector(sums[v][0], Floats) * 128.0f + __builtin_convertvector(sums[v][1], Floats);
-        store(out + v * LANES, whole * factor);
+        const Floats h = __builtin_convertvector(sums[v][0], Floats), l = __builtin_convertvector(sums[v][1], Floats);
+        store(out + v * LANES, (h * 128.0f + l) * factor);
     }
 }
 
@@ -386,8 +389,8 @@ inline void sum_exponentials(const float* x, int count, float* out) {
 }
 
 template <int D>
-void step(const Model& model, const Row* row, int rows, float* logits, float* totals, Shared shared, Input input, float* scores,
-          int thread, int threads) {
+void step(const Model& model, const Row* row, int rows, float* logits, float* totals, Shared shared, Input input,
+          float* scores, int thread, int threads) {
     typedef Cached<D> T;
     const int width = model.n_embd, heads = model.n_head, head_size = width / heads;
     for (int layer = 0; layer < model.n_layer; layer++) {

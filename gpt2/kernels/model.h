@@ -53,8 +53,8 @@ using Cached = std::conditional_t<D == FP32, float, std::conditional_t<D == BF16
 // The keys (part 0) or values (part 1) of one head; a sequence's cache is (n_layer, 2, n_head) of these.
 //
 // rows: (context_length, head_size). 8-bit ones lie as the instructions for four products at once want them: keys as
-// words of four channels, (tokens / LANES, head_size / 4, LANES), with the zero point of unsigned inputs; values as words
-// of four tokens, (tokens / 4, head_size). Their scales: (tokens).
+// words of four channels, (tokens / LANES, head_size / 4, LANES), with the zero point of unsigned inputs; values as
+// words of four tokens, (tokens / 4, head_size). scale: of 8-bit ones, (tokens).
 template <class T> struct HeadCache {
     T* rows;
     float* scale;

@@ -1,10 +1,11 @@
 // Prefill of GPT-2 on the CPU: the keys and values of a part of a prompt.
 //
-// Tokens are processed in panels. A vector holds one channel of LANES tokens, and a panel lists its values channel after
-// channel, (channels, PANEL): LayerNorm, softmax and quantization are then the same operations in every lane. Weights
-// stay in the layout of nn.Linear, (out, in). They, keys and transposed values are the first operand of all products,
-// `multiply`; the second is a panel whose channels are packed into words of 32 bits: one channel in fp32, two in bf16, or
-// four in 8 bits. So the same loop serves all dtypes, and with AMX a panel is a tile as it is.
+// Tokens are processed in panels. A vector holds one channel of LANES tokens, and a panel lists its values channel
+// after channel, (channels, PANEL): LayerNorm, softmax and quantization are then the same operations in every lane.
+//
+// Weights stay in the layout of nn.Linear, (out, in). They, keys and transposed values are the first operand of all
+// products, `multiply`; the second is a panel whose channels are packed into words of 32 bits: one channel in fp32, two
+// in bf16, or four in 8 bits. So the same loop serves all dtypes, and with AMX a panel is a tile as it is.
 //
 // A token's result does not depend on the other tokens in its panel, nor on how a prompt is divided into parts.
 
@@ -57,7 +58,11 @@ bool may_use_amx() {
 const bool USES_AMX = may_use_amx();
 
 void configure_amx() {
-    struct { uint8_t palette = 1, start_row = 0, reserved[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } tiles;
+    struct {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t bytes[16] = {};
+        uint8_t rows[16] = {};
+    } tiles;
     for (int i = 0; i < 8; i++) tiles.bytes[i] = STEP, tiles.rows[i] = 16;
     _tile_loadconfig(&tiles);
 }
@@ -144,8 +149,10 @@ template <class T> void transpose_values(const T* values, int tokens, int head_s
     for (int first = 0; first < stride; first += LANES)
         for (int channel = 0; channel < head_size; channel += LANES * IN_WORD) {
             UInts rows[LANES];
-            for (int i = 0; i < LANES; i++)
-                rows[i] = first + i < tokens ? load<UInts>(values + (int64_t)(first + i) * head_size + channel) : UInts{};
+            for (int i = 0; i < LANES; i++) {
+                const T* row = values + (int64_t)(first + i) * head_size + channel;
+                rows[i] = first + i < tokens ? load<UInts>(row) : UInts{};
+            }
             transpose(rows);
             for (int i = 0; i < LANES; i++) {
                 T* to = out + (int64_t)(channel + i * IN_WORD) * stride + first;
@@ -196,8 +203,9 @@ template <int D> void pack(const float* panel, int width, uint32_t* words, float
             for (int i = 0; i < width; i += 4, to += PANEL) {
                 UInts word = {};
                 for (int j = 0; j < 4; j++) {
+                    Floats scaled = load<Floats>(x + (i + j) * PANEL) * factor;
                     // adding the zero point and a half before truncating rounds
-                    Ints whole = __builtin_convertvector(load<Floats>(x + (i + j) * PANEL) * factor + (UINT8_ZERO + 0.5f), Ints);
+                    Ints whole = __builtin_convertvector(scaled + (UINT8_ZERO + 0.5f), Ints);
                     word |= (UInts)((whole + (INPUT_ZERO - UINT8_ZERO)) & 255) << (8 * j);
                 }
                 store(to, word);
@@ -218,8 +226,10 @@ void normalise(const float* panel, const Norm& norm, int width, float* out) {
         }
         Floats variance = (squares[0] + squares[1] + squares[2] + squares[3]) / (float)width, factor;
         for (int lane = 0; lane < LANES; lane++) factor[lane] = 1.0f / std::sqrt(variance[lane] + NORM_EPSILON);
-        for (int i = 0; i < width; i++)
-            store(out + half + i * PANEL, (load<Floats>(x + i * PANEL) - mean) * factor * norm.weight[i] + norm.bias[i]);
+        for (int i = 0; i < width; i++) {
+            Floats normalised = (load<Floats>(x + i * PANEL) - mean) * factor;
+            store(out + half + i * PANEL, normalised * norm.weight[i] + norm.bias[i]);
+        }
     }
 }
 
@@ -261,7 +271,7 @@ Weights rows_of<INT4>(const Matrix& m, int channel, int8_t* rows, float* scale, 
         scale[c] = largest * INT4_ZERO / INT8_MAX_VALUE;
         const float factor = largest > 0 ? (1 << SHIFT) / scale[c] : 0.0f;
         int8_t* to = rows + c * m.in;
-        Shorts total = {};
+        Ints total = {};
         for (int first = 0; first < m.in; first += HALF) {
             const int byte = first / INT4_BLOCK * (INT4_BLOCK / 2) + first % (INT4_BLOCK / 2);
             HalfBytes both = load<HalfBytes>(packed + byte);
@@ -269,10 +279,9 @@ Weights rows_of<INT4>(const Matrix& m, int channel, int8_t* rows, float* scale, 
             Shorts q = __builtin_convertvector(nibbles, Shorts) - (int16_t)INT4_ZERO;
             q = (q * (int16_t)std::lrint(group_scale[first / m.group] * factor) + (int16_t)(1 << (SHIFT - 1))) >> SHIFT;
             store(to + first, __builtin_convertvector(q, HalfBytes));
-            total += q;
         }
-        sums[c] = 0;
-        for (int lane = 0; lane < HALF; lane++) sums[c] += total[lane];
+        for (int i = 0; i < m.in; i += BYTES) total = dot4_small(total, Bytes{} + 1, load<Bytes>(to + i));
+        sums[c] = sum_lanes(total);
     }
     return {rows, scale, sums};
 }
@@ -303,17 +312,23 @@ void linear(const Matrix& m, const Operand& input, int panels, int first, const 
     }
 }
 
+constexpr uint32_t ZEROS = INPUT_ZERO * 0x01010101u;  // added to four 8-bit integers, or taken away
+
 // Quantizes the keys (part 0) or values of one head, (head_size, PANEL), from position `first` on.
-void quantize_tokens(const float* values, int tokens, int head_size, int first, int part, HeadCache<int8_t> cache, const Own& own) {
+void quantize_tokens(const float* values, int tokens, int head_size, int first, int part, HeadCache<int8_t> cache,
+                     const Own& own) {
     alignas(64) float scale[PANEL];
     pack<INT8>(values, head_size, own.query, scale);
     std::memcpy(cache.scale + first, scale, sizeof(float) * tokens);
     for (int i = 0; i < head_size; i += 4)
         for (int token = 0; token < tokens; token++) {
-            const uint32_t word = own.query[i / 4 * PANEL + token], plain = word ^ (INPUT_ZERO * 0x01010101u);
-            if (part == 0) std::memcpy(cache.rows + key_word(first + token, i, head_size, LANES), &word, 4);
-            else
-                for (int j = 0; j < 4; j++) cache.rows[value_byte(first + token, i + j, head_size)] = (int8_t)(plain >> 8 * j);
+            const uint32_t word = own.query[i / 4 * PANEL + token], plain = word ^ ZEROS;
+            if (part == 0) {
+                std::memcpy(cache.rows + key_word(first + token, i, head_size, LANES), &word, 4);
+            } else {
+                int8_t* to = cache.rows + value_byte(first + token, i, head_size);
+                for (int j = 0; j < 4; j++) to[4 * j] = (int8_t)(plain >> 8 * j);
+            }
         }
 }
 
@@ -331,7 +346,7 @@ void widen_keys(const int8_t* keys, int tokens, int head_size, uint16_t* out) {
             const int words = std::min(LANES, (head_size - channel) / 4);
             UInts rows[LANES] = {};
             for (int i = 0; i < words; i++)
-                rows[i] = load<UInts>(keys + key_word(first, channel + 4 * i, head_size, LANES)) ^ (INPUT_ZERO * 0x01010101u);
+                rows[i] = load<UInts>(keys + key_word(first, channel + 4 * i, head_size, LANES)) ^ ZEROS;
             transpose(rows);
             for (int i = 0; i < LANES; i++) {
                 alignas(64) uint16_t row[BYTES];
@@ -346,7 +361,8 @@ void widen_values(const int8_t* values, int head_size, int stride, uint16_t* out
     for (int first = 0; first < stride; first += BYTES)
         for (int channel = 0; channel < head_size; channel += LANES) {
             UInts rows[LANES];
-            for (int i = 0; i < LANES; i++) rows[i] = load<UInts>(values + value_byte(first + 4 * i, channel, head_size));
+            for (int i = 0; i < LANES; i++)
+                rows[i] = load<UInts>(values + value_byte(first + 4 * i, channel, head_size));
             transpose(rows);
             for (int i = 0; i < LANES; i++) widen(rows[i], out + (int64_t)(channel + i) * stride + first);
         }
@@ -373,7 +389,8 @@ void attend(const float* query, const Head<T>& head, int first, int length, int 
     for (int i = 0; i < head_size * PANEL; i += LANES) store(own.values + i, load<Floats>(query + i) * factor);
     pack<D>(own.values, head_size, own.query, nullptr);
     for (int key = 0; key < padded; key += CHANNELS)  // may read beyond the last key, never beyond the cache
-        multiply<D>(head.keys + key * head_size, head_size * BYTES_OF<D>, own.query, head_size * BYTES_OF<D> / 4, scores + key * PANEL);
+        multiply<D>(head.keys + key * head_size, head_size * BYTES_OF<D>, own.query, head_size * BYTES_OF<D> / 4,
+                    scores + key * PANEL);
     Floats total[2];
     for (int half = 0; half < 2; half++) {
         float* s = scores + half * LANES;
@@ -383,7 +400,8 @@ void attend(const float* query, const Head<T>& head, int first, int length, int 
             for (int lane = 0; lane < LANES; lane++)
                 if (key > first + half * LANES + lane) s[key * PANEL + lane] = -INFINITY;
         Floats largest[2] = {splat(-INFINITY), splat(-INFINITY)}, sums[2] = {};
-        for (int key = 0; key < padded; key++) largest[key % 2] = larger(largest[key % 2], load<Floats>(s + key * PANEL));
+        for (int key = 0; key < padded; key++)
+            largest[key % 2] = larger(largest[key % 2], load<Floats>(s + key * PANEL));
         largest[0] = larger(largest[0], largest[1]);
         for (int key = 0; key < padded; key += 2) {  // overwrites the scores with packed probabilities
             Floats e[2];
@@ -427,14 +445,16 @@ template <class T> void embed(const Model& model, const int32_t* tokens, int pos
 
 // Passes at most PART tokens through the model. Their keys and values are all that is left of them.
 template <int D>
-void process(const Model& model, const int32_t* tokens, int start, int count, void* cache, const Shared& shared, const Own& own) {
+void process(const Model& model, const int32_t* tokens, int start, int count, void* cache, const Shared& shared,
+             const Own& own) {
     typedef Cached<D> T;
     constexpr int E = D == INT4 ? INT8 : D;
     const int width = model.n_embd, heads = model.n_head, head_size = width / heads;
     const int panels = (count + PANEL - 1) / PANEL, length = start + count, stride = round_up(length, 64);
     const Operand& input = shared.input;
     auto pack_panel = [&](const float* values, int panel, int channels) {
-        pack<E>(values, channels, input.words + (int64_t)panel * channels * BYTES_OF<E> / 4 * PANEL, input.scale + panel * PANEL);
+        uint32_t* words = input.words + (int64_t)panel * channels * BYTES_OF<E> / 4 * PANEL;
+        pack<E>(values, channels, words, input.scale + panel * PANEL);
     };
     auto take_normalised = [&](const Norm& norm) {
 #pragma omp for schedule(static)
@@ -445,7 +465,8 @@ void process(const Model& model, const int32_t* tokens, int start, int count, vo
     };
     auto take = [&](const float* from, int channels) {
 #pragma omp for schedule(static)
-        for (int panel = 0; panel < panels; panel++) pack_panel(from + (int64_t)panel * channels * PANEL, panel, channels);
+        for (int panel = 0; panel < panels; panel++)
+            pack_panel(from + (int64_t)panel * channels * PANEL, panel, channels);
     };
     auto add = [&](int panel, int channel, const float* values) {
         float* x = shared.x + ((int64_t)panel * width + channel) * PANEL;
@@ -462,27 +483,28 @@ void process(const Model& model, const int32_t* tokens, int start, int count, vo
         const Layer& block = model.layers[layer];
         const bool is_last = layer == model.n_layer - 1;
         take_normalised(block.norm_1);
-        linear<D>(block.attention, input, panels, is_last ? width : 0, own, [&](int panel, int channel, const float* values) {
+        auto store_qkv = [&](int panel, int channel, const float* values) {
+            constexpr size_t BLOCK_BYTES = sizeof(float) * CHANNELS * PANEL;
             if (channel < width) {
-                std::memcpy(shared.q + ((int64_t)panel * width + channel) * PANEL, values, sizeof(float) * CHANNELS * PANEL);
-                return;
-            }
-            if constexpr (sizeof(T) == 1) {  // quantized below, a head as a whole
+                std::memcpy(shared.q + ((int64_t)panel * width + channel) * PANEL, values, BLOCK_BYTES);
+            } else if constexpr (sizeof(T) == 1) {  // quantized below, a head as a whole
                 float* to = shared.hidden + ((int64_t)panel * 2 * width + channel - width) * PANEL;
-                std::memcpy(to, values, sizeof(float) * CHANNELS * PANEL);
+                std::memcpy(to, values, BLOCK_BYTES);
             } else {
                 const int part = channel / width - 1, within = channel % width, head = within / head_size;
                 T* rows = HeadCache<T>(model, cache, layer, part, head).rows + within % head_size;
                 rows += (int64_t)(start + panel * PANEL) * head_size;
                 store_tokens(values, std::min(PANEL, count - panel * PANEL), rows, head_size);
             }
-        });
+        };
+        linear<D>(block.attention, input, panels, is_last ? width : 0, own, store_qkv);
         if constexpr (sizeof(T) == 1) {
 #pragma omp for schedule(static)
             for (int task = 0; task < panels * 2 * heads; task++) {
-                const int first = task / (2 * heads) * PANEL, tokens = std::min(PANEL, count - first), part = task / heads % 2;
+                const int first = task / (2 * heads) * PANEL, part = task / heads % 2;
                 HeadCache<T> head(model, cache, layer, part, task % heads);
-                quantize_tokens(shared.hidden + (int64_t)task * head_size * PANEL, tokens, head_size, start + first, part, head, own);
+                quantize_tokens(shared.hidden + (int64_t)task * head_size * PANEL, std::min(PANEL, count - first),
+                                head_size, start + first, part, head, own);
             }
         }
         if (is_last) break;
@@ -501,8 +523,10 @@ void process(const Model& model, const int32_t* tokens, int start, int count, vo
         for (int task = 0; task < panels * heads; task++) {  // the longest first
             const int panel = panels - 1 - task / heads, number = task % heads;
             const HeadCache<T> keys(model, cache, layer, 0, number), values(model, cache, layer, 1, number);
-            const int64_t at = ((int64_t)panel * width + number * head_size) * PANEL, in_layer = (int64_t)number * head_size * stride;
-            Head<T> head{(Wide<T>*)shared.keys + in_layer, (Wide<T>*)shared.values + in_layer, keys.scale, values.scale, stride};
+            const int64_t at = ((int64_t)panel * width + number * head_size) * PANEL;
+            const int64_t in_layer = (int64_t)number * head_size * stride;
+            Head<T> head{(Wide<T>*)shared.keys + in_layer, (Wide<T>*)shared.values + in_layer,
+                         keys.scale, values.scale, stride};
             if constexpr (sizeof(T) != 1) head.keys = keys.rows;
             attend(shared.q + at, head, start + panel * PANEL, length, head_size, own, shared.mixed + at);
         }
@@ -552,7 +576,8 @@ Own own_memory(const Model& m, Divider& memory) {
 }
 
 template <int D>
-void process_all(const Model& model, const int32_t* tokens, int start, int count, void* cache, char* scratch, int threads) {
+void process_all(const Model& model, const int32_t* tokens, int start, int count, void* cache, char* scratch,
+                 int threads) {
 #pragma omp parallel num_threads(threads)
     {
         Divider memory{(char*)(((uintptr_t)scratch + 63) / 64 * 64)};

@@ -121,8 +121,8 @@ inline Floats gelu(Floats x) {
     return x * (u > 0.0f ? splat(1.0f) : e) / (1.0f + e);
 }
 
-// acc + the products of 4 neighbouring pairs in each 32-bit lane. dot4: of inputs, with zero point INPUT_ZERO, and signed
-// weights. dot4_small: of unsigned a, at most 127, and signed b.
+// acc + the products of 4 neighbouring pairs in each 32-bit lane. dot4: of inputs, with zero point INPUT_ZERO, and
+// signed weights. dot4_small: of unsigned a, at most 127, and signed b.
 #if defined(__AVX512VNNI__)
 constexpr int INPUT_ZERO = UINT8_ZERO;
 inline Ints dot4(Ints acc, Bytes input, Bytes weight) {
