@@ -34,6 +34,6 @@ def test_a_contender_that_was_skipped_does_not_run_again(monkeypatch):
     monkeypatch.setattr(generate.machine, "describe", lambda threads: ("A CPU", {}))
     monkeypatch.setattr(report, "load", dict)
     monkeypatch.setattr(report, "write", written.append)
-    generate.compare(["broken", "ours, int8"], "here")
+    generate.compare(["broken", "ours, int8"], "here", 2)
     assert runs == ["broken", "ours, int8", "ours, int8"]
     assert written[-1] == {"A CPU": {"results": {"ours, int8": {"1 x 100": 3.0}}}}
