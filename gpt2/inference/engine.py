@@ -234,7 +234,7 @@ class Engine:
         return f"PyTorch: {self._runner.problem or 'the kernels are being compiled'}"
 
     def wait_until_compiled(self, timeout_s: float) -> bool:
-        """Waits for the compiled kernels. Returns whether it is in use."""
+        """Waits for the compiled kernels. Returns whether they are in use."""
         return self._runner.poll(timeout_s)
 
     def serve(self) -> None:

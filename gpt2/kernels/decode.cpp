@@ -19,7 +19,7 @@ constexpr int CHANNELS = 4;      // output channels computed together
 constexpr int ROWS = 4;          // rows of the batch computed together
 constexpr int MAX_ROWS = 16;     // rows of the batch in one call
 constexpr int PARTS = 32;        // of the vocabulary, for the sum of probabilities
-constexpr int TOKENS_AHEAD = 64; // of keys and values that are prefetched
+constexpr int TOKENS_AHEAD = 64;  // of keys and values that are prefetched
 
 // The rows of an input, as the products of a dtype need them. Each thread has its own.
 struct Input {
@@ -324,7 +324,7 @@ void weighted_sum_of_int8(const uint8_t* high, const uint8_t* low, const int8_t*
     }
 }
 
-// The same in 8 bits: the query gets one scale, and the weights of the values 14 bits, in two parts of 7.
+// Attention in 8 bits: the query gets one scale, and the weights of the values 14 bits, in two parts of 7.
 inline void attend(float* q, HeadCache<int8_t> keys, HeadCache<int8_t> values, int length, int head_size, float* scores,
                    uint8_t* bytes, float* out) {
     constexpr int V = BYTES == 64 ? 4 : 2, HALF = 32 / LANES;

@@ -1,4 +1,4 @@
-// A model as Python passes it (gpt2/kernels/decoder.py has the same structures), and how its numbers are stored.
+// A model as Python passes it (gpt2/kernels/compiled.py has the same structures), and how its numbers are stored.
 
 #pragma once
 

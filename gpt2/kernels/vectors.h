@@ -19,7 +19,7 @@ namespace {
 #endif
 constexpr int BYTES = VECTOR_BYTES;  // 8-bit values in a vector
 constexpr int LANES = BYTES / 4;     // 32-bit values in a vector
-constexpr int UINT8_ZERO = 128;  // zero point of unsigned inputs
+constexpr int UINT8_ZERO = 128;      // zero point of unsigned inputs
 constexpr float INT8_MAX_VALUE = 127.0f;
 constexpr float SMALLEST = 1e-35f;  // a row of smaller values is zero
 constexpr float NORM_EPSILON = 1e-5f;

@@ -1,4 +1,4 @@
-"""Weights of a linear layer in fp32, bf16, 8 bits or 4 bits, in the layout that decode.cpp reads."""
+"""Weights of a linear layer in fp32, bf16, 8 bits or 4 bits, in the layout that the compiled kernels read."""
 
 from dataclasses import dataclass
 

@@ -84,8 +84,8 @@ def test_how_a_prompt_is_divided_changes_nothing(model, dtype):
         for parts in ([90], [1, 89], [31, 33, 26], [64, 26]):
             torch.set_num_threads(1 + len(parts))
             runner.compiled.cache.fill_(255)
-            for part, first in zip(parts, itertools.accumulate(parts, initial=0), strict=False):
-                runner.prefill_compiled(0, ids[first : first + part], cached=first)
+            for first, end in itertools.pairwise(itertools.accumulate(parts, initial=0)):
+                runner.prefill_compiled(0, ids[first:end], cached=first)
             caches.append(runner.compiled.cache.clone())
     finally:
         torch.set_num_threads(threads)
