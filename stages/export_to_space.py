@@ -31,9 +31,9 @@ SERVING_FILES = (
     ),
     *(
         f"gpt2/kernels/{name}.py"
-        for name in ("__init__", "__main__", "compiled", "int4", "library", "linear", "weights")
+        for name in ("__init__", "__main__", "blocks", "compiled", "int4", "library", "linear", "weights")
     ),
-    *(f"gpt2/kernels/{name}" for name in ("decode.cpp", "model.h", "prefill.cpp", "vectors.h")),
+    *(f"gpt2/kernels/{name}" for name in ("amx.h", "decode.cpp", "model.h", "prefill.cpp", "vectors.h")),
     *(f"space/{name}.py" for name in ("guard", "handlers", "model_files", "page", "server", "service", "view")),
 )
 """The modules that a Space needs: its page, and all that the page imports."""

@@ -46,7 +46,9 @@ PLUMBING = {
 } | {f"stages/{name}.py" for name in ("__init__", "cores", "params", "paths", "preflight", "process")}
 STAGES = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]
 # What a process of its own compiles.
-COMPILED = {f"gpt2/kernels/{name}" for name in ("__main__.py", "decode.cpp", "model.h", "prefill.cpp", "vectors.h")}
+COMPILED = {
+    f"gpt2/kernels/{name}" for name in ("__main__.py", "amx.h", "decode.cpp", "model.h", "prefill.cpp", "vectors.h")
+}
 # Modules in a folder that a stage depends on whole, though it does not use them.
 UNUSED = {
     "evaluate": {"gpt2/model/hugging_face.py"} | COMPILED,

@@ -98,7 +98,7 @@ class ModelRunner:
             return f"the model is on {self.model.device.type}"
         if not self.is_quantized:
             return "the model is not one of gpt2.quantize"
-        if not supports(self.model.config, self.dtype):
+        if not supports(self.model.config):
             return "the compiled kernels do not take models of these sizes"
         return "" if library.is_possible() else "there is no compiler, or it is turned off"
 

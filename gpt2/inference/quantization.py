@@ -18,9 +18,8 @@ from gpt2.config import DTYPES
 from gpt2.device import choose_precision
 from gpt2.errors import UserError
 from gpt2.inference.kv_cache import ModelRunner
-from gpt2.kernels.int4 import BLOCK
 from gpt2.kernels.linear import InferenceLinear
-from gpt2.kernels.weights import LinearWeights
+from gpt2.kernels.weights import INT4_GROUP, LinearWeights
 from gpt2.model.transformer import GPT, Linear
 
 AUTO_DTYPES = ("fp32", "bf16", "int8")
@@ -54,7 +53,7 @@ def quantize(model: GPT, name: str) -> GPT:
     LayerNorm and the residual stream stay fp32; the embedding too, except in bf16. Unchanged weights are shared with
     `model`. In int8 and int4, attention is bf16 where that is faster. The copy cannot be trained or saved. Raises
     UserError for an unknown dtype, for int8 and int4 on a device other than the CPU, and for int4 with an n_embd that
-    is not a multiple of 128.
+    is not a multiple of 64.
     """
     if name not in DTYPES:
         raise UserError(f"no dtype {name!r}; available: {', '.join(DTYPES)}")
@@ -62,7 +61,7 @@ def quantize(model: GPT, name: str) -> GPT:
     if is_integer and model.device.type != "cpu":
         raise UserError(f"{name} runs only on the CPU; on {model.device.type} use bf16 or fp32")
     if not has_dtype(model, name):
-        raise UserError(f"int4 needs an n_embd that is a multiple of {BLOCK}, not {model.config.n_embd}; use int8")
+        raise UserError(f"int4 needs an n_embd that is a multiple of {INT4_GROUP}, not {model.config.n_embd}; use int8")
     dtype = torch.bfloat16 if name == "bf16" else torch.float32
     quantized = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for module in list(quantized.modules()):
@@ -86,7 +85,7 @@ def quantize(model: GPT, name: str) -> GPT:
 
 def has_dtype(model: GPT, name: str) -> bool:
     """Whether the model's sizes allow this dtype."""
-    return name != "int4" or model.config.n_embd % BLOCK == 0
+    return name != "int4" or model.config.n_embd % INT4_GROUP == 0
 
 
 def fastest_dtype(model: GPT, among: tuple[str, ...] = AUTO_DTYPES) -> str:

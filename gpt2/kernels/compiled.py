@@ -6,6 +6,7 @@ from ctypes import POINTER, Structure, byref, c_int32, c_void_p
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2.config import GPTConfig
@@ -15,14 +16,14 @@ from gpt2.model.transformer import GPT
 
 DTYPE_CODES = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 TENSOR_CODES = {torch.float32: 0, torch.bfloat16: 1}
-WIDTH_MULTIPLE, INT4_WIDTH_MULTIPLE, HEAD_MULTIPLE = 64, 128, 32
+WIDTH_MULTIPLE, HEAD_MULTIPLE = 64, 32
 MAX_CHECK_ERROR = 0.03
 
 
 class _Matrix(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("weight", "scale", "sums", "bias")),
-        *((name, c_int32) for name in ("out", "in_", "group")),
+        *((name, c_int32) for name in ("out", "in_")),
     ]
 
 
@@ -57,10 +58,9 @@ class _Row(Structure):
     _fields_ = [("token", c_int32), ("position", c_int32), ("cache", c_void_p)]
 
 
-def supports(config: GPTConfig, dtype: str) -> bool:
+def supports(config: GPTConfig) -> bool:
     """Whether the compiled kernels take models of these sizes: vectors have to fit into a row."""
-    multiple = INT4_WIDTH_MULTIPLE if dtype == "int4" else WIDTH_MULTIPLE
-    return config.n_embd % multiple == 0 and config.head_size % HEAD_MULTIPLE == 0 and config.vocab_size >= 4
+    return config.n_embd % WIDTH_MULTIPLE == 0 and config.head_size % HEAD_MULTIPLE == 0 and config.vocab_size >= 4
 
 
 class CompiledModel:
@@ -163,13 +163,15 @@ class CompiledModel:
 
     def _matrix(self, weights: LinearWeights) -> _Matrix:
         out, in_ = weights.shape
-        sums = weights.weight.sum(1, dtype=torch.int32) if weights.dtype == "int8" else None
+        scale, sums = weights.scale, None
+        if scale is not None and weights.dtype == "int8":  # padded as the weights are
+            sums = weights.weight.sum((1, 3), dtype=torch.int32)
+            scale = F.pad(scale, (0, sums.numel() - out))
         pointers = [
             None if tensor is None else self._kept(tensor).data_ptr()
-            for tensor in (weights.weight, weights.scale, sums, weights.bias)
+            for tensor in (weights.weight, scale, sums, weights.bias)
         ]
-        group = in_ // weights.scale.size(1) if weights.dtype == "int4" and weights.scale is not None else 0
-        return _Matrix(*pointers, out, in_, group)
+        return _Matrix(*pointers, out, in_)
 
     def _layer(self, block: Any) -> _Layer:
         return _Layer(

@@ -1,8 +1,8 @@
 // A decode step of GPT-2 on the CPU: from token ids to logits, in one parallel region.
 //
 // Decoding one token reads every weight once, so the memory limits its speed. What else costs time here is what each
-// call of a framework costs, hundreds of times per token; so the whole step is one function. Weights stay in the layout
-// of nn.Linear, (out, in), row after row, and are read once for all rows of the batch.
+// call of a framework costs, hundreds of times per token; so the whole step is one function. Weights are read once for
+// all rows of the batch.
 //
 // Each row of the batch is summed in the same order whatever the number of rows, threads and other rows' values: the
 // logits of a sequence are the same to the bit alone and in company.
@@ -10,13 +10,18 @@
 #include <type_traits>
 #include <omp.h>
 
+#include "amx.h"
 #include "model.h"
 #include "vectors.h"
 
 namespace {
 
-constexpr int CHANNELS = 4;      // output channels computed together
-constexpr int ROWS = 4;          // rows of the batch computed together
+constexpr int CHANNELS = 4;      // output channels computed together, in fp32 and bf16
+constexpr int ROWS = 4;          // rows of the batch computed together, in fp32 and bf16
+constexpr int BLOCK_ROWS = VECTOR_BYTES == 64 ? 8 : 2;  // the same, of 8-bit and 4-bit weights
+constexpr int AMX_ROWS = 3;                             // with fewer, 8-bit products do without AMX
+constexpr int BYTES_AHEAD = 8192;                       // of a block's weights that are prefetched
+constexpr int VECTORS = BLOCK / LANES;                  // 32-bit vectors in a block of channels
 constexpr int MAX_ROWS = 16;     // rows of the batch in one call
 constexpr int PARTS = 32;        // of the vocabulary, for the sum of probabilities
 constexpr int TOKENS_AHEAD = 64;  // of keys and values that are prefetched
@@ -26,7 +31,7 @@ struct Input {
     float* values;     // (rows, width)
     uint8_t* bytes;    // (rows, width): quantized
     float* scale;      // (rows)
-    int32_t* offsets;  // (rows, width / 4): what the zero point of 4-bit weights adds to each lane
+    int32_t* offsets;  // (rows, width / INT4_GROUP): what the zero point of 4-bit weights adds
     int width;
 };
 
@@ -62,68 +67,139 @@ inline void tile_of_bf16(const Matrix& m, int channel, const Input& input, int r
     for (int r = 0; r < R; r++) out[r] = sum_lanes(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
 }
 
-template <int R>
-inline void tile_of_int8(const Matrix& m, int channel, const Input& input, int row, Four* out) {
-    const uint8_t* weight = (const uint8_t*)m.weight + (int64_t)channel * m.in;
-    Ints sums[CHANNELS][R] = {};
-    for (int i = 0; i < m.in; i += BYTES) {
-        Bytes x[R];
-        for (int r = 0; r < R; r++) x[r] = load<Bytes>(input.bytes + (row + r) * m.in + i);
-        for (int c = 0; c < CHANNELS; c++) {
-            fetch_ahead(weight + (CHANNELS + c) * m.in + i);
-            Bytes w = load<Bytes>(weight + c * m.in + i);
-            for (int r = 0; r < R; r++) sums[c][r] = dot4(sums[c][r], x[r], w);
-        }
-    }
-    for (int r = 0; r < R; r++) {
-        FourInts sum = sum_lanes(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
-        sum -= INPUT_ZERO * load<FourInts>(m.sums + channel);
-        out[r] = __builtin_convertvector(sum, Four) * (load<Four>(m.scale + channel) * input.scale[row + r]);
-    }
-}
-
-template <int R>
-inline void tile_of_int4(const Matrix& m, int channel, const Input& input, int row, Four* out) {
-    const uint8_t* weight = (const uint8_t*)m.weight + (int64_t)channel * (m.in / 2);
-    const float* scale = m.scale + (int64_t)channel * (m.in / m.group);
-    Floats sums[CHANNELS][R] = {};
-    for (int i = 0; i < m.in / 2; i += BYTES) {
-        for (int c = 0; c < CHANNELS; c++) {
-            fetch_ahead(weight + (CHANNELS + c) * (m.in / 2) + i);
-            Bytes packed = load<Bytes>(weight + c * (m.in / 2) + i);
-            Bytes w[2] = {packed & 15, (Bytes)((UInts)packed >> 4) & 15};
-            for (int half = 0; half < 2; half++) {
-                int first = i / (INT4_BLOCK / 2) * INT4_BLOCK + i % (INT4_BLOCK / 2) + half * (INT4_BLOCK / 2);
-                Floats s = splat(scale[c * (m.in / m.group) + first / m.group]);
-                for (int r = 0; r < R; r++) {
-                    Bytes x = load<Bytes>(input.bytes + (row + r) * m.in + first);
-                    Ints start = load<Ints>(input.offsets + ((row + r) * m.in + first) / 4);
-                    sums[c][r] += __builtin_convertvector(dot4_small(start, w[half], x), Floats) * s;
-                }
-            }
-        }
-    }
-    for (int r = 0; r < R; r++)
-        out[r] = sum_lanes(sums[0][r], sums[1][r], sums[2][r], sums[3][r]) * input.scale[row + r];
-}
-
 template <int D, int R, class Use>
 inline void tile(const Matrix& m, int channel, const Input& input, int row, Use use) {
     Four out[R];
     if constexpr (D == FP32) tile_of_fp32<R>(m, channel, input, row, out);
     if constexpr (D == BF16) tile_of_bf16<R>(m, channel, input, row, out);
-    if constexpr (D == INT8) tile_of_int8<R>(m, channel, input, row, out);
-    if constexpr (D == INT4) tile_of_int4<R>(m, channel, input, row, out);
     Four bias = m.bias ? load<Four>(m.bias + channel) : Four{};
     for (int r = 0; r < R; r++) use(row + r, channel, out[r] + bias);
 }
 
-// This thread's part of a linear layer: use(row, channel, values) for each four output channels.
+// Four inputs of a row in each lane.
+inline Bytes word_of(const Input& input, int row, int first) {
+    return (Bytes)(UInts{} + load<uint32_t>(input.bytes + row * input.width + first));
+}
+
+// What an 8-bit product is, given its sums.
+inline Floats product_of_int8(const Matrix& m, int channel, Ints sum, float input_scale) {
+    const Ints zeros = INPUT_ZERO * load<Ints>(m.sums + channel);
+    const Floats bias = m.bias ? load<Floats>(m.bias + channel) : Floats{};
+    return __builtin_convertvector(sum - zeros, Floats) * (load<Floats>(m.scale + channel) * input_scale) + bias;
+}
+
+// A block of channels for R rows. Lanes are channels.
+template <int R, class Use>
+inline void block_of_int8(const Matrix& m, int block, const Input& input, int row, Use use) {
+    constexpr int CHAINS = R == 1 ? 4 : R < 5 ? 2 : 1;  // additions that do not wait for each other
+    const char* weight = (const char*)m.weight + (int64_t)block * BLOCK * m.in;
+    Ints sums[CHAINS][R][VECTORS] = {};
+    for (int word = 0; word < m.in / 4; word += CHAINS)
+        for (int chain = 0; chain < CHAINS; chain++) {
+            const char* words = weight + (word + chain) * 4 * BLOCK;
+            fetch_ahead(words + BYTES_AHEAD);
+            for (int v = 0; v < VECTORS; v++) {
+                const Bytes w = load<Bytes>(words + v * BYTES);
+                for (int r = 0; r < R; r++)
+                    sums[chain][r][v] = dot4(sums[chain][r][v], word_of(input, row + r, 4 * (word + chain)), w);
+            }
+        }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECTORS; v++) {
+            for (int chain = 1; chain < CHAINS; chain++) sums[0][r][v] += sums[chain][r][v];
+            const int channel = block * BLOCK + v * LANES;
+            use(row + r, channel, product_of_int8(m, channel, sums[0][r][v], input.scale[row + r]));
+        }
+}
+
+#ifdef HAS_AMX
+// The same for all rows: a block holds its second operands as they are.
+template <class Use> inline void block_with_amx(const Matrix& m, int block, const Input& input, int rows, Use use) {
+    const char* weight = (const char*)m.weight + (int64_t)block * BLOCK * m.in;
+    _tile_zero(0); _tile_zero(1);
+    for (int i = 0; i < m.in; i += 2 * STEP) {
+        _tile_loadd(2, input.bytes + i, m.in);
+        _tile_loadd(6, weight + i * BLOCK, STEP);
+        for (int j = 0; j < 2 * STEP * BLOCK; j += 64) fetch_ahead(weight + i * BLOCK + j + BYTES_AHEAD);
+        _tile_dpbusd(0, 2, 6);
+        if (i + STEP == m.in) break;
+        _tile_loadd(3, input.bytes + i + STEP, m.in);
+        _tile_loadd(7, weight + (i + STEP) * BLOCK, STEP);
+        _tile_dpbusd(1, 3, 7);
+    }
+    alignas(64) int32_t sums[2][MAX_ROWS * BLOCK];
+    _tile_stored(0, sums[0], STEP);
+    _tile_stored(1, sums[1], STEP);
+    for (int r = 0; r < rows; r++) {
+        const Ints sum = load<Ints>(sums[0] + r * BLOCK) + load<Ints>(sums[1] + r * BLOCK);
+        use(r, block * BLOCK, product_of_int8(m, block * BLOCK, sum, input.scale[r]));
+    }
+}
+#endif
+
+template <int R, class Use>
+inline void block_of_int4(const Matrix& m, int block, const Input& input, int row, Use use) {
+    const int groups = m.in / INT4_GROUP;
+    const char* weight = (const char*)m.weight + (int64_t)block * BLOCK * m.in / 2;
+    const float* scale = m.scale + (int64_t)block * BLOCK * groups;
+    Floats sums[R][VECTORS] = {};
+    for (int group = 0; group < groups; group++, scale += BLOCK) {
+        Ints parts[R][VECTORS] = {};
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < VECTORS; v++) parts[r][v] += input.offsets[(row + r) * groups + group];
+        fetch_ahead((const char*)scale + BYTES_AHEAD / 8);
+        for (int i = 0; i < INT4_GROUP; i += 8, weight += 4 * BLOCK) {
+            fetch_ahead(weight + BYTES_AHEAD);
+            for (int v = 0; v < VECTORS; v++) {
+                const Bytes both = load<Bytes>(weight + v * BYTES);
+                const Bytes low = both & 15, high = (Bytes)((UInts)both >> 4) & 15;
+                const int first = group * INT4_GROUP + i;
+                for (int r = 0; r < R; r++) {
+                    parts[r][v] = dot4_small(parts[r][v], low, word_of(input, row + r, first));
+                    parts[r][v] = dot4_small(parts[r][v], high, word_of(input, row + r, first + 4));
+                }
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < VECTORS; v++)
+                sums[r][v] += __builtin_convertvector(parts[r][v], Floats) * load<Floats>(scale + v * LANES);
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECTORS; v++) {
+            const int channel = block * BLOCK + v * LANES;
+            const Floats bias = m.bias ? load<Floats>(m.bias + channel) : Floats{};
+            use(row + r, channel, sums[r][v] * input.scale[row + r] + bias);
+        }
+}
+
+// A block of channels for the rows from `row` on, at most R of them.
+template <int D, int R, class Use>
+inline void block_of_rows(const Matrix& m, int block, const Input& input, int row, int rows, Use use) {
+    if constexpr (R > 1)
+        if (rows < R) return block_of_rows<D, R - 1>(m, block, input, row, rows, use);
+    if constexpr (D == INT8) block_of_int8<R>(m, block, input, row, use);
+    if constexpr (D == INT4) block_of_int4<R>(m, block, input, row, use);
+}
+
+// This thread's part of a linear layer: use(row, channel, values) for each vector of output channels.
 template <int D, class Use>
 void product(const Matrix& m, const Input& input, int rows, int thread, int threads, Use use) {
-    const int tiles = (m.out + CHANNELS - 1) / CHANNELS;
+    constexpr bool in_blocks = D == INT8 || D == INT4;
+    const int tile_size = in_blocks ? BLOCK : CHANNELS, tiles = (m.out + tile_size - 1) / tile_size;
     const int first = (int)((int64_t)tiles * thread / threads), last = (int)((int64_t)tiles * (thread + 1) / threads);
     for (int number = first; number < last; number++) {
+#ifdef HAS_AMX
+        if constexpr (D == INT8)
+            if (USES_AMX && rows >= AMX_ROWS) {
+                block_with_amx(m, number, input, rows, use);
+                continue;
+            }
+#endif
+        if constexpr (in_blocks) {
+            for (int row = 0; row < rows; row += BLOCK_ROWS)
+                block_of_rows<D, BLOCK_ROWS>(m, number, input, row, std::min(rows - row, BLOCK_ROWS), use);
+            continue;
+        }
         const int channel = std::min(number * CHANNELS, m.out - CHANNELS);  // the last tile may overlap
         int row = 0;
         for (; row + ROWS <= rows; row += ROWS) tile<D, ROWS>(m, channel, input, row, use);
@@ -176,10 +252,12 @@ template <int D> void prepare_row(Input& input, int row) {
     uint8_t* q = input.bytes + row * input.width;
     input.scale[row] = quantize(input.values + row * input.width, input.width, D == INT8 ? INPUT_ZERO : 0, q);
     if constexpr (D == INT4) {
-        int32_t* offsets = input.offsets + row * input.width / 4;
-        Bytes zeros = Bytes{} + INT4_ZERO;
-        for (int i = 0; i < input.width; i += BYTES)
-            store(offsets + i / 4, Ints{} - dot4_small(Ints{}, zeros, load<Bytes>(q + i)));
+        for (int i = 0; i < input.width; i += INT4_GROUP) {
+            const Bytes zeros = Bytes{} + INT4_ZERO;
+            Ints sum = {};
+            for (int j = i; j < i + INT4_GROUP; j += BYTES) sum = dot4_small(sum, zeros, load<Bytes>(q + j));
+            input.offsets[(row * input.width + i) / INT4_GROUP] = -sum_lanes(sum);
+        }
     }
 }
 
@@ -233,7 +311,7 @@ void add_scores(const float* q, const T* keys, int length, int stride, float* sc
         Floats sums[4];
         for (int i = 0; i < 4; i++) {
             Floats key[V];
-            fetch_ahead_vectors<V>(keys + (int64_t)(t + i + TOKENS_AHEAD) * stride);
+            if (t + i + TOKENS_AHEAD < length) fetch_ahead_vectors<V>(keys + (int64_t)(t + i + TOKENS_AHEAD) * stride);
             load_vectors<V>(keys + (int64_t)(t + i) * stride, key);
             sums[i] = query[0] * key[0];
             for (int v = 1; v < V; v++) sums[i] += query[v] * key[v];
@@ -248,7 +326,7 @@ void weighted_sum(const float* weights, const T* values, int length, int stride,
     Floats sums[V] = {};
     for (int t = 0; t < length; t++) {
         Floats value[V];
-        fetch_ahead_vectors<V>(values + (int64_t)(t + TOKENS_AHEAD) * stride);
+        if (t + TOKENS_AHEAD < length) fetch_ahead_vectors<V>(values + (int64_t)(t + TOKENS_AHEAD) * stride);
         load_vectors<V>(values + (int64_t)t * stride, value);
         for (int v = 0; v < V; v++) sums[v] += weights[t] * value[v];
     }
@@ -312,7 +390,7 @@ void weighted_sum_of_int8(const uint8_t* high, const uint8_t* low, const int8_t*
         const int8_t* words = values + (int64_t)t * head_size;
         const Bytes h = (Bytes)(UInts{} + load<uint32_t>(high + t)), l = (Bytes)(UInts{} + load<uint32_t>(low + t));
         for (int v = 0; v < V; v++) {
-            fetch_ahead(words + TOKENS_AHEAD * head_size + v * BYTES);
+            if (t + TOKENS_AHEAD < length) fetch_ahead(words + TOKENS_AHEAD * head_size + v * BYTES);
             const Bytes value = load<Bytes>(words + v * BYTES);
             sums[v][0] = dot4_small(sums[v][0], h, value);
             sums[v][1] = dot4_small(sums[v][1], l, value);
@@ -338,7 +416,7 @@ inline void attend(float* q, HeadCache<int8_t> keys, HeadCache<int8_t> values, i
         for (int i = 0; i < head_size; i += 8)
             for (int j = 0; j < 2; j++) {
                 const int word = i + 4 * j;
-                fetch_ahead(words + TOKENS_AHEAD * head_size + word * LANES);
+                if (t + TOKENS_AHEAD < length) fetch_ahead(words + TOKENS_AHEAD * head_size + word * LANES);
                 const Bytes query = (Bytes)(UInts{} + load<uint32_t>(bytes + word));
                 sums[j] = dot4(sums[j], load<Bytes>(words + word * LANES), query);
             }
@@ -364,6 +442,12 @@ inline void attend(float* q, HeadCache<int8_t> keys, HeadCache<int8_t> values, i
         weighted_sum_of_int8<V>(high, low, values.rows + 4 * i, length, head_size, back, out + i);
     for (; i < head_size; i += HALF * LANES)
         weighted_sum_of_int8<HALF>(high, low, values.rows + 4 * i, length, head_size, back, out + i);
+}
+
+// Stores at most `count` values: the last block may have more channels than its layer.
+template <class V> inline void store_first(float* to, V values, int count) {
+    if (count >= (int)(sizeof(V) / sizeof(float))) store(to, values);
+    else if (count > 0) std::memcpy(to, &values, sizeof(float) * count);
 }
 
 // Memory that threads share: x the residual stream, q the queries, mixed the attention's output, hidden the MLP's.
@@ -396,7 +480,7 @@ void step(const Model& model, const Row* row, int rows, float* logits, float* to
     for (int layer = 0; layer < model.n_layer; layer++) {
         const Layer& block = model.layers[layer];
         take_normalised<D>(input, shared.x, block.norm_1, rows, width);
-        product<D>(block.attention, input, rows, thread, threads, [&](int r, int channel, Four values) {
+        product<D>(block.attention, input, rows, thread, threads, [&](int r, int channel, auto values) {
             if (channel < width) {
                 store(shared.q + r * width + channel, values);
             } else if constexpr (sizeof(T) == 1) {
@@ -428,29 +512,25 @@ void step(const Model& model, const Row* row, int rows, float* logits, float* to
         }
 #pragma omp barrier
         take_input<D>(input, shared.mixed, rows, width);
-        auto add = [&](int r, int channel, Four values) {
+        auto add = [&](int r, int channel, auto values) {
             float* x = shared.x + r * width + channel;
-            store(x, load<Four>(x) + values);
+            store(x, load<decltype(values)>(x) + values);
         };
         product<D>(block.attention_projection, input, rows, thread, threads, add);
 #pragma omp barrier
         take_normalised<D>(input, shared.x, block.norm_2, rows, width);
-        product<D>(block.expansion, input, rows, thread, threads,
-                   [&](int r, int channel, Four values) { store(shared.hidden + r * 4 * width + channel, values); });
+        product<D>(block.expansion, input, rows, thread, threads, [&](int r, int channel, auto values) {
+            store(shared.hidden + r * 4 * width + channel, gelu(values));
+        });
 #pragma omp barrier
-        input.width = 4 * width;
-        for (int r = 0; r < rows; r++) {
-            for (int i = 0; i < 4 * width; i += LANES)
-                store(input.values + r * 4 * width + i, gelu(load<Floats>(shared.hidden + r * 4 * width + i)));
-            prepare_row<D>(input, r);
-        }
+        take_input<D>(input, shared.hidden, rows, 4 * width);
         product<D>(block.projection, input, rows, thread, threads, add);
 #pragma omp barrier
     }
     constexpr int HEAD = D == INT4 ? INT8 : D;
     take_normalised<HEAD>(input, shared.x, model.norm, rows, width);
-    product<HEAD>(model.head, input, rows, thread, threads, [&](int r, int channel, Four values) {
-        store(logits + (int64_t)r * model.vocab_size + channel, values);
+    product<HEAD>(model.head, input, rows, thread, threads, [&](int r, int channel, auto values) {
+        store_first(logits + (int64_t)r * model.vocab_size + channel, values, model.vocab_size - channel);
     });
 #pragma omp barrier
     const int size = (model.vocab_size + PARTS - 1) / PARTS;
@@ -477,14 +557,14 @@ template <int D> void multiply_all(const Model& model, int rows, float* logits, 
     const int width = model.n_embd;
     auto multiply = [&](auto dtype, const Matrix& m, float* out) {
         input.width = m.in;
-        product<decltype(dtype)::value>(m, input, rows, thread, threads, [&](int r, int channel, Four values) {
-            store(out + (int64_t)r * m.out + channel, values);
+        product<decltype(dtype)::value>(m, input, rows, thread, threads, [&](int r, int channel, auto values) {
+            store_first(out + (int64_t)r * m.out + channel, values, m.out - channel);
         });
 #pragma omp barrier
     };
     std::memset(input.values, 0, sizeof(float) * rows * 4 * width);
     std::memset(input.bytes, 0, (size_t)rows * 4 * width);
-    std::memset(input.offsets, 0, sizeof(int32_t) * rows * width);
+    std::memset(input.offsets, 0, sizeof(int32_t) * rows * width / 16);
     for (int r = 0; r < rows; r++) input.scale[r] = 1;
     for (int layer = 0; layer < model.n_layer; layer++) {
         const Layer& block = model.layers[layer];
@@ -551,10 +631,16 @@ void decode(const Model* model, const Row* row, int32_t rows, float* logits, flo
         input.offsets = (int32_t*)own, own += MAX_ROWS * width;
         input.scale = own, own += MAX_ROWS;
         const int present = omp_get_num_threads();
+#ifdef HAS_AMX
+        if (USES_AMX) configure_amx(rows);
+#endif
         if (row)
             STEPS[model->weight_dtype](*model, row, rows, logits, totals, shared, input, own, thread, present);
         else
             MULTIPLY[model->weight_dtype](*model, rows, logits, shared, input, thread, present);
+#ifdef HAS_AMX
+        if (USES_AMX) _tile_release();
+#endif
     }
 }
 

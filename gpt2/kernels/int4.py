@@ -4,14 +4,16 @@ A weight is stored as a number from 0 to 15, which stands for (number - 8) * sca
 an output has its own scale. Scales may be negative: the weight of largest magnitude then becomes -8, which uses all
 sixteen numbers, as in llama.cpp's q4_0 (https://github.com/ggml-org/ggml, quantize_row_q4_0_ref).
 
-Inputs are packed in blocks of 128. Byte j (0 <= j < 64) of a block holds input j in its low four bits, and input 64 + j
-in its high four bits, so that one mask and one shift unpack 64 neighbours each.
+Numbers lie in blocks (`gpt2.kernels.blocks`), of which two successive words of a channel share a word: the first is in
+its low four bits of each byte, the second in its high four bits. Scales lie as (blocks, groups, 16).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 128
+from gpt2.kernels.blocks import CHANNELS, from_blocks, to_blocks
+
 GROUPS = (32, 64, 128)
 ZERO = 8
 LOWEST, HIGHEST = -8, 7
@@ -23,43 +25,45 @@ CHUNK_WEIGHTS = 1 << 18  # 1 MB in fp32; the temporaries take about ten times th
 
 @torch.no_grad()
 def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """The packed numbers, (out, in / 2) uint8, and the scales, (out, in / group) fp32, of a weight (out, in).
+    """The packed numbers, (blocks, in / 8, 16, 4) uint8, and scales, (blocks, in / group, 16), of a weight (out, in).
 
     Of several scales, each group takes the one with the least squared error. Each is the least-squares fit of the
     weights w to the numbers n that it is tried with, sum(w n) / sum(n n), as in llama.cpp's make_qx_quants.
-    Finite weights give finite scales (up to 1e38). Raises ValueError for other shapes.
+    Finite weights give finite scales (up to 1e38). Channels are padded to a multiple of 16. Raises ValueError for other
+    shapes.
     """
-    if weight.dim() != 2 or weight.size(1) % BLOCK:
-        raise ValueError(f"a weight has the shape (out, in), with in a multiple of {BLOCK}; not {tuple(weight.shape)}")
-    out_features, in_features = weight.shape
     if group not in GROUPS:
         raise ValueError(f"a group has {', '.join(map(str, GROUPS))} inputs, not {group}")
-    packed = torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(out_features, in_features // group, device=weight.device)
-    rows = max(1, CHUNK_WEIGHTS // in_features)
-    for start in range(0, out_features, rows):
-        part = slice(start, start + rows)
-        numbers, scales[part] = _quantize_groups(weight[part].float().reshape(-1, in_features // group, group))
-        packed[part] = pack((numbers.flatten(1) + ZERO).to(torch.uint8))
-    return packed, scales
+    if weight.dim() != 2 or weight.size(1) % group:
+        raise ValueError(f"a weight has the shape (out, in), with in a multiple of {group}; not {tuple(weight.shape)}")
+    in_features = weight.size(1)
+    rows = max(CHANNELS, CHUNK_WEIGHTS // in_features // CHANNELS * CHANNELS)
+    packed, scales = [], []
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows]
+        numbers, scale = _quantize_groups(part.float().reshape(-1, in_features // group, group))
+        packed.append(pack((numbers.flatten(1) + ZERO).to(torch.uint8)))
+        padded = F.pad(scale, (0, 0, 0, -len(part) % CHANNELS))
+        scales.append(padded.view(-1, CHANNELS, scale.size(1)).transpose(1, 2))
+    return torch.cat(packed), torch.cat(scales).contiguous()
 
 
 def dequantize_int4(packed: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight, (out, in), of packed numbers, (out, in / 2), and scales, (out, in / group)."""
-    numbers = unpack(packed).float().sub_(ZERO).view(*scales.shape, -1)
-    return numbers.mul_(scales[:, :, None]).flatten(1).to(dtype)
+    """The weights, (out, in) with out padded to a multiple of 16, of packed numbers and scales."""
+    by_row = scales.transpose(1, 2).flatten(0, 1)  # (out, groups)
+    numbers = unpack(packed).float().sub_(ZERO).view(*by_row.shape, -1)
+    return numbers.mul_(by_row[:, :, None]).flatten(1).to(dtype)
 
 
 def pack(numbers: Tensor) -> Tensor:
-    """Numbers from 0 to 15, (out, in) uint8, as (out, in / 2) bytes."""
-    halves = numbers.view(len(numbers), -1, 2, BLOCK // 2)
-    return (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)
+    """Numbers from 0 to 15, (out, in) uint8, as (blocks, in / 8, 16, 4) bytes."""
+    words = to_blocks(numbers)
+    return words[:, ::2] | words[:, 1::2] << 4
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The numbers from 0 to 15, (out, in) uint8, in (out, in / 2) bytes."""
-    halves = packed.view(len(packed), -1, 1, BLOCK // 2)
-    return torch.cat([halves & 15, halves >> 4], 2).flatten(1)
+    """The numbers from 0 to 15, (out, in) uint8 with out a multiple of 16, in (blocks, in / 8, 16, 4) bytes."""
+    return from_blocks(torch.stack([packed & 15, packed >> 4], 2).flatten(1, 2))
 
 
 def _quantize_groups(weights: Tensor) -> tuple[Tensor, Tensor]:

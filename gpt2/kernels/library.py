@@ -20,7 +20,7 @@ from gpt2.errors import GPT2Error, one_line
 
 FOLDER = Path(__file__).parent
 SOURCES = ("decode.cpp", "prefill.cpp")
-HEADERS = ("model.h", "vectors.h")
+HEADERS = ("amx.h", "model.h", "vectors.h")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-Wno-psabi")
 NO_AMX = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
 NO_BF16 = (*NO_AMX, "-mno-avx512bf16")

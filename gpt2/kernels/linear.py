@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.device import Measured, remembered
+from gpt2.kernels.blocks import to_blocks
+from gpt2.kernels.int4 import ZERO
 from gpt2.kernels.library import LIMITS, cache_folder, cpu_identity
 from gpt2.kernels.weights import INT8_MAX, LinearWeights, quantize_int8
 from gpt2.model.transformer import GPT
@@ -84,7 +86,7 @@ class Int8Prepacked:
         self.bias = weights.bias
         self.scale = weights.scale / INT8_MAX  # includes the factor 127 of the input scale
         self.zeros = torch.zeros(len(self.scale), dtype=torch.long)
-        self.weight = _ONEDNN.qlinear_prepack(weights.weight, None)
+        self.weight = _ONEDNN.qlinear_prepack(weights.numbers(), None)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """(N, in_features) to (N, out_features)."""
@@ -103,7 +105,7 @@ class Int8WeightOnly:
 
     def __init__(self, weights: LinearWeights) -> None:
         assert weights.scale is not None
-        self.weight, self.bias, self.scale = weights.weight, weights.bias, weights.scale
+        self.weight, self.bias, self.scale = weights.numbers(), weights.bias, weights.scale
 
     def __call__(self, rows: Tensor) -> Tensor:
         """(N, in_features) to (N, out_features)."""
@@ -139,7 +141,7 @@ class Int4AsInt8(Int8Prepacked):
 
     def __init__(self, weights: LinearWeights) -> None:
         weight, scale = quantize_int8(weights.dequantized())
-        super().__init__(LinearWeights("int8", weight, scale, weights.bias))
+        super().__init__(LinearWeights("int8", weights.shape, to_blocks(weight), scale, weights.bias))
 
 
 class Int4Packed:
@@ -148,15 +150,13 @@ class Int4Packed:
     OUT_MULTIPLE = 16
 
     def __init__(self, weights: LinearWeights) -> None:
-        assert weights.scale is not None
         out, width = weights.shape
         padding = -out % self.OUT_MULTIPLE
-        ones = LinearWeights("int4", weights.weight, torch.ones_like(weights.scale), None)
-        q = F.pad(ones.dequantized().to(torch.int32) + 8, (0, 0, 0, padding))
-        scale = F.pad(weights.scale, (0, 0, 0, padding)).T.bfloat16()  # (in / group, out)
+        q = F.pad(weights.numbers().to(torch.int32) + ZERO, (0, 0, 0, padding))
+        scale = F.pad(weights.row_scales(), (0, 0, 0, padding)).T.bfloat16()  # (in / group, out)
         self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
         self.scales_and_zeros = torch.stack((scale, torch.zeros_like(scale)), 2).contiguous()
-        self.group, self.out, self.bias = width // weights.scale.size(1), out, weights.bias
+        self.group, self.out, self.bias = width // len(scale), out, weights.bias
 
     def __call__(self, rows: Tensor) -> Tensor:
         """(N, in_features) to (N, out_features)."""

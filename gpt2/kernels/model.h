@@ -7,17 +7,20 @@
 
 enum DType : int32_t { FP32, BF16, INT8, INT4 };
 
-constexpr int INT4_BLOCK = 128;  // 4-bit weights that are packed together
-constexpr int INT4_ZERO = 8;     // their zero point
+constexpr int BLOCK = 16;       // channels of 8-bit and 4-bit weights that lie together
+constexpr int INT4_ZERO = 8;    // zero point of 4-bit weights
+constexpr int INT4_GROUP = 64;  // inputs with one scale
 
 extern "C" {
 
-struct Matrix {           // a linear layer
-    const void* weight;   // (out, in); 4-bit: (out, in / 2), in blocks of 128 inputs, first halves in the low bits
-    const float* scale;   // 8-bit: (out); 4-bit: (out, in / group), with a group of at least 64
-    const int32_t* sums;  // 8-bit: (out): the sum of a channel's weights
+// A linear layer. 8-bit and 4-bit weights lie in blocks, as gpt2/kernels/blocks.py describes: blocks = out / BLOCK,
+// rounded up.
+struct Matrix {
+    const void* weight;   // fp32, bf16: (out, in); 8-bit: (blocks, in / 4, BLOCK, 4); 4-bit: (blocks, in / 8, BLOCK, 4)
+    const float* scale;   // 8-bit: (blocks, BLOCK); 4-bit: (blocks, in / INT4_GROUP, BLOCK)
+    const int32_t* sums;  // 8-bit: (blocks, BLOCK): the sum of a channel's weights
     const float* bias;    // (out) or null
-    int32_t out, in, group;
+    int32_t out, in;
 };
 
 struct Norm { const float *weight, *bias; };

@@ -3,20 +3,16 @@
 // Tokens are processed in panels. A vector holds one channel of LANES tokens, and a panel lists its values channel
 // after channel, (channels, PANEL): LayerNorm, softmax and quantization are then the same operations in every lane.
 //
-// Weights stay in the layout of nn.Linear, (out, in). They, keys and transposed values are the first operand of all
-// products, `multiply`; the second is a panel whose channels are packed into words of 32 bits: one channel in fp32, two
-// in bf16, or four in 8 bits. So the same loop serves all dtypes, and with AMX a panel is a tile as it is.
+// Weights, (out, in), keys and transposed values are the first operand of all products, `multiply`. The second is a
+// panel whose channels are packed into words of 32 bits: one channel in fp32, two in bf16, or four in 8 bits. So the
+// same loop serves all dtypes, and with AMX a panel is a tile as it is. 8-bit and 4-bit weights are taken out of blocks.
 //
 // A token's result does not depend on the other tokens in its panel, nor on how a prompt is divided into parts.
 
 #include <utility>
 #include <omp.h>
-#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512VNNI__) && defined(__linux__)
-#define HAS_AMX
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
+#include "amx.h"
 #include "model.h"
 #include "vectors.h"
 
@@ -26,12 +22,10 @@ constexpr int PANEL = 2 * LANES;                // tokens in a panel
 constexpr int CHANNELS = 32;                    // output channels computed together
 constexpr int TILE = VECTOR_BYTES == 64 ? 8 : 4;  // of them in registers, without AMX
 constexpr int PART = 512;                       // tokens that pass through a layer together
-constexpr int STEP = 64;                        // bytes of a row that AMX multiplies at once
 
 template <int D> constexpr int BYTES_OF = D == FP32 ? 4 : D == BF16 ? 2 : 1;
 
 typedef int16_t Shorts __attribute__((vector_size(VECTOR_BYTES)));
-typedef uint8_t HalfBytes __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -50,23 +44,6 @@ template <int D> inline auto dot(std::conditional_t<D == INT8, Ints, Floats> acc
 }
 
 #ifdef HAS_AMX
-// Whether the system lets this process use AMX.
-bool may_use_amx() {
-    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-}
-const bool USES_AMX = may_use_amx();
-
-void configure_amx() {
-    struct {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t bytes[16] = {};
-        uint8_t rows[16] = {};
-    } tiles;
-    for (int i = 0; i < 8; i++) tiles.bytes[i] = STEP, tiles.rows[i] = 16;
-    _tile_loadconfig(&tiles);
-}
-
 template <int D>
 void multiply_amx(const char* rows, int64_t stride, const uint32_t* panel, int words, void* out) {
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
@@ -87,8 +64,6 @@ void multiply_amx(const char* rows, int64_t stride, const uint32_t* panel, int w
     _tile_stored(2, to + 16 * PANEL, 4 * PANEL);
     _tile_stored(3, to + 16 * PANEL + LANES, 4 * PANEL);
 }
-#else
-constexpr bool USES_AMX = false;
 #endif
 
 // CHANNELS rows, stride bytes apart, times a panel of words: (CHANNELS, PANEL), 32-bit integers if D is INT8.
@@ -118,22 +93,22 @@ inline UInts rounded_to_bf16(Floats x) {  // to the nearest, ties to even; the u
     return bits + 0x7fff + ((bits >> 16) & 1);
 }
 
-template <int STEP, bool UPPER, int... LANE>
+template <int SIZE, bool UPPER, int... LANE>
 inline UInts exchange(UInts a, UInts b, std::integer_sequence<int, LANE...>) {
-    if constexpr (UPPER) return __builtin_shufflevector(a, b, (LANE & STEP ? LANES + LANE : LANE + STEP)...);
-    else return __builtin_shufflevector(a, b, (LANE & STEP ? LANES + LANE - STEP : LANE)...);
+    if constexpr (UPPER) return __builtin_shufflevector(a, b, (LANE & SIZE ? LANES + LANE : LANE + SIZE)...);
+    else return __builtin_shufflevector(a, b, (LANE & SIZE ? LANES + LANE - SIZE : LANE)...);
 }
 
 // Transposes a square of 32-bit values: exchanges ever larger blocks next to the diagonal.
-template <int STEP = 1> inline void transpose(UInts (&rows)[LANES]) {
-    if constexpr (STEP < LANES) {
+template <int SIZE = 1> inline void transpose(UInts (&rows)[LANES]) {
+    if constexpr (SIZE < LANES) {
         constexpr auto all = std::make_integer_sequence<int, LANES>();
         for (int i = 0; i < LANES; i++)
-            if (!(i & STEP)) {
-                UInts a = rows[i], b = rows[i + STEP];
-                rows[i] = exchange<STEP, false>(a, b, all), rows[i + STEP] = exchange<STEP, true>(a, b, all);
+            if (!(i & SIZE)) {
+                UInts a = rows[i], b = rows[i + SIZE];
+                rows[i] = exchange<SIZE, false>(a, b, all), rows[i + SIZE] = exchange<SIZE, true>(a, b, all);
             }
-        transpose<2 * STEP>(rows);
+        transpose<2 * SIZE>(rows);
     }
 }
 
@@ -254,36 +229,68 @@ struct Weights {
     const int32_t* sums;
 };
 
-template <int D> Weights rows_of(const Matrix& m, int channel, int8_t*, float*, int32_t*) {
-    return {(const char*)m.weight + (int64_t)channel * m.in * BYTES_OF<D>, m.scale + channel, m.sums + channel};
+template <int D> Weights rows_of(const Matrix& m, int channel, const Own&, float*, int32_t*) {
+    return {(const char*)m.weight + (int64_t)channel * m.in * BYTES_OF<D>, nullptr, nullptr};
+}
+
+// The words of LANES channels from `channel` on, in a block of weights of which a channel takes `bytes`.
+inline const char* words_of(const Matrix& m, int channel, int64_t bytes) {
+    return (const char*)m.weight + channel / BLOCK * BLOCK * bytes + channel % BLOCK * 4;
+}
+
+template <> Weights rows_of<INT8>(const Matrix& m, int channel, const Own& own, float*, int32_t*) {
+    for (int c = 0; c < CHANNELS; c += LANES)
+        for (int first = 0; first < m.in; first += 4 * LANES) {
+            const char* words = words_of(m, channel + c, m.in) + first * BLOCK;
+            UInts rows[LANES];
+            for (int i = 0; i < LANES; i++) rows[i] = load<UInts>(words + i * 4 * BLOCK);
+            transpose(rows);
+            for (int i = 0; i < LANES; i++) store(own.weights + (c + i) * m.in + first, rows[i]);
+        }
+    return {own.weights, m.scale + channel, m.sums + channel};
+}
+
+// 4-bit weights, one in each byte, times the factors of their channels, as 8-bit integers.
+inline UInts scaled(UInts numbers, Ints factors) {
+    constexpr uint32_t LOW_BYTES = 0x00ff00ffu;
+    constexpr int SHIFT = 8, HALF = 1 << (SHIFT - 1);
+    const Shorts both = (Shorts)(((UInts)factors & 0xffffu) | (UInts)factors << 16);
+    const Shorts even = (Shorts)(numbers & LOW_BYTES) - (int16_t)INT4_ZERO;
+    const Shorts odd = (Shorts)(numbers >> 8 & LOW_BYTES) - (int16_t)INT4_ZERO;
+    const UInts low = (UInts)((even * both + (int16_t)HALF) >> SHIFT);
+    const UInts high = (UInts)((odd * both + (int16_t)HALF) >> SHIFT);
+    return (low & LOW_BYTES) | (high & LOW_BYTES) << 8;
 }
 
 // 4-bit weights become 8-bit ones, with one scale for each output channel.
-template <>
-Weights rows_of<INT4>(const Matrix& m, int channel, int8_t* rows, float* scale, int32_t* sums) {
-    constexpr int HALF = BYTES / 2, SHIFT = 8;
-    const int groups = m.in / m.group;
-    for (int c = 0; c < CHANNELS; c++) {
-        const uint8_t* packed = (const uint8_t*)m.weight + (int64_t)(channel + c) * (m.in / 2);
-        const float* group_scale = m.scale + (int64_t)(channel + c) * groups;
-        float largest = 0;
-        for (int g = 0; g < groups; g++) largest = std::max(largest, std::abs(group_scale[g]));
-        scale[c] = largest * INT4_ZERO / INT8_MAX_VALUE;
-        const float factor = largest > 0 ? (1 << SHIFT) / scale[c] : 0.0f;
-        int8_t* to = rows + c * m.in;
-        Ints total = {};
-        for (int first = 0; first < m.in; first += HALF) {
-            const int byte = first / INT4_BLOCK * (INT4_BLOCK / 2) + first % (INT4_BLOCK / 2);
-            HalfBytes both = load<HalfBytes>(packed + byte);
-            HalfBytes nibbles = first % INT4_BLOCK < INT4_BLOCK / 2 ? both & 15 : both >> 4;
-            Shorts q = __builtin_convertvector(nibbles, Shorts) - (int16_t)INT4_ZERO;
-            q = (q * (int16_t)std::lrint(group_scale[first / m.group] * factor) + (int16_t)(1 << (SHIFT - 1))) >> SHIFT;
-            store(to + first, __builtin_convertvector(q, HalfBytes));
+template <> Weights rows_of<INT4>(const Matrix& m, int channel, const Own& own, float* scale, int32_t* sums) {
+    const int groups = m.in / INT4_GROUP;
+    for (int c = 0; c < CHANNELS; c += LANES) {
+        const char* words = words_of(m, channel + c, m.in / 2);
+        const float* group_scale = m.scale + (channel + c) / BLOCK * BLOCK * groups + (channel + c) % BLOCK;
+        Floats largest = {};
+        for (int g = 0; g < groups; g++) {
+            const Floats s = load<Floats>(group_scale + g * BLOCK);
+            largest = larger(largest, larger(s, -s));
         }
-        for (int i = 0; i < m.in; i += BYTES) total = dot4_small(total, Bytes{} + 1, load<Bytes>(to + i));
-        sums[c] = sum_lanes(total);
+        const Floats unit = largest * (INT4_ZERO / INT8_MAX_VALUE);
+        const Floats factor = largest > 0.0f ? 256.0f / unit : splat(0.0f);
+        Ints total = {};
+        for (int first = 0; first < m.in; first += 4 * LANES, words += 2 * LANES * BLOCK) {
+            const Floats f = load<Floats>(group_scale + first / INT4_GROUP * BLOCK) * factor;
+            const Ints factors = __builtin_convertvector(f + (f < 0.0f ? splat(-0.5f) : splat(0.5f)), Ints);
+            UInts rows[LANES];
+            for (int i = 0; i < LANES; i += 2) {
+                const UInts both = load<UInts>(words + i * 2 * BLOCK);
+                rows[i] = scaled(both & 0x0f0f0f0fu, factors), rows[i + 1] = scaled(both >> 4 & 0x0f0f0f0fu, factors);
+                total = dot4_small(dot4_small(total, Bytes{} + 1, (Bytes)rows[i]), Bytes{} + 1, (Bytes)rows[i + 1]);
+            }
+            transpose(rows);
+            for (int i = 0; i < LANES; i++) store(own.weights + (c + i) * m.in + first, rows[i]);
+        }
+        store(scale + c, unit), store(sums + c, total);
     }
-    return {rows, scale, sums};
+    return {own.weights, scale, sums};
 }
 
 // A linear layer from output channel `first` on: use(panel, channel, values), with values (CHANNELS, PANEL).
@@ -293,9 +300,10 @@ void linear(const Matrix& m, const Operand& input, int panels, int first, const 
     const int words = m.in * BYTES_OF<E> / 4;
 #pragma omp for schedule(dynamic)
     for (int channel = first; channel < m.out; channel += CHANNELS) {
-        alignas(64) float values[CHANNELS * PANEL], scale[CHANNELS];
+        alignas(64) float values[CHANNELS * PANEL];
+        float scale[CHANNELS];
         int32_t sums[CHANNELS];
-        const Weights weights = rows_of<D>(m, channel, own.weights, scale, sums);
+        const Weights weights = rows_of<D>(m, channel, own, scale, sums);
         for (int panel = 0; panel < panels; panel++) {
             multiply<E>(weights.rows, m.in * BYTES_OF<E>, input.words + (int64_t)panel * words * PANEL, words, values);
             for (int c = 0; c < CHANNELS; c++)
@@ -585,7 +593,7 @@ void process_all(const Model& model, const int32_t* tokens, int start, int count
         Own own;
         for (int thread = 0; thread <= omp_get_thread_num(); thread++) own = own_memory(model, memory);
 #ifdef HAS_AMX
-        if (USES_AMX) configure_amx();
+        if (USES_AMX) configure_amx(16);
 #endif
         for (int done = 0; done < count; done += PART)
             process<D>(model, tokens + done, start + done, std::min(PART, count - done), cache, shared, own);

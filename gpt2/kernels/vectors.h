@@ -95,30 +95,31 @@ inline float max_lanes(Floats v) {
     return most;
 }
 
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+template <class V> inline V larger(V a, V b) { return a > b ? a : b; }
 
 // e^x to about one unit in the last place, for x <= 0 (Cody and Waite's reduction, then a polynomial).
-inline Floats exp_of_negative(Floats x) {
-    x = larger(x, splat(-87.0f));
-    Floats n = x * 1.44269504f;
-    Ints whole = __builtin_convertvector(n - 0.5f, Ints);  // truncates: the nearest integer of a negative number
-    n = __builtin_convertvector(whole, Floats);
-    Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Floats p = splat(1.9875691500e-4f);
+template <class V> inline V exp_of_negative(V x) {
+    typedef decltype(x > x) Whole;
+    x = larger(x, V{} - 87.0f);
+    V n = x * 1.44269504f;
+    Whole whole = __builtin_convertvector(n - 0.5f, Whole);  // truncates: the nearest integer of a negative number
+    n = __builtin_convertvector(whole, V);
+    V r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    V p = V{} + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return p * (Floats)((whole + 127) << 23);
+    return p * (V)((whole + 127) << 23);
 }
 
 // The tanh approximation of GELU: 0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3).
-inline Floats gelu(Floats x) {
-    Floats u = 1.59576912f * (x + 0.044715f * x * x * x);
-    Floats e = exp_of_negative(u > 0.0f ? -u : u);  // sigmoid(-|2u|) = e / (1 + e)
-    return x * (u > 0.0f ? splat(1.0f) : e) / (1.0f + e);
+template <class V> inline V gelu(V x) {
+    V u = 1.59576912f * (x + 0.044715f * x * x * x);
+    V e = exp_of_negative(u > 0.0f ? -u : u);  // sigmoid(-|2u|) = e / (1 + e)
+    return x * (u > 0.0f ? V{} + 1.0f : e) / (1.0f + e);
 }
 
 // acc + the products of 4 neighbouring pairs in each 32-bit lane. dot4: of inputs, with zero point INPUT_ZERO, and

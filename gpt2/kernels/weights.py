@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gpt2.kernels.int4 import dequantize_int4, quantize_int4
+from gpt2.kernels.blocks import from_blocks, to_blocks
+from gpt2.kernels.int4 import ZERO, dequantize_int4, quantize_int4, unpack
 
 INT8_MAX = 127
 INT4_GROUP = 64
@@ -23,11 +24,13 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 class LinearWeights:
     """The weights of a linear layer.
 
-    weight: (out, in) in fp32, bf16 or int8; 4-bit weights as `quantize_int4` packs them. scale: fp32; in int8 one for
-    each output channel, (out,); in int4 one for each group of inputs, (out, in / group). bias: (out,), fp32.
+    shape: (out, in). weight: (out, in) in fp32 or bf16; in blocks in int8 and int4 (`gpt2.kernels.blocks`,
+    `quantize_int4`). scale: fp32; in int8 one for each output channel, (out,); in int4 one for each group of inputs,
+    (blocks, in / group, 16). bias: (out,), fp32.
     """
 
     dtype: str
+    shape: tuple[int, int]
     weight: Tensor
     scale: Tensor | None
     bias: Tensor | None
@@ -36,24 +39,32 @@ class LinearWeights:
     def of(cls, linear: nn.Linear, dtype: str) -> "LinearWeights":
         """The weights of a layer in a dtype. In fp32 they are shared with the layer."""
         weight = linear.weight.detach()
+        shape = (linear.out_features, linear.in_features)
         bias = None if linear.bias is None else linear.bias.detach().float()
         if dtype in ("fp32", "bf16"):
             cast = weight.to(torch.float32 if dtype == "fp32" else torch.bfloat16).contiguous()
-            return cls(dtype, cast, None, bias)
-        quantized, scale = quantize_int8(weight) if dtype == "int8" else quantize_int4(weight, INT4_GROUP)
-        return cls(dtype, quantized, scale, bias)
+            return cls(dtype, shape, cast, None, bias)
+        if dtype == "int4":
+            packed, scale = quantize_int4(weight, INT4_GROUP)
+            return cls(dtype, shape, packed, scale, bias)
+        quantized, scale = quantize_int8(weight)
+        return cls(dtype, shape, to_blocks(quantized), scale, bias)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        out, packed = self.weight.shape
-        return out, 2 * packed if self.dtype == "int4" else packed
+    def numbers(self) -> Tensor:
+        """What int8 and int4 weights are stored as, without their scales: int8, (out, in)."""
+        out, width = self.shape
+        rows = unpack(self.weight).to(torch.int8) - ZERO if self.dtype == "int4" else from_blocks(self.weight)
+        return rows[:out, :width].contiguous()
+
+    def row_scales(self) -> Tensor:
+        """The scales of int8, (out,), or int4 weights, (out, in / group)."""
+        assert self.scale is not None
+        return self.scale if self.dtype == "int8" else self.scale.transpose(1, 2).flatten(0, 1)[: self.shape[0]]
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights as numbers of a dtype, (out, in)."""
-        if self.dtype == "int4":
-            assert self.scale is not None
-            return dequantize_int4(self.weight, self.scale, dtype)
         if self.scale is None:
             return self.weight.to(dtype)
-        return (self.weight * self.scale[:, None]).to(dtype)
+        if self.dtype == "int4":
+            return dequantize_int4(self.weight, self.scale, dtype)[: self.shape[0]]
+        return (self.numbers() * self.scale[:, None]).to(dtype)

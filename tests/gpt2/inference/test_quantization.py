@@ -133,7 +133,7 @@ def test_fp32_shares_the_weights(tiny_model):
 def test_unknown_dtypes_are_refused(tiny_model):
     with pytest.raises(UserError, match="no dtype 'int3'"):
         quantize(tiny_model, "int3")
-    with pytest.raises(UserError, match="int4 needs an n_embd that is a multiple of 128, not 16; use int8"):
+    with pytest.raises(UserError, match="int4 needs an n_embd that is a multiple of 64, not 16; use int8"):
         quantize(tiny_model, "int4")
     with pytest.raises(UserError, match="int8 runs only on the CPU"):
         quantize(tiny_model.to("meta"), "int8")
