@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gpt2.config import GPTConfig
 from gpt2.errors import FileError, UserError
@@ -96,7 +97,7 @@ def load_model(folder: Path) -> GPT:
         weights = _tensors(folder / WEIGHTS, expected_bytes + MAX_OVERHEAD_BYTES)
         if not isinstance(weights, dict):
             raise FileError(f"{WEIGHTS} contains no weights")
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutInit():
             model = GPT(config)
         for name, expected in model.state_dict().items():
             _check(name, weights.get(name), expected)
@@ -120,6 +121,17 @@ def load_model(folder: Path) -> GPT:
         raise FileError(f"The model cannot be loaded: {' '.join(str(error).split())[:300]}. {EXPORT_AGAIN}") from None
     model.transformer["wte"].weight = model.lm_head.weight  # tied
     return model.requires_grad_(False).eval()
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Leaves weights as they are. Initialising them without memory would import torch's compiler, for a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As torch.overrides describes it."""
+        kwargs = kwargs or {}
+        if func in (torch.nn.init.normal_, Tensor.normal_):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def _tensors(path: Path, limit_bytes: int) -> Any:

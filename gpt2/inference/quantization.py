@@ -26,7 +26,7 @@ AUTO_DTYPES = ("fp32", "bf16", "int8")
 """What `auto` chooses from. int4 costs some loss, so it has to be measured or asked for."""
 PROBE_CONTEXT = 16
 PROBE_PARAMETERS = 64_000_000
-PROBE_SECONDS = 0.15  # per dtype
+PROBE_SECONDS = 0.1  # per dtype
 
 
 class InferenceLayerNorm:
@@ -75,7 +75,10 @@ def quantize(model: GPT, name: str) -> GPT:
             elif isinstance(child, nn.LayerNorm):
                 layer = InferenceLayerNorm(child)
             elif isinstance(child, nn.Embedding) and name == "bf16":
-                child.weight = nn.Parameter(child.weight.detach().to(dtype), requires_grad=False)
+                head: Any = quantized.lm_head  # which comes first
+                is_tied = child.weight is model.lm_head.weight
+                cast = head.weights.weight if is_tied else child.weight.detach().to(dtype)
+                child.weight = nn.Parameter(cast, requires_grad=False)
             if not isinstance(module, nn.ModuleDict | nn.ModuleList):
                 if layer is not child:
                     delattr(module, child_name)

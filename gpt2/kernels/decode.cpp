@@ -18,7 +18,7 @@ namespace {
 
 constexpr int CHANNELS = 4;      // output channels computed together, in fp32 and bf16
 constexpr int ROWS = 4;          // rows of the batch computed together, in fp32 and bf16
-constexpr int BLOCK_ROWS = VECTOR_BYTES == 64 ? 8 : 2;  // the same, of 8-bit and 4-bit weights
+constexpr int BLOCK_ROWS = VECTOR_BYTES == 64 ? 8 : 4;  // the same, of 8-bit and 4-bit weights
 constexpr int AMX_ROWS = 3;                             // with fewer, 8-bit products do without AMX
 constexpr int BYTES_AHEAD = 8192;                       // of a block's weights that are prefetched
 constexpr int VECTORS = BLOCK / LANES;                  // 32-bit vectors in a block of channels
@@ -76,6 +76,9 @@ inline void tile(const Matrix& m, int channel, const Input& input, int row, Use 
     for (int r = 0; r < R; r++) use(row + r, channel, out[r] + bias);
 }
 
+// Products of a block of channels.
+typedef Floats Results[MAX_ROWS][VECTORS];
+
 // Four inputs of a row in each lane.
 inline Bytes word_of(const Input& input, int row, int first) {
     return (Bytes)(UInts{} + load<uint32_t>(input.bytes + row * input.width + first));
@@ -88,10 +91,9 @@ inline Floats product_of_int8(const Matrix& m, int channel, Ints sum, float inpu
     return __builtin_convertvector(sum - zeros, Floats) * (load<Floats>(m.scale + channel) * input_scale) + bias;
 }
 
-// A block of channels for R rows. Lanes are channels.
-template <int R, class Use>
-inline void block_of_int8(const Matrix& m, int block, const Input& input, int row, Use use) {
-    constexpr int CHAINS = R == 1 ? 4 : R < 5 ? 2 : 1;  // additions that do not wait for each other
+// A block of channels, for R rows from `row` on. Lanes are channels.
+template <int R> void block_of_int8(const Matrix& m, int block, const Input& input, int row, Results& out) {
+    constexpr int CHAINS = R == 1 ? 4 / VECTORS : 1;  // additions that do not wait for each other
     const char* weight = (const char*)m.weight + (int64_t)block * BLOCK * m.in;
     Ints sums[CHAINS][R][VECTORS] = {};
     for (int word = 0; word < m.in / 4; word += CHAINS)
@@ -108,13 +110,13 @@ inline void block_of_int8(const Matrix& m, int block, const Input& input, int ro
         for (int v = 0; v < VECTORS; v++) {
             for (int chain = 1; chain < CHAINS; chain++) sums[0][r][v] += sums[chain][r][v];
             const int channel = block * BLOCK + v * LANES;
-            use(row + r, channel, product_of_int8(m, channel, sums[0][r][v], input.scale[row + r]));
+            out[row + r][v] = product_of_int8(m, channel, sums[0][r][v], input.scale[row + r]);
         }
 }
 
 #ifdef HAS_AMX
 // The same for all rows: a block holds its second operands as they are.
-template <class Use> inline void block_with_amx(const Matrix& m, int block, const Input& input, int rows, Use use) {
+void block_with_amx(const Matrix& m, int block, const Input& input, int rows, Results& out) {
     const char* weight = (const char*)m.weight + (int64_t)block * BLOCK * m.in;
     _tile_zero(0); _tile_zero(1);
     for (int i = 0; i < m.in; i += 2 * STEP) {
@@ -132,13 +134,12 @@ template <class Use> inline void block_with_amx(const Matrix& m, int block, cons
     _tile_stored(1, sums[1], STEP);
     for (int r = 0; r < rows; r++) {
         const Ints sum = load<Ints>(sums[0] + r * BLOCK) + load<Ints>(sums[1] + r * BLOCK);
-        use(r, block * BLOCK, product_of_int8(m, block * BLOCK, sum, input.scale[r]));
+        out[r][0] = product_of_int8(m, block * BLOCK, sum, input.scale[r]);
     }
 }
 #endif
 
-template <int R, class Use>
-inline void block_of_int4(const Matrix& m, int block, const Input& input, int row, Use use) {
+template <int R> void block_of_int4(const Matrix& m, int block, const Input& input, int row, Results& out) {
     const int groups = m.in / INT4_GROUP;
     const char* weight = (const char*)m.weight + (int64_t)block * BLOCK * m.in / 2;
     const float* scale = m.scale + (int64_t)block * BLOCK * groups;
@@ -168,17 +169,24 @@ inline void block_of_int4(const Matrix& m, int block, const Input& input, int ro
         for (int v = 0; v < VECTORS; v++) {
             const int channel = block * BLOCK + v * LANES;
             const Floats bias = m.bias ? load<Floats>(m.bias + channel) : Floats{};
-            use(row + r, channel, sums[r][v] * input.scale[row + r] + bias);
+            out[row + r][v] = sums[r][v] * input.scale[row + r] + bias;
         }
 }
 
-// A block of channels for the rows from `row` on, at most R of them.
-template <int D, int R, class Use>
-inline void block_of_rows(const Matrix& m, int block, const Input& input, int row, int rows, Use use) {
+template <int D, int R>
+void block_of_rows(const Matrix& m, int block, const Input& input, int row, int rows, Results& out) {
     if constexpr (R > 1)
-        if (rows < R) return block_of_rows<D, R - 1>(m, block, input, row, rows, use);
-    if constexpr (D == INT8) block_of_int8<R>(m, block, input, row, use);
-    if constexpr (D == INT4) block_of_int4<R>(m, block, input, row, use);
+        if (rows < R) return block_of_rows<D, R - 1>(m, block, input, row, rows, out);
+    if constexpr (D == INT8) block_of_int8<R>(m, block, input, row, out);
+    if constexpr (D == INT4) block_of_int4<R>(m, block, input, row, out);
+}
+
+template <int D> void block_of_channels(const Matrix& m, int block, const Input& input, int rows, Results& out) {
+#ifdef HAS_AMX
+    if (D == INT8 && USES_AMX && rows >= AMX_ROWS) return block_with_amx(m, block, input, rows, out);
+#endif
+    for (int row = 0; row < rows; row += BLOCK_ROWS)
+        block_of_rows<D, BLOCK_ROWS>(m, block, input, row, std::min(rows - row, BLOCK_ROWS), out);
 }
 
 // This thread's part of a linear layer: use(row, channel, values) for each vector of output channels.
@@ -188,16 +196,11 @@ void product(const Matrix& m, const Input& input, int rows, int thread, int thre
     const int tile_size = in_blocks ? BLOCK : CHANNELS, tiles = (m.out + tile_size - 1) / tile_size;
     const int first = (int)((int64_t)tiles * thread / threads), last = (int)((int64_t)tiles * (thread + 1) / threads);
     for (int number = first; number < last; number++) {
-#ifdef HAS_AMX
-        if constexpr (D == INT8)
-            if (USES_AMX && rows >= AMX_ROWS) {
-                block_with_amx(m, number, input, rows, use);
-                continue;
-            }
-#endif
         if constexpr (in_blocks) {
-            for (int row = 0; row < rows; row += BLOCK_ROWS)
-                block_of_rows<D, BLOCK_ROWS>(m, number, input, row, std::min(rows - row, BLOCK_ROWS), use);
+            Results out;
+            block_of_channels<D>(m, number, input, rows, out);
+            for (int r = 0; r < rows; r++)
+                for (int v = 0; v < VECTORS; v++) use(r, number * BLOCK + v * LANES, out[r][v]);
             continue;
         }
         const int channel = std::min(number * CHANNELS, m.out - CHANNELS);  // the last tile may overlap

@@ -5,7 +5,7 @@
 //
 // Weights, (out, in), keys and transposed values are the first operand of all products, `multiply`. The second is a
 // panel whose channels are packed into words of 32 bits: one channel in fp32, two in bf16, or four in 8 bits. So the
-// same loop serves all dtypes, and with AMX a panel is a tile as it is. 8-bit and 4-bit weights are taken out of blocks.
+// same loop serves all dtypes, and with AMX a panel is a tile as it is. 8-bit and 4-bit weights leave their blocks.
 //
 // A token's result does not depend on the other tokens in its panel, nor on how a prompt is divided into parts.
 

@@ -130,6 +130,13 @@ def test_fp32_shares_the_weights(tiny_model):
     assert quantized.lm_head.weights.weight.data_ptr() == tiny_model.lm_head.weight.data_ptr()
 
 
+def test_bf16_holds_the_tied_weights_once(tiny_model):
+    quantized = quantize(tiny_model, "bf16")
+    embedding = quantized.transformer["wte"].weight
+    assert embedding.dtype == torch.bfloat16
+    assert embedding.data_ptr() == quantized.lm_head.weights.weight.data_ptr()
+
+
 def test_unknown_dtypes_are_refused(tiny_model):
     with pytest.raises(UserError, match="no dtype 'int3'"):
         quantize(tiny_model, "int3")
