@@ -31,7 +31,18 @@ SERVING_FILES = (
     ),
     *(
         f"gpt2/kernels/{name}.py"
-        for name in ("__init__", "__main__", "blocks", "compiled", "int4", "library", "linear", "weights")
+        for name in (
+            "__init__",
+            "__main__",
+            "blocks",
+            "calibration",
+            "compiled",
+            "feedback",
+            "int4",
+            "library",
+            "linear",
+            "weights",
+        )
     ),
     *(f"gpt2/kernels/{name}" for name in ("amx.h", "decode.cpp", "model.h", "prefill.cpp", "vectors.h")),
     *(f"space/{name}.py" for name in ("guard", "handlers", "model_files", "page", "server", "service", "view")),

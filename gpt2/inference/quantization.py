@@ -7,6 +7,7 @@ with hundreds of calls per token: these layers are plain callables, because call
 import copy
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -18,6 +19,7 @@ from gpt2.config import DTYPES
 from gpt2.device import choose_precision
 from gpt2.errors import UserError
 from gpt2.inference.kv_cache import ModelRunner
+from gpt2.kernels.calibration import example_inputs
 from gpt2.kernels.linear import InferenceLinear
 from gpt2.kernels.weights import INT4_GROUP, LinearWeights
 from gpt2.model.transformer import GPT, Linear
@@ -62,6 +64,12 @@ def quantize(model: GPT, name: str) -> GPT:
         raise UserError(f"{name} runs only on the CPU; on {model.device.type} use bf16 or fp32")
     if not has_dtype(model, name):
         raise UserError(f"int4 needs an n_embd that is a multiple of {INT4_GROUP}, not {model.config.n_embd}; use int8")
+    inputs = example_inputs(model) if name == "int4" else {}
+    return _with_weights(model, name, lambda layer, dtype: LinearWeights.of(layer, dtype, inputs.get(layer.weight)))
+
+
+def _with_weights(model: GPT, name: str, weights_of: Callable[[Linear, str], LinearWeights]) -> GPT:
+    is_integer = name in ("int8", "int4")
     dtype = torch.bfloat16 if name == "bf16" else torch.float32
     quantized = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for module in list(quantized.modules()):
@@ -71,7 +79,7 @@ def quantize(model: GPT, name: str) -> GPT:
                 out_dtype = attention_dtype() if is_integer and child_name == "c_attn" else dtype
                 # 4 bits in the head cost more than in all other layers together
                 dtype_name = "int8" if name == "int4" and child_name == "lm_head" else name
-                layer = InferenceLinear(LinearWeights.of(child, dtype_name), out_dtype)
+                layer = InferenceLinear(weights_of(child, dtype_name), out_dtype)
             elif isinstance(child, nn.LayerNorm):
                 layer = InferenceLayerNorm(child)
             elif isinstance(child, nn.Embedding) and name == "bf16":
@@ -118,7 +126,7 @@ def seconds_per_token(model: GPT, among: tuple[str, ...] = AUTO_DTYPES) -> dict[
     probe.config = replace(model.config, n_layer=kept)
     head = model.lm_head.weight.numel()
     ratio = (head + len(blocks) * block_parameters) / (head + kept * block_parameters)
-    return {name: ratio * _time_token(quantize(probe, name)) for name in among}
+    return {name: ratio * _time_token(_with_weights(probe, name, LinearWeights.constant)) for name in among}
 
 
 def _time_token(model: GPT) -> float:

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2.kernels import feedback
 from gpt2.kernels.blocks import CHANNELS, from_blocks, to_blocks
+from gpt2.kernels.feedback import HIGHEST, LOWEST, FeedbackRounding
 
 GROUPS = (32, 64, 128)
 ZERO = 8
-LOWEST, HIGHEST = -8, 7
 INVERSE_SCALES = (-8.0, -8.3, -7.7, -7.4, -7.0)
 """What the weight of largest magnitude of a group is multiplied to, before rounding. Beyond -8 it is clipped. Trying up
 to -9.5 has a lower squared error, but a larger Kullback-Leibler divergence of the head with groups of 64 and 128."""
@@ -24,11 +25,13 @@ CHUNK_WEIGHTS = 1 << 18  # 1 MB in fp32; the temporaries take about ten times th
 
 
 @torch.no_grad()
-def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def quantize_int4(weight: Tensor, group: int, inputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The packed numbers, (blocks, in / 8, 16, 4) uint8, and scales, (blocks, in / group, 16), of a weight (out, in).
 
-    Of several scales, each group takes the one with the least squared error. Each is the least-squares fit of the
-    weights w to the numbers n that it is tried with, sum(w n) / sum(n n), as in llama.cpp's make_qx_quants.
+    inputs: example inputs of the layer, (N, in), finite. With them, the error of a weight makes up for those of others
+    (`gpt2.kernels.feedback`). Without them, each group takes the one of several scales that has the least squared
+    error. Each is the least-squares fit of the weights w to the numbers n that it is tried with, sum(w n) / sum(n n),
+    as in llama.cpp's make_qx_quants.
     Finite weights give finite scales (up to 1e38). Channels are padded to a multiple of 16. Raises ValueError for other
     shapes.
     """
@@ -37,11 +40,13 @@ def quantize_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     if weight.dim() != 2 or weight.size(1) % group:
         raise ValueError(f"a weight has the shape (out, in), with in a multiple of {group}; not {tuple(weight.shape)}")
     in_features = weight.size(1)
-    rows = max(CHANNELS, CHUNK_WEIGHTS // in_features // CHANNELS * CHANNELS)
+    rounding = None if inputs is None else FeedbackRounding(inputs, group)
+    at_once = CHUNK_WEIGHTS if rounding is None else feedback.CHUNK_WEIGHTS
+    rows = max(CHANNELS, at_once // in_features // CHANNELS * CHANNELS)
     packed, scales = [], []
     for start in range(0, len(weight), rows):
-        part = weight[start : start + rows]
-        numbers, scale = _quantize_groups(part.float().reshape(-1, in_features // group, group))
+        part = weight[start : start + rows].float().reshape(-1, in_features // group, group)
+        numbers, scale = rounding(part) if rounding else _quantize_groups(part)
         packed.append(pack((numbers.flatten(1) + ZERO).to(torch.uint8)))
         padded = F.pad(scale, (0, 0, 0, -len(part) % CHANNELS))
         scales.append(padded.view(-1, CHANNELS, scale.size(1)).transpose(1, 2))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gpt2.kernels.blocks import from_blocks, to_blocks
+from gpt2.kernels.blocks import CHANNELS, INPUTS, from_blocks, to_blocks
 from gpt2.kernels.int4 import ZERO, dequantize_int4, quantize_int4, unpack
 
 INT8_MAX = 127
@@ -36,8 +36,11 @@ class LinearWeights:
     bias: Tensor | None
 
     @classmethod
-    def of(cls, linear: nn.Linear, dtype: str) -> "LinearWeights":
-        """The weights of a layer in a dtype. In fp32 they are shared with the layer."""
+    def of(cls, linear: nn.Linear, dtype: str, inputs: Tensor | None = None) -> "LinearWeights":
+        """The weights of a layer in a dtype. In fp32 they are shared with the layer.
+
+        inputs: example inputs, (N, in), with which 4 bits lose less.
+        """
         weight = linear.weight.detach()
         shape = (linear.out_features, linear.in_features)
         bias = None if linear.bias is None else linear.bias.detach().float()
@@ -45,10 +48,27 @@ class LinearWeights:
             cast = weight.to(torch.float32 if dtype == "fp32" else torch.bfloat16).contiguous()
             return cls(dtype, shape, cast, None, bias)
         if dtype == "int4":
-            packed, scale = quantize_int4(weight, INT4_GROUP)
+            packed, scale = quantize_int4(weight, INT4_GROUP, inputs)
             return cls(dtype, shape, packed, scale, bias)
         quantized, scale = quantize_int8(weight)
         return cls(dtype, shape, to_blocks(quantized), scale, bias)
+
+    @classmethod
+    def constant(cls, linear: nn.Linear, dtype: str) -> "LinearWeights":
+        """Weights of the same sizes, for measurements: how long a product takes does not depend on its values."""
+        shape = (linear.out_features, linear.in_features)
+        bias = None if linear.bias is None else torch.zeros(shape[0])
+        blocks, words = -(-shape[0] // CHANNELS), -(-shape[1] // INPUTS)
+        if dtype in ("fp32", "bf16"):
+            return cls(
+                dtype, shape, torch.ones(shape, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16), None, bias
+            )
+        if dtype == "int4":
+            packed = torch.full((blocks, words // 2, CHANNELS, INPUTS), ZERO + 1 + ZERO * 16, dtype=torch.uint8)
+            return cls(dtype, shape, packed, torch.ones(blocks, shape[1] // INT4_GROUP, CHANNELS), bias)
+        return cls(
+            dtype, shape, torch.ones(blocks, words, CHANNELS, INPUTS, dtype=torch.int8), torch.ones(shape[0]), bias
+        )
 
     def numbers(self) -> Tensor:
         """What int8 and int4 weights are stored as, without their scales: int8, (out, in)."""

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gpt2.config import DTYPES
 from gpt2.kernels import linear
 from gpt2.kernels.linear import CANDIDATES, InferenceLinear, choose_kernels, make_kernel
 from gpt2.kernels.weights import LinearWeights
@@ -103,3 +104,16 @@ def test_if_no_kernel_works_the_error_is_the_first_ones(monkeypatch):
         monkeypatch.setattr(kind, "__init__", out_of_memory)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         InferenceLinear(LinearWeights.of(nn.Linear(64, 64), "fp32"), torch.float32)(torch.zeros(1, 64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_for_measurements_have_the_sizes_of_real_ones(dtype, bias):
+    layer = torch.nn.Linear(128, 97, bias=bias)
+    real, constant = LinearWeights.of(layer, dtype), LinearWeights.constant(layer, dtype)
+    assert constant.shape == real.shape == (97, 128)
+    for found, expected in ((getattr(constant, name), getattr(real, name)) for name in ("weight", "scale", "bias")):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    assert torch.isfinite(constant.dequantized()).all()
