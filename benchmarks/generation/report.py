@@ -160,7 +160,9 @@ def draw(known: dict[str, Any], path: Path) -> None:
         values = [1000 / results[name][ONE] if name in results else 0 for name in names]
         labels = [f"{value:.1f}" if value else "" for value in values]
         colors = [charts.OURS if name.startswith("ours") else charts.PEER for name in names]
-        charts.draw_bars(axes, names, values, labels, colors, cpu.replace("), ", ")\n"))
+        model, _, settings = cpu.rpartition("), ")  # one setting on a line: the columns are narrow
+        title = f"{model})\n" + settings.replace(", ", "\n") if model else cpu
+        charts.draw_bars(axes, names, values, labels, colors, title)
         drawn = [(limit_ms(results[name], entry), y) for y, name in enumerate(names) if name in results]
         axes.plot(*zip(*drawn, strict=True), "|", color="black", markersize=11, label="reading the weights once")
         axes.set_xlabel(f"ms per token, {ONE}", fontsize=8)
