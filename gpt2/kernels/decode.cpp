@@ -88,7 +88,8 @@ inline Bytes word_of(const Input& input, int row, int first) {
 inline Floats product_of_int8(const Matrix& m, int channel, Ints sum, float input_scale) {
     const Ints zeros = INPUT_ZERO * load<Ints>(m.sums + channel);
     const Floats bias = m.bias ? load<Floats>(m.bias + channel) : Floats{};
-    return __builtin_convertvector(sum - zeros, Floats) * (load<Floats>(m.scale + channel) * input_scale) + bias;
+    const Floats scale = load<Floats>(m.scale + channel) * input_scale;
+    return multiply_add(__builtin_convertvector(sum - zeros, Floats), scale, bias);
 }
 
 // A block of channels, for R rows from `row` on. Lanes are channels.
@@ -162,14 +163,16 @@ template <int R> void block_of_int4(const Matrix& m, int block, const Input& inp
             }
         }
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < VECTORS; v++)
-                sums[r][v] += __builtin_convertvector(parts[r][v], Floats) * load<Floats>(scale + v * LANES);
+            for (int v = 0; v < VECTORS; v++) {
+                const Floats part = __builtin_convertvector(parts[r][v], Floats);
+                sums[r][v] = multiply_add(part, load<Floats>(scale + v * LANES), sums[r][v]);
+            }
     }
     for (int r = 0; r < R; r++)
         for (int v = 0; v < VECTORS; v++) {
             const int channel = block * BLOCK + v * LANES;
             const Floats bias = m.bias ? load<Floats>(m.bias + channel) : Floats{};
-            out[row + r][v] = sums[r][v] * input.scale[row + r] + bias;
+            out[row + r][v] = multiply_add(sums[r][v], splat(input.scale[row + r]), bias);
         }
 }
 

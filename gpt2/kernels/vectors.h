@@ -45,6 +45,17 @@ template <class T> inline void fetch_ahead(const T* address) { __builtin_prefetc
 
 inline Floats splat(float x) { return Floats{} + x; }
 
+// a b + c, always rounded in the same way: what the compiler makes of the formula depends on what is around it.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if VECTOR_BYTES == 64
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
 inline Floats load_floats(const float* from) { return load<Floats>(from); }
 inline Floats load_floats(const uint16_t* from) {  // bf16
     return (Floats)(__builtin_convertvector(load<Halves>(from), UInts) << 16);
