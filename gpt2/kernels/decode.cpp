@@ -16,15 +16,15 @@
 
 namespace {
 
-constexpr int CHANNELS = 4;      // output channels computed together, in fp32 and bf16
-constexpr int ROWS = 4;          // rows of the batch computed together, in fp32 and bf16
+constexpr int CHANNELS = 4;                             // output channels computed together, in fp32 and bf16
+constexpr int ROWS = 4;                                 // rows of the batch computed together, in fp32 and bf16
 constexpr int BLOCK_ROWS = VECTOR_BYTES == 64 ? 8 : 4;  // the same, of 8-bit and 4-bit weights
 constexpr int AMX_ROWS = 3;                             // with fewer, 8-bit products do without AMX
 constexpr int BYTES_AHEAD = 8192;                       // of a block's weights that are prefetched
 constexpr int VECTORS = BLOCK / LANES;                  // 32-bit vectors in a block of channels
-constexpr int MAX_ROWS = 16;     // rows of the batch in one call
-constexpr int PARTS = 32;        // of the vocabulary, for the sum of probabilities
-constexpr int TOKENS_AHEAD = 64;  // of keys and values that are prefetched
+constexpr int MAX_ROWS = 16;                            // rows of the batch in one call
+constexpr int PARTS = 32;                               // of the vocabulary, for the sum of probabilities
+constexpr int TOKENS_AHEAD = 64;                        // of keys and values that are prefetched
 
 // The rows of an input, as the products of a dtype need them. Each thread has its own.
 struct Input {

@@ -68,7 +68,7 @@ class FeedbackRounding:
     def __call__(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers from -8 to 7, (out, groups, group), and scales, (out, groups), of rows of the weight, of this shape.
 
-        Each scale turns the weight of largest magnitude into -8. A row does not depend on the others.
+        Each scale turns the weight of largest magnitude into -8. Other rows decide no more than ties.
         """
         largest = weight.abs().amax((1, 2))
         relative = weight / largest.masked_fill(largest == 0, 1.0)[:, None, None]

@@ -153,7 +153,7 @@ class Int4Packed:
         out, width = weights.shape
         padding = -out % self.OUT_MULTIPLE
         q = F.pad(weights.numbers().to(torch.int32) + ZERO, (0, 0, 0, padding))
-        scale = F.pad(weights.row_scales(), (0, 0, 0, padding)).T.bfloat16()  # (in / group, out)
+        scale = F.pad(weights.group_scales(), (0, 0, 0, padding)).T.bfloat16()  # (in / group, out)
         self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
         self.scales_and_zeros = torch.stack((scale, torch.zeros_like(scale)), 2).contiguous()
         self.group, self.out, self.bias = width // len(scale), out, weights.bias

@@ -30,7 +30,6 @@ typedef uint32_t UInts __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef uint8_t Bytes __attribute__((vector_size(VECTOR_BYTES)));
 typedef float Four __attribute__((vector_size(16)));
-typedef int32_t FourInts __attribute__((vector_size(16)));
 typedef uint8_t LaneBytes __attribute__((vector_size(VECTOR_BYTES / 4)));
 
 template <class V, class T> inline V load(const T* from) {

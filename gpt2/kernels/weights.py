@@ -76,10 +76,10 @@ class LinearWeights:
         rows = unpack(self.weight).to(torch.int8) - ZERO if self.dtype == "int4" else from_blocks(self.weight)
         return rows[:out, :width].contiguous()
 
-    def row_scales(self) -> Tensor:
-        """The scales of int8, (out,), or int4 weights, (out, in / group)."""
+    def group_scales(self) -> Tensor:
+        """The scales of int4 weights by output channel, (out, in / group)."""
         assert self.scale is not None
-        return self.scale if self.dtype == "int8" else self.scale.transpose(1, 2).flatten(0, 1)[: self.shape[0]]
+        return self.scale.transpose(1, 2).flatten(0, 1)[: self.shape[0]]
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights as numbers of a dtype, (out, in)."""

@@ -60,7 +60,7 @@ def test_unusual_weights_and_inputs_stay_finite(factor):
     assert torch.allclose(rounded[3], weight[3])
 
 
-def test_a_row_does_not_depend_on_the_others(monkeypatch):
+def test_the_rows_that_are_rounded_at_once_decide_no_more_than_ties(monkeypatch):
     weight, inputs = torch.randn(100, 256), correlated(20, 256)
     expected = found(weight, inputs)
     monkeypatch.setattr(feedback, "CHUNK_WEIGHTS", 32 * 256)
