@@ -36,7 +36,7 @@ class SilentCallbacks:
     def progress(self, state: Any, loss: float, tokens_per_s: float) -> None:
         """Nothing."""
 
-    def save(self, step: int, content: Any) -> None:
+    def save(self, step: int, content: Any, last: bool) -> None:
         """Nothing."""
 
     def warn(self, message: str) -> None:

@@ -6,7 +6,7 @@ The rules across fields are checked for every instance.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -202,6 +202,22 @@ class TrainConfig:
     def micro_batch_size(self, limit: int) -> int:
         """The largest number of sequences, up to `limit`, that divides batch_size; 0 if the limit is less than 1."""
         return next((size for size in range(min(limit, self.batch_size), 0, -1) if self.batch_size % size == 0), 0)
+
+    def share(self, processes: int) -> "TrainConfig":
+        """The step of each of several processes: micro-batches of up to batch_size, of its part of the sequences.
+
+        Raises UserError if the global batch cannot be divided among them.
+        """
+        sequences = self.batch_size * self.gradient_accumulation_steps
+        if sequences % processes:
+            possible = ", ".join(str(n) for n in range(1, sequences + 1) if sequences % n == 0)
+            raise UserError(
+                f"train.batch_size x gradient_accumulation_steps is {sequences} sequences, which {processes} processes "
+                f"cannot divide; possible: {possible}"
+            )
+        part = sequences // processes
+        size = next(size for size in range(self.batch_size, 0, -1) if part % size == 0)
+        return replace(self, batch_size=size, gradient_accumulation_steps=part // size)
 
     @property
     def tokens_per_step(self) -> int:

@@ -2,9 +2,13 @@
 
 
 class GPT2Error(Exception):
-    """An error whose message says on one line what is wrong and what to do."""
+    """An error whose message says on one line what is wrong and what to do.
+
+    is_shared: all processes of a run raise it at once.
+    """
 
     exit_code = 1
+    is_shared = False
 
 
 class UserError(GPT2Error):
@@ -17,6 +21,7 @@ class DivergedError(GPT2Error):
     """The loss, a gradient or a weight became non-finite. good_steps: number of finite steps before it."""
 
     exit_code = 3
+    is_shared = True
 
     def __init__(self, message: str, good_steps: int) -> None:
         super().__init__(message)
@@ -45,8 +50,26 @@ class BusyError(GPT2Error):
         self.holder = holder
 
 
+class DifferentError(UserError):
+    """The processes of a run have different code, params, tokens or packages."""
+
+    is_shared = True
+
+
+class MicroBatchError(GPT2Error):
+    """A process of several is out of memory. They start again with a smaller micro_batch_size."""
+
+    exit_code = 75
+
+    def __init__(self, message: str, micro_batch_size: int) -> None:
+        super().__init__(message)
+        self.micro_batch_size = micro_batch_size
+
+
 class Interrupted(GPT2Error):  # noqa: N818 - not an error
     """A signal asked the process to stop. `exit_code` is 128 plus its number, as in a shell."""
+
+    is_shared = True
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +23,7 @@ from gpt2.errors import BusyError, FileError
 TEMPORARY = ".tmp"
 MANIFEST_FILE = "manifest.json"
 BUFFER_BYTES = 1 << 20
+Writers = Mapping[str, Callable[[IO[bytes]], object]]
 
 
 class _UnbufferedFile(io.RawIOBase):
@@ -85,10 +86,8 @@ def _remove_leftovers(path: Path) -> None:
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
@@ -195,18 +194,11 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(facts: dict[str, Any], sources: Iterable[Path]) -> str:
-    """A hash of everything that determines the numbers of a run: params, checksums of the data, source files."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for path in sorted(sources):
-        digest.update(f"\0{path.as_posix()}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def write_folder(folder: Path, files: Mapping[str, Callable[[IO[bytes]], object]], facts: dict[str, Any]) -> None:
+def write_folder(folder: Path, files: Writers, facts: dict[str, Any], ready: Mapping[Path, str] | None = None) -> None:
     """Writes files into a new folder, each with its function, and a manifest with `facts` and the SHA-256 of each file.
 
-    The write is atomic. Raises FileExistsError if the folder exists, OSError, and exceptions of the functions.
+    ready: files that move into it, synced, with their sums. The write is atomic. Raises FileExistsError if the folder
+    exists, OSError, and exceptions of the functions.
     """
     staging = folder.with_name(folder.name + TEMPORARY)
     delete_folder(staging)
@@ -220,6 +212,9 @@ def write_folder(folder: Path, files: Mapping[str, Callable[[IO[bytes]], object]
             synced = thread.submit(fsync, staging / name)
             sums[name] = sha256_of(staging / name)
             synced.result()
+    for path, known in (ready or {}).items():
+        os.rename(path, staging / path.name)
+        sums[path.name] = known
     write_text(staging / MANIFEST_FILE, _json({**facts, "sha256": sums}))
     if folder.exists():
         raise FileExistsError(f"{folder} already exists")
@@ -227,8 +222,11 @@ def write_folder(folder: Path, files: Mapping[str, Callable[[IO[bytes]], object]
     fsync(folder.parent)
 
 
-def verify_folder(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder that `write_folder` wrote. Raises FileError if anything in it is missing or changed."""
+def verify_folder(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
+    """The manifest of a folder that `write_folder` wrote. With several parts, verifies only every parts-th file.
+
+    Raises FileError if anything in it is missing or changed.
+    """
     try:
         text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
         manifest: dict[str, Any] = json.loads(text)
@@ -239,7 +237,7 @@ def verify_folder(folder: Path) -> dict[str, Any]:
         raise FileError(f"{folder} is incomplete: it has no {MANIFEST_FILE}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileError(f"{folder / MANIFEST_FILE} is damaged ({type(error).__name__}: {error})") from None
-    for name, expected in sums.items():
+    for name, expected in list(sums.items())[part::parts]:
         try:
             found = sha256_of(folder / name)
         except OSError as error:

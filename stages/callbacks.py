@@ -7,6 +7,7 @@ from stages import tracking
 from stages.process import StopSignal, echo, warn
 
 if TYPE_CHECKING:
+    from gpt2.distributed.checkpoints import ShardedWriter
     from gpt2.training.checkpoints import CheckpointStore
     from gpt2.training.state import LogRow, TrainState
 
@@ -32,11 +33,19 @@ class StageCallbacks:
     """Implements `gpt2.training.trainer.Callbacks` for a pipeline run."""
 
     def __init__(
-        self, store: "CheckpointStore", run: tracking.Run, stop: StopSignal, state: "TrainState", max_steps: int
+        self,
+        store: "CheckpointStore",
+        run: tracking.Run,
+        stop: StopSignal,
+        state: "TrainState",
+        max_steps: int,
+        writer: "CheckpointStore | ShardedWriter | None" = None,
     ) -> None:
+        """writer: saves the checkpoints of `store`; None: the store itself."""
         from tqdm import tqdm
 
-        self.store, self.run, self.stop, self.max_steps = store, run, stop, max_steps
+        self.store, self.writer = store, writer or store
+        self.run, self.stop, self.max_steps = run, stop, max_steps
         self.history: JsonLines | None = None
         try:
             self.history = JsonLines(store.folder / HISTORY_FILE, state.history)
@@ -86,9 +95,9 @@ class StageCallbacks:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
-    def save(self, step: int, content: dict[str, Any]) -> None:
+    def save(self, step: int, content: dict[str, Any], last: bool) -> None:
         """Saves a checkpoint."""
-        self.store.save(step, {**content, "run_id": self.run.run_id})
+        self.writer.save(step, {**content, "run_id": self.run.run_id}, last=last)
 
     def warn(self, message: str) -> None:
         """Prints a warning above the progress bar."""
@@ -103,3 +112,30 @@ class StageCallbacks:
         self.bar.close()
         if self.history is not None:
             self.history.close()
+
+
+class SilentCallbacks:
+    """The callbacks of all processes but rank 0: they only save their part of checkpoints, and stop."""
+
+    def __init__(self, writer: "CheckpointStore | ShardedWriter", stop: StopSignal, run_id: str) -> None:
+        self.writer, self.stop, self.run_id = writer, stop, run_id
+
+    def log(self, row: "LogRow") -> None:
+        """Rank 0 logs."""
+
+    def progress(self, state: "TrainState", loss: float, tokens_per_s: float) -> None:
+        """Rank 0 shows it."""
+
+    def save(self, step: int, content: dict[str, Any], last: bool) -> None:
+        """Saves this process's part of a checkpoint."""
+        self.writer.save(step, {**content, "run_id": self.run_id}, last=last)
+
+    def warn(self, message: str) -> None:
+        """Rank 0 warns."""
+
+    def should_stop(self) -> bool:
+        """Whether a signal arrived."""
+        return bool(self.stop)
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -46,6 +46,8 @@ class ExportConfig:
 class RuntimeConfig:
     """Settings that do not change the results. No stage depends on them, so a change reruns nothing.
 
+    processes: that train together; "auto" is one for each CUDA device, otherwise 1. strategy: of several processes,
+    `gpt2.distributed.models`; "auto" shards the model where it does not fit one device.
     precision, compile: "auto" measures what is faster here. gradient_checkpointing: less memory, more time.
     threads: CPU threads; None takes all cores, one stage of this repository at a time (`stages.cores`).
     log_interval: steps between rows of the history. checkpoint_interval: steps between checkpoints, in addition to
@@ -53,6 +55,8 @@ class RuntimeConfig:
     """
 
     device: Literal["auto", "cuda", "mps", "cpu"]
+    processes: Literal["auto"] | Annotated[int, Gt(0)]
+    strategy: Literal["auto", "ddp", "fsdp"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     compile: Literal["auto", "always", "never"]
     gradient_checkpointing: bool

@@ -31,26 +31,29 @@ LESS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. folder: of its checkpoints. micro_batch_size: the largest that fits into memory."""
+    """A checked run. folder: of its checkpoints. micro_batch_size: the largest that fits into memory. identity: what,
+    with the code, decides the numbers."""
 
     params: Params
     tokens_meta: Mapping[str, Any]
     folder: Path
     micro_batch_size: int
+    identity: Mapping[str, Any]
 
 
-def micro_batch_that_fits(params: Params) -> int:
-    """The micro-batch size on a CPU: the largest divisor of batch_size that fits into memory.
+def micro_batch_that_fits(params: Params, local_processes: int = 1, processes: int = 1) -> int:
+    """The micro-batch size of a process on a CPU: the largest that divides its batch and fits into its memory.
 
-    Raises UserError if not even one sequence fits. On a GPU, whose memory is not known yet, returns batch_size.
+    local_processes: that share this machine's memory. Raises UserError if not even one sequence fits. On a GPU, whose
+    memory is not known yet, returns the whole batch of the process.
     """
-    config, size = params.model, params.train.batch_size
-    memory = memory_bytes()
+    config, share = params.model, params.train.share(processes)
+    memory = memory_bytes() // local_processes
     at_least = 4 * config.num_parameters()  # of the weights; also of the best weights, which stay in memory
     if at_least > memory:
         raise UserError(f"the weights alone take {_gb(at_least)}, and this machine has {_gb(memory)} of memory: {LESS}")
     if may_use_gpu(params.runtime):
-        return size
+        return share.batch_size
     reduced_precision = params.runtime.precision != "fp32"
     checkpointing = params.runtime.gradient_checkpointing
     limit = largest_batch(
@@ -61,7 +64,7 @@ def micro_batch_that_fits(params: Params) -> int:
         reduced_precision=reduced_precision,
         sequence_length=params.train.sequence_length,
     )
-    if fitting := params.train.micro_batch_size(limit):
+    if fitting := share.micro_batch_size(limit):
         return fitting
     needed = training_bytes(
         config,

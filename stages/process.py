@@ -34,9 +34,24 @@ def redact_secrets(text: str) -> str:
     return text
 
 
+_is_muted = False
+
+
+def mute(is_muted: bool = True) -> None:
+    """Whether `echo` and `warn` print nothing: one of several processes speaks."""
+    global _is_muted
+    _is_muted = is_muted
+
+
+def is_worker() -> bool:
+    """Whether this is one of several processes of a stage, which torch's elastic agent started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def echo(message: str) -> None:
     """Prints a line on standard error, like progress bars."""
-    print(redact_secrets(message), file=sys.stderr, flush=True)
+    if not _is_muted:
+        print(redact_secrets(message), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
@@ -55,7 +70,7 @@ class StopSignal:
         self.signal_number: int | None = None
         self._counts: dict[int, int] = {}
         self._exits_immediately = False
-        self._dvc = os.getppid() if "DVC_STAGE" in os.environ else None
+        self._parent = os.getppid() if is_worker() or "DVC_STAGE" in os.environ else None
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -69,7 +84,7 @@ class StopSignal:
             os._exit(128 + number)
 
     def __bool__(self) -> bool:
-        if self._dvc is not None and _is_gone(self._dvc):
+        if self._parent is not None and _is_gone(self._parent):
             self.signal_number = signal.SIGTERM
         return self.signal_number is not None
 
@@ -100,9 +115,12 @@ class StopSignal:
 
 
 def _is_gone(parent: int) -> bool:
-    """Whether the parent process has ended: there is another parent now, or one in another session."""
+    """Whether the parent process has ended: there is another parent now, or one in another session.
+
+    A worker has its own session.
+    """
     now = os.getppid()
-    return now != parent or (hasattr(os, "getsid") and os.getsid(now) != os.getsid(0))
+    return now != parent or (not is_worker() and hasattr(os, "getsid") and os.getsid(now) != os.getsid(0))
 
 
 def _interruption(number: int) -> str:
@@ -135,12 +153,13 @@ def run_stage(main: Callable[[StopSignal], None]) -> None:
     folder or run; 129, 130 or 143 interrupted. Each but 0 prints one line.
     """
     stop = StopSignal()
-    die_with_dvc()
+    die_with_parent()
     sys.stderr = _SafeStream(sys.stderr)
     try:
         # two stages in one folder would overwrite each other's results, even if their runs differ
         lock = DVC_FOLDER / "tmp/stage.lock"
-        with file_lock(lock, what=str(Path.cwd())) if DVC_FOLDER.is_dir() else nullcontext():
+        is_locked = DVC_FOLDER.is_dir() and not is_worker()  # its parent holds the lock
+        with file_lock(lock, what=str(Path.cwd())) if is_locked else nullcontext():
             main(stop)
             stop.check()
     except GPT2Error as error:
@@ -156,7 +175,7 @@ def run_stage(main: Callable[[StopSignal], None]) -> None:
         sys.exit(OS_ERROR_EXIT_CODE)
 
 
-def die_with_dvc() -> None:
-    """Requests a SIGTERM from Linux when DVC, the parent, is killed; `StopSignal` detects it only when checked."""
-    if sys.platform == "linux" and "DVC_STAGE" in os.environ:
+def die_with_parent() -> None:
+    """Requests a SIGTERM from Linux when DVC or the agent is killed; `StopSignal` detects it only when checked."""
+    if sys.platform == "linux" and (is_worker() or "DVC_STAGE" in os.environ):
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -1,29 +1,29 @@
 """A session of a training run: from its params, data and checkpoints to the files of the train stage."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from gpt2.data.sampler import Sampler
 from gpt2.data.token_files import Tokens, open_tokens
-from gpt2.device import choose_device, choose_precision, configure_device, device_name, peak_flops
-from gpt2.errors import DivergedError, Interrupted, UserError
-from gpt2.files import sha256_of, write_json
+from gpt2.device import choose_device, choose_precision, configure_device, peak_flops
+from gpt2.distributed import parts
+from gpt2.errors import DivergedError, Interrupted, MicroBatchError, UserError
 from gpt2.model.hugging_face import from_pretrained
-from gpt2.model.storage import CONFIG_FILE, MODEL_FILE, save_weights
 from gpt2.model.transformer import GPT
 from gpt2.progress import ProgressCallback
 from gpt2.training.checkpoints import CheckpointStore
 from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel
 from gpt2.training.optimizers import Optimizer
-from gpt2.training.state import TrainState, environment, restore_checkpoint
-from gpt2.training.trainer import Trainer
+from gpt2.training.state import TrainState, environment
+from gpt2.training.trainer import Callbacks, Trainer
 from gpt2.training.validation import validation_loss
-from stages import paths, reports, tracking
-from stages.callbacks import StageCallbacks, metrics_of
+from gpt2.world import World
+from stages import paths, preflight, tracking
+from stages.callbacks import SilentCallbacks, StageCallbacks, metrics_of
 from stages.params import Params
 from stages.preflight import Plan
 from stages.process import StopSignal, echo, warn
@@ -37,12 +37,15 @@ class TrainingRun:
     """Everything a session trains with. ids: of the run in the trackers. resumed: from a checkpoint."""
 
     plan: Plan
+    world: World
+    strategy: parts.Strategy
     model: MixedPrecisionModel
     optimizer: Optimizer
     sampler: Sampler
     val_tokens: Tokens
     state: TrainState
     store: CheckpointStore
+    writer: parts.Writer
     peak_flops: float
     ids: tracking.RunIds
     resumed: bool
@@ -52,45 +55,75 @@ class TrainingRun:
         return [tracking.metrics_event(int(row["step"] or 0), metrics_of(row)) for row in self.state.history]
 
 
-def set_up(plan: Plan, stop: StopSignal) -> TrainingRun:
+def set_up(plan: Plan, stop: StopSignal, world: World) -> TrainingRun:
     """Data, model, optimizer and state: of a new run, or of the newest checkpoint."""
     config, runtime = plan.params.train, plan.params.runtime
     device = choose_device(runtime.device)
-    configure_device(device, runtime.threads)
+    configure_device(device, runtime.threads or world.threads())
     torch.manual_seed(config.seed)
-    sampler = Sampler(open_tokens(paths.TOKENS, "train"), config)
+    sampler = Sampler(open_tokens(paths.TOKENS, "train"), config, rank=world.rank, processes=world.size)
     val_tokens = open_tokens(paths.TOKENS, "val")
-    store = CheckpointStore(plan.folder)
+    store = CheckpointStore(plan.folder, world)
     checkpoint = store.load_newest(warn)
-    stop.check()
+    check_stop(stop, world)
     master = (initial_model(plan.params) if checkpoint is None else GPT(plan.params.model)).to(device)
-    optimizer = Optimizer(master, config)
     if checkpoint is None:
-        state = TrainState.initial(choose_precision(device, runtime.precision), plan.micro_batch_size)
-        ids = tracking.new_run_ids()
+        precision = world.from_first(world.rank == 0 and choose_precision(device, runtime.precision))
+        state = TrainState.initial(precision, plan.micro_batch_size)
+        run_id = world.from_first(tracking.new_run_ids().run_id)
     else:
-        state = restore_checkpoint(checkpoint, master, optimizer)
-        ids = tracking.RunIds(checkpoint["run_id"], None)
-        warn_if_not_bitwise_reproducible(checkpoint["environment"], environment(device))
-    if state.micro_batch_size < config.batch_size:
+        precision, run_id = getattr(torch, checkpoint["state"]["precision"]), checkpoint["run_id"]
+    strategy = parts.choose_strategy(
+        runtime.strategy, plan.params.model, config, device, precision, world, preflight.memory_bytes()
+    )
+    model = parts.make_model(master, precision, world, strategy, gradient_checkpointing=runtime.gradient_checkpointing)
+    optimizer = parts.make_optimizer(model, config, world)
+    if checkpoint is not None:
+        folder = store.path(checkpoint["state"]["step"])
+        state = parts.restore(checkpoint, folder, model, optimizer, world)
+        warn_if_not_bitwise_reproducible(checkpoint["environment"], environment(master, world))
+        if checkpoint["environment"].get("world size") != world.size:
+            state.micro_batch_size = plan.micro_batch_size
+    share = config.share(world.size)
+    state.micro_batch_size = world.from_first(
+        share.micro_batch_size(min(state.micro_batch_size, parts.known_micro_batch(plan.folder, world)))
+    )
+    if state.micro_batch_size < share.batch_size:
         warn(
-            f"memory is short: the micro-batch is {state.micro_batch_size} instead of {config.batch_size}; the global "
+            f"memory is short: the micro-batch is {state.micro_batch_size} instead of {share.batch_size}; the global "
             f"batch stays {config.tokens_per_step:,} tokens"
         )
-    model = MixedPrecisionModel(master, state.dtype, gradient_checkpointing=runtime.gradient_checkpointing)
-    stop.check()
-    peak = peak_flops(device, state.dtype, paths.real_root() / "checkpoints/peak-flops.json")
+    check_stop(stop, world)
+    cache = paths.real_root() / "checkpoints/peak-flops.json"
+    peak = world.from_first(world.rank == 0 and peak_flops(device, state.dtype, cache)) * world.size
     if checkpoint is None:
         state.compiled = is_compiled(plan.params, device.type, peak)
+    writer = parts.make_writer(store, optimizer, world, device)
+    ids = tracking.RunIds(run_id, None)
     resumed = checkpoint is not None
-    return TrainingRun(plan, model, optimizer, sampler, val_tokens, state, store, peak, ids, resumed)
+    return TrainingRun(
+        plan, world, strategy, model, optimizer, sampler, val_tokens, state, store, writer, peak, ids, resumed
+    )
+
+
+def check_stop(stop: StopSignal, world: World) -> None:
+    """Raises Interrupted in all processes if a signal arrived in one."""
+    if world.any(bool(stop)):
+        stop.signal_number = world.max(stop.signal_number or 0)
+        stop.check()
+
+
+def start_tracking(run: TrainingRun, stop: StopSignal) -> AbstractContextManager[tracking.Run]:
+    """The record of the run. That of all processes but rank 0 is empty."""
+    if run.world.rank:
+        return nullcontext(tracking.Run(run.ids, stop))
+    return tracking.start_run(run.plan.params, "train", run.ids, stop, events=run.logged_events(), system_metrics=True)
 
 
 def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
     """Trains to the last step. Raises Interrupted, after saving a checkpoint, if a signal arrives."""
-    params, state, store = run.plan.params, run.state, run.store
+    params, state, store, world = run.plan.params, run.state, run.store, run.world
     config, folder = params.train, run.plan.folder
-    tracker.tags(run_tags(run))
     if state.step == config.max_steps:
         echo(f"this run is complete in {folder}, using its results; delete that folder to train again")
     else:
@@ -98,16 +131,28 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
         echo(
             f"{begin}training {run.model.config.num_parameters():,} parameters on {run.model.device} in "
             f"{state.precision}, global batch {config.tokens_per_step:,} tokens"
+            + (f", {world.size} processes, {run.strategy}" if world.size > 1 else "")
         )
         with stop.exit_immediately():
-            state.compiled = state.compiled and compile_model(run.model, state, config.sequence_length)
+            works = state.compiled and compile_model(run.model, state, config.sequence_length)
+            state.compiled = not world.any(not works)
+            run.model.warm_up(state.micro_batch_size, config.sequence_length)
 
     def validate(batch_size: int, progress: ProgressCallback) -> float:
         return validation_loss(
-            run.model, run.val_tokens, sequence_length=config.sequence_length, batch_size=batch_size, progress=progress
+            run.model,
+            run.val_tokens,
+            sequence_length=config.sequence_length,
+            batch_size=batch_size,
+            progress=progress,
+            world=world,
         )
 
-    callbacks = StageCallbacks(store, tracker, stop, state, config.max_steps)
+    callbacks: Callbacks
+    if world.rank == 0:
+        callbacks = StageCallbacks(store, tracker, stop, state, config.max_steps, run.writer)
+    else:
+        callbacks = SilentCallbacks(run.writer, stop, run.ids.run_id)
     trainer = Trainer(
         run.model,
         run.optimizer,
@@ -119,6 +164,7 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
         log_interval=params.runtime.log_interval,
         checkpoint_interval=params.runtime.checkpoint_interval,
         peak_flops=run.peak_flops,
+        world=world,
     )
     try:
         is_complete = trainer.train()
@@ -126,80 +172,17 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
         steps = store.steps()
         last_good = f"The last good checkpoint is {store.path(steps[-1])}" if steps else "There is no checkpoint yet"
         raise DivergedError(f"{error}. {last_good}", error.good_steps) from None
+    except MicroBatchError as error:
+        parts.remember_micro_batch(folder, world, error.micro_batch_size)
+        raise
     finally:
         callbacks.close()
     if not is_complete:
-        assert stop.signal_number is not None
         raise Interrupted(
             f"interrupted; the checkpoint of step {state.step} is in {folder}; run the same command again to resume",
-            stop.signal_number,
+            world.max(stop.signal_number or 0),
         )
-    stop.check()
-
-
-def write_results(run: TrainingRun, tracker: tracking.Run) -> None:
-    """Writes models/ and reports/train/, and logs them."""
-    state, master = run.state, run.model.master
-    save_weights(master.state_dict(), paths.MODELS / "last.safetensors")
-    save_weights(state.best_weights or master.state_dict(), paths.MODELS / MODEL_FILE)
-    write_json(paths.MODELS / CONFIG_FILE, master.config.to_dict())
-    write_json(paths.RUN, {**asdict(tracker.ids()), "sequence_length": run.plan.params.train.sequence_length})
-
-    folder = paths.TRAIN_REPORT
-    history = reports.write_history(state.history, folder)
-    write_json(folder / "metrics.json", final_metrics(run))
-    reports.draw_loss(history, folder / "loss.png")
-    reports.draw_schedule(history, folder / "schedule.png")
-    tracker.tags({"model.sha256": sha256_of(paths.MODELS / MODEL_FILE)})
-    tracker.files(sorted(folder.iterdir()), "reports/train")
-    tracker.files([paths.MODELS / CONFIG_FILE], "model")
-    run.store.prune(keep=1)
-    echo(
-        f"{paths.MODELS / MODEL_FILE}: validation loss {state.best_val_loss:.4f} at step {state.best_step}, "
-        f"trained in {state.elapsed_s:.0f} s"
-    )
-
-
-def final_metrics(run: TrainingRun) -> dict[str, Any]:
-    """The content of reports/train/metrics.json."""
-    state = run.state
-    last = state.history[-1]
-    return {
-        "best_val_loss": state.best_val_loss if state.best_step else None,
-        "best_step": state.best_step,
-        "last_val_loss": last["val_loss"],
-        "last_train_loss": last["train_loss"],
-        "steps": state.step,
-        "tokens": last["tokens"],
-        "parameters": run.model.config.num_parameters(),
-        "tokens_per_s": round(float(last["tokens"] or 0) / state.elapsed_s),
-        "elapsed_s": round(state.elapsed_s, 1),
-        "mfu": last["mfu"],
-        "peak_memory_bytes": last["peak_memory_bytes"],
-        "data_share": round(state.data_s / state.elapsed_s, 5),
-        "log_share": round(state.log_s / state.elapsed_s, 5),
-        "save_share": round(state.save_s / state.elapsed_s, 5),
-        "precision": state.precision,
-        "compiled": state.compiled,
-    }
-
-
-def run_tags(run: TrainingRun) -> dict[str, str]:
-    """Tags for MLflow: where the text comes from, checksums, and what computes."""
-    meta = run.plan.tokens_meta
-    corpus = json.loads(paths.CORPUS_FACTS.read_text(encoding="utf-8")) if paths.CORPUS_FACTS.is_file() else {}
-    tags = {
-        "corpus.sha256": meta["corpus_sha256"],
-        "tokens.sha256": meta["splits"]["train"]["sha256"],
-        "corpus.name": corpus.get("name", "unknown"),
-        "corpus.from": corpus.get("source", "unknown"),
-        "runtime.device": device_name(run.model.device),
-        "runtime.precision": run.state.precision,
-        "runtime.compiled": str(run.state.compiled),
-    }
-    if corpus.get("fallback_reason"):
-        tags["corpus.fallback_reason"] = corpus["fallback_reason"]
-    return tags
+    check_stop(stop, world)
 
 
 def initial_model(params: Params) -> GPT:
@@ -217,7 +200,7 @@ def initial_model(params: Params) -> GPT:
 
 def warn_if_not_bitwise_reproducible(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Warns if a run is resumed in an environment that gives different bits."""
-    changes = [f"{name} {then.get(name)} instead of {now[name]}" for name in now if then.get(name) != now[name]]
+    changes = [f"{name} {then[name]} instead of {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
     if changes:
         warn(
             f"this run started with {', '.join(changes)}; it resumes, but its results will not be bitwise equal to an "

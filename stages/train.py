@@ -1,48 +1,93 @@
 """train: the token files become a model. Continues from the newest checkpoint of the same run."""
 
+import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
 from gpt2.data.token_files import read_meta
 from gpt2.errors import DivergedError
-from gpt2.files import file_lock, fingerprint, write_json
-from stages import paths, preflight, tracking
-from stages.cores import reserve_cores
+from gpt2.files import file_lock, write_json
+from stages import endings, paths, preflight, workers
+from stages.cores import limit_busy_waiting, reserve_cores
 from stages.params import Params, load_params
-from stages.process import StopSignal, run_stage
+from stages.process import StopSignal, is_worker, run_stage
+
+if TYPE_CHECKING:
+    from gpt2.world import World
 
 DIVERGED_FILE = "diverged.json"
 MAX_DIVERGENCES = 2
 
 
 def main(stop: StopSignal) -> None:
-    """Check, set up, train, write."""
-    plan = check(load_params(paths.PARAMS))
-    runtime = plan.params.runtime
-    with file_lock(plan.folder / "lock"), limit_repeated_divergence(plan.folder), reserve_cores(runtime, stop):
-        with stop.exit_immediately():  # importing torch takes seconds, and checking needs none of it
-            from stages import session
-        run = session.set_up(plan, stop)
-        with tracking.start_run(
-            plan.params, "train", run.ids, stop, events=run.logged_events(), system_metrics=True
-        ) as tracker:
-            session.train(run, tracker, stop)
-            session.write_results(run, tracker)
+    """Trains in this process, or starts several. Torch's agent, and torchrun, start them with this function too."""
+    params = load_params(paths.PARAMS)
+    if is_worker():
+        limit_busy_waiting()
+        endings.run_worker(lambda world: train_together(params, world, stop), params.runtime, stop)
+    elif (processes := workers.count(params)) > 1:
+        check(params, processes)
+        with reserve_cores(params.runtime, stop):
+            workers.launch(processes, stop)
+    else:
+        plan = check(params)
+        with lock(plan), reserve_cores(params.runtime, stop):
+            train(plan, stop)
 
 
-def check(params: Params) -> preflight.Plan:
-    """Checks memory and disk, before torch is imported. Raises UserError or FileError."""
-    micro_batch_size = preflight.micro_batch_that_fits(params)
+def train_together(params: Params, world: "World", stop: StopSignal) -> None:
+    """What one of several processes does. Rank 0 writes the files."""
+    workers.check_number(params, world.size)
+    plan = check(params, world.local_size, world.size)
+    workers.require_same(world, {**plan.identity, "code": fingerprint({}, training_sources())})
+    with lock(plan) if world.rank == 0 else nullcontext():
+        train(plan, stop, world)
+
+
+def train(plan: preflight.Plan, stop: StopSignal, world: "World | None" = None) -> None:
+    """Set up, train, write."""
+    with stop.exit_immediately():  # importing torch takes seconds, and checking needs none of it
+        from gpt2.world import ALONE
+        from stages import results, session
+    run = session.set_up(plan, stop, world or ALONE)
+    with session.start_tracking(run, stop) as tracker:
+        tracker.tags(results.run_tags(run))
+        session.train(run, tracker, stop)
+        results.write_results(run, tracker)
+
+
+@contextmanager
+def lock(plan: preflight.Plan) -> Iterator[None]:
+    """Only one run at a time trains from these checkpoints, and none that diverged twice."""
+    with file_lock(plan.folder / "lock"), limit_repeated_divergence(plan.folder):
+        yield
+
+
+def check(params: Params, local_processes: int = 1, processes: int | None = None) -> preflight.Plan:
+    """Checks memory and disk, before torch is imported. Raises UserError or FileError.
+
+    local_processes: on this machine; they share its memory. processes: on all machines, if there are others.
+    """
+    micro_batch_size = preflight.micro_batch_that_fits(params, local_processes, processes or local_processes)
     meta = read_meta(paths.TOKENS)
     identity = {"model": asdict(params.model), "train": asdict(params.train), "tokens": meta["splits"]}
     folder = paths.checkpoints(params.runtime.checkpoint_folder) / fingerprint(identity, training_sources())
     preflight.check_disk(params, folder)
-    return preflight.Plan(params, meta, folder, micro_batch_size)
+    return preflight.Plan(params, meta, folder, micro_batch_size, identity)
+
+
+def fingerprint(facts: dict[str, Any], sources: Iterable[Path]) -> str:
+    """A hash of everything that determines the numbers of a run: params, checksums of the data, source files."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for path in sorted(sources):
+        digest.update(f"\0{path.as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def training_sources() -> list[Path]:

@@ -20,8 +20,9 @@ PACKAGES = {
     "kernels": {"model"},
     "inference": {"model", "kernels"},
     "training": {"model", "data"},
+    "distributed": {"model", "training"},
     "evaluation": {"model", "data", "inference"},
-    "hub": {"model", "data", "kernels", "inference", "training", "evaluation"},
+    "hub": {"model", "data", "kernels", "inference", "training", "distributed", "evaluation"},
 }
 TOP = {
     "errors": set(),
@@ -31,6 +32,7 @@ TOP = {
     "memory": {"config"},
     "tokenizer": {"config", "errors"},
     "device": {"errors", "files"},
+    "world": {"errors"},
 }
 MAX_MODULES, MAX_LINES = 8, 300
 # What cannot change what a stage writes: how it is started, where it reports to, how errors are told, how files are
@@ -43,7 +45,10 @@ PLUMBING = {
     "gpt2/memory.py",
     "gpt2/progress.py",
     "stages/tracking/__init__.py",
-} | {f"stages/{name}.py" for name in ("__init__", "cores", "params", "paths", "preflight", "process")}
+} | {
+    f"stages/{name}.py"
+    for name in ("__init__", "cores", "endings", "params", "paths", "preflight", "process", "workers")
+}
 STAGES = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]
 # What a process of its own compiles.
 COMPILED = {

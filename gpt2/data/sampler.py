@@ -15,11 +15,11 @@ class Sampler:
 
     Each epoch cuts the tokens into adjacent windows of `sequence_length`, starting at a random offset, and visits each
     window once, in random order. Offset and order depend only on the seed and the epoch. So a run can resume at any
-    step, and the ranks of a distributed run can each take a slice of the same order.
+    step, and several processes each take a part of the same order.
     """
 
-    def __init__(self, tokens: Tokens, config: TrainConfig) -> None:
-        """Raises UserError if the tokens are fewer than one window and its targets."""
+    def __init__(self, tokens: Tokens, config: TrainConfig, *, rank: int = 0, processes: int = 1) -> None:
+        """rank: of this process. Raises UserError if the tokens are fewer than one window and its targets."""
         self.sequence_length = config.sequence_length
         if len(tokens) < self.sequence_length + 1:
             raise UserError(
@@ -27,16 +27,19 @@ class Sampler:
                 "use a longer text or a smaller train.sequence_length"
             )
         self.tokens = tokens
-        self.batch_size = config.batch_size
-        self.gradient_accumulation_steps = config.gradient_accumulation_steps
+        share = config.share(processes)
+        self.batch_size = share.batch_size
+        self.gradient_accumulation_steps = share.gradient_accumulation_steps
+        self.rank, self.processes = rank, processes
         self.seed = config.seed
         self.num_windows = (len(tokens) - 1) // self.sequence_length
         self._epoch = -1
         self._starts: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def batch(self, step: int, micro_step: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Inputs and targets, each (batch_size, sequence_length)."""
-        first = (step * self.gradient_accumulation_steps + micro_step) * self.batch_size
+        """Inputs and targets of this process, each (batch_size, sequence_length)."""
+        part = step * self.processes + self.rank
+        first = (part * self.gradient_accumulation_steps + micro_step) * self.batch_size
         starts = [self._start(i) for i in range(first, first + self.batch_size)]
         windows = np.stack([self.tokens[s : s + self.sequence_length + 1] for s in starts]).astype(np.int64)
         return windows[:, :-1], windows[:, 1:]

@@ -31,6 +31,14 @@ class LayerCache(Protocol):
         """
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of its input, which is fp32; sharded weights arrive in the dtype of the products."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to (..., C)."""
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class Linear(nn.Linear):
     """A linear layer that casts its input to the dtype of its weights."""
 
@@ -99,9 +107,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
@@ -123,7 +131,7 @@ class GPT(nn.Module):
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd),
+                "ln_f": LayerNorm(config.n_embd),
             }
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)

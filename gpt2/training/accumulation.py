@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gpt2.config import TrainConfig
 from gpt2.data.loader import BatchLoader
-from gpt2.errors import OutOfMemoryError, is_out_of_memory
+from gpt2.errors import MicroBatchError, OutOfMemoryError, is_out_of_memory
 from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel
 from gpt2.training.state import TrainState
 
@@ -16,7 +16,7 @@ class GradientAccumulator:
     """Runs the forward and backward passes of a step.
 
     If memory runs out, it halves the micro-batch, doubles the accumulation, and repeats the step: the global batch
-    and the order of the data stay the same.
+    and the order of the data stay the same. Several processes have to start again for that: MicroBatchError.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class GradientAccumulator:
         warn: Callable[[str], None],
         check_stop: Callable[[], None],
     ) -> None:
-        """check_stop: called before each micro-batch; may raise to interrupt the step."""
+        """config: of this process (`TrainConfig.share`). check_stop: called before each micro-batch; may interrupt."""
         self.model, self.loader, self.config, self.state = model, loader, config, state
         self.warn, self.check_stop = warn, check_stop
 
@@ -55,13 +55,16 @@ class GradientAccumulator:
         config, state, size = self.config, self.state, self.state.micro_batch_size
         num_micro_batches = config.gradient_accumulation_steps * (config.batch_size // size)
         total = torch.zeros((), device=self.model.device)
+        done = 0
         for _ in range(config.gradient_accumulation_steps):
             with state.timed("data_s"):
                 batch = self.loader.next()
             for inputs, targets in zip(*(torch.split(each, size) for each in batch), strict=True):
                 self.check_stop()
-                loss = self.model.loss(inputs, targets, label_smoothing=config.label_smoothing) / num_micro_batches
-                (loss * state.loss_scale).backward()  # type: ignore[no-untyped-call]
+                done += 1
+                with self.model.gradient_sync(is_last=done == num_micro_batches):
+                    loss = self.model.loss(inputs, targets, label_smoothing=config.label_smoothing) / num_micro_batches
+                    (loss * state.loss_scale).backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
         return total
 
@@ -71,6 +74,12 @@ class GradientAccumulator:
             torch.cuda.empty_cache()
         step, before = self.state.step, self.state.micro_batch_size
         size = self.config.micro_batch_size(before // 2)
+        if size and self.model.processes > 1:
+            # the others wait for this process in a collective, and cannot repeat the step
+            raise MicroBatchError(
+                f"out of memory in step {step + 1} with a micro-batch of {before}: a micro-batch of {size} comes next",
+                size,
+            )
         if not size:
             raise OutOfMemoryError(
                 f"out of memory in step {step + 1} with one sequence of {self.config.sequence_length} tokens: set "

@@ -3,6 +3,7 @@
     checkpoints/<fingerprint>/step-000250/gpt_model_checkpoint.pt   weights, optimizer, training state
                                           manifest.json             SHA-256 of the file, written last
 
+Several processes write their tensors beside it (`gpt2.distributed.checkpoints`).
 `gpt2.files.write_folder` writes a checkpoint atomically. If a checkpoint is damaged, `load_newest` warns and loads an
 older one. Each contains everything the run needs, including its best weights so far.
 """
@@ -24,6 +25,7 @@ from gpt2.files import delete_folder, verify_folder, write_folder
 from gpt2.model.transformer import GPT
 from gpt2.training.optimizers import Optimizer
 from gpt2.training.state import TrainState, checkpoint_content
+from gpt2.world import ALONE, World, local_part
 
 CHECKPOINT_FILE = "gpt_model_checkpoint.pt"
 KEEP_NEWEST = 2
@@ -35,11 +37,11 @@ ADVICE = "Try a smaller train.learning_rate or a longer warm-up"
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in one folder."""
+    """The checkpoints of one run, in one folder. Several processes load together, and only rank 0 deletes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, world: World = ALONE) -> None:
         """Creates nothing before the first `save`."""
-        self.folder = folder
+        self.folder, self.world = folder, world
         self._damaged: set[int] = set()
 
     def path(self, step: int) -> Path:
@@ -51,8 +53,8 @@ class CheckpointStore:
         names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
         return sorted(int(name) for name in names if name.isdigit())
 
-    def save(self, step: int, content: dict[str, Any]) -> Path:
-        """Writes the checkpoint of a step; then deletes old checkpoints and leftovers.
+    def save(self, step: int, content: dict[str, Any], *, last: bool = False) -> Path:
+        """Writes the checkpoint of a step; then deletes old checkpoints and leftovers. last: of a session.
 
         Keeps a valid checkpoint of the same step. Raises FileError if the checkpoint cannot be written; older
         checkpoints are kept then.
@@ -60,7 +62,7 @@ class CheckpointStore:
         target = self.path(step)
         try:
             if target.exists():
-                if self._is_valid(step):
+                if self.is_valid(step):
                     return target
                 delete_folder(target)
             write_folder(target, {CHECKPOINT_FILE: lambda file: torch.save(content, file)}, {"step": step})
@@ -73,9 +75,10 @@ class CheckpointStore:
         self.prune()
         return target
 
-    def _is_valid(self, step: int) -> bool:
+    def is_valid(self, step: int) -> bool:
+        """Whether a step has a checkpoint that can be loaded."""
         try:
-            self.load(step)
+            self._verified(step, 0, 1)
         except FileError:
             return False
         return True
@@ -88,10 +91,25 @@ class CheckpointStore:
                 delete_folder(path)
 
     def load(self, step: int) -> dict[str, Any]:
-        """The content of a checkpoint, on the CPU. Raises FileError if it is missing or damaged."""
+        """The content of a checkpoint, on the CPU. Raises FileError if it is missing or damaged.
+
+        Each of several processes verifies a part of the files.
+        """
+        content, failure = None, None
+        try:
+            content = self._verified(step, self.world.rank, self.world.size)
+        except FileError as error:
+            failure = str(error)
+        for failed in self.world.gather(failure):
+            if failed is not None:
+                raise FileError(failed)
+        assert content is not None
+        return content
+
+    def _verified(self, step: int, part: int, parts: int) -> dict[str, Any]:
         path = self.path(step)
-        manifest = verify_folder(path)
-        if manifest.get("step") != step or list(manifest["sha256"]) != [CHECKPOINT_FILE]:
+        manifest = verify_folder(path, part, parts)
+        if manifest.get("step") != step or CHECKPOINT_FILE not in manifest["sha256"]:
             raise FileError(f"{path} is damaged: its manifest is that of step {manifest.get('step')!r}")
         try:
             content: dict[str, Any] = torch.load(path / CHECKPOINT_FILE, map_location="cpu", weights_only=True)
@@ -106,7 +124,7 @@ class CheckpointStore:
 
         Raises FileError if all checkpoints are damaged.
         """
-        steps = self.steps()
+        steps = self.world.from_first(self.steps())
         for step in reversed(steps):
             try:
                 return self.load(step)
@@ -126,12 +144,16 @@ class CheckpointSaver:
         model: GPT,
         optimizer: Optimizer,
         *,
-        save: Callable[[int, dict[str, Any]], None],
+        save: Callable[[int, dict[str, Any], bool], None],
         warn: Callable[[str], None],
         interval_steps: int | None,
+        world: World = ALONE,
     ) -> None:
-        """save: writes the content of a checkpoint, given its step. interval_steps: None saves by time alone."""
-        self.model, self.optimizer, self.interval_steps = model, optimizer, interval_steps
+        """save: writes the content of a checkpoint, given its step, and whether it is the last of the session.
+
+        interval_steps: None saves by time alone.
+        """
+        self.model, self.optimizer, self.interval_steps, self.world = model, optimizer, interval_steps, world
         self._save, self._warn = save, warn
         self._last_save_s = time.monotonic()
         self._save_duration_s = 0.0
@@ -143,7 +165,7 @@ class CheckpointSaver:
         if self.interval_steps and step % self.interval_steps == 0:
             return True
         interval_s = max(MIN_SAVE_INTERVAL_S, SAVE_INTERVAL_IN_SAVES * self._save_duration_s)
-        return time.monotonic() - self._last_save_s >= interval_s
+        return self.world.any(time.monotonic() - self._last_save_s >= interval_s)
 
     def save(self, state: TrainState, *, last: bool = False) -> None:
         """Saves a checkpoint. If that fails, it warns and tries again when the next one is due.
@@ -151,12 +173,12 @@ class CheckpointSaver:
         Raises FileError after three failures in a row, or if the last checkpoint of a session fails; DivergedError if
         weights or moments are not finite.
         """
-        if state.step == self._saved_step:
+        if state.step == self._saved_step and not (last and self.world.size > 1):  # then it may still be written
             return
         start_s = time.monotonic()
         self._require_finite(state.step)
         try:
-            self._save(state.step, checkpoint_content(self.model, self.optimizer, state))
+            self._save(state.step, checkpoint_content(self.model, self.optimizer, state, self.world), last)
             self._failures, self._saved_step = 0, state.step
         except FileError as error:
             self._failures += 1
@@ -169,9 +191,10 @@ class CheckpointSaver:
             state.save_s += self._save_duration_s
 
     def _require_finite(self, step: int) -> None:
-        tensors: list[Tensor] = [*self.model.parameters(), *self.optimizer.tensors()]
+        tensors: list[Tensor] = [local_part(t) for t in (*self.model.parameters(), *self.optimizer.tensors())]
+        tensors = [tensor for tensor in tensors if tensor.numel()]
         norms = torch.stack([norm.detach().float().cpu() for norm in torch._foreach_norm(tensors, ord=math.inf)])
-        if not norms.isfinite().all():
+        if self.world.any(not norms.isfinite().all()):
             raise DivergedError(
                 f"training diverged: after step {step} weights or moments are not finite. {ADVICE}", step
             )

@@ -7,6 +7,7 @@ faster, on a compute copy of the weights that is cast once per optimizer step (h
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from gpt2.config import GPTConfig
 from gpt2.errors import GPT2Error
 from gpt2.model.transformer import GPT
 from gpt2.training.loss import linear_cross_entropy
-from gpt2.training.state import TrainState
+from gpt2.training.state import TrainState, Weights, copy_weights
 
 MIN_LOSS_SCALE = 2.0**-10
 LOSS_SCALE_GROWTH_INTERVAL = 2000
@@ -30,8 +31,11 @@ class CompileError(GPT2Error):
 class MixedPrecisionModel:
     """A model with fp32 master weights and a compute copy in the dtype of the matrix products.
 
-    master: the model that the optimizer updates. compute: the copy; in fp32 it is the master itself.
+    master: the model that the optimizer updates. compute: the copy; in fp32 it is the master itself. processes: that
+    train together (`gpt2.distributed`).
     """
+
+    processes = 1
 
     def __init__(self, master: GPT, dtype: torch.dtype, *, gradient_checkpointing: bool = False) -> None:
         """gradient_checkpointing: recomputes the inside of each block in the backward pass instead of storing it.
@@ -50,8 +54,7 @@ class MixedPrecisionModel:
             for master_weight, copy in zip(master.parameters(), self.compute.parameters(), strict=True)
             if master_weight is not copy
         ]
-        for master_weight, copy in self._pairs:
-            self._accumulate_in_master(copy, master_weight)
+        self._connect_gradients()
 
     @property
     def config(self) -> GPTConfig:
@@ -67,6 +70,25 @@ class MixedPrecisionModel:
         """Drops all gradients."""
         self.master.zero_grad(set_to_none=True)
         self.compute.zero_grad(set_to_none=True)
+
+    def gradient_sync(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """For the passes of a micro-batch: what several processes do about its gradients. is_last: of the step."""
+        return nullcontext()
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Scales the gradients so that their norm is at most max_norm. Returns the norm before, a scalar."""
+        return torch.nn.utils.clip_grad_norm_(self.master.parameters(), max_norm)
+
+    def copy_weights(self) -> Weights:
+        """A copy of the master weights, of this process's part if they are divided."""
+        return copy_weights(self.master)
+
+    def warm_up(self, batch_size: int, sequence_length: int) -> None:
+        """Has no effect on weights. Several processes find out how they communicate best."""
+
+    def _connect_gradients(self) -> None:
+        for master_weight, copy in self._pairs:
+            self._accumulate_in_master(copy, master_weight)
 
     def _accumulate_in_master(self, copy: Tensor, master_weight: Tensor) -> None:
         """Adds each gradient of the compute copy to the fp32 gradient as soon as it is computed."""
@@ -91,20 +113,27 @@ class MixedPrecisionModel:
         tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long, device=self.device)
         try:
             _separate_kernels_by_instruction_set()
-            # not the embedding: compiled, its threads sum the gradients of a token in a non-deterministic order
-            self._blocks = torch.compile(self.compute.blocks, dynamic=False)
-            self._add = torch.compile(_add_, dynamic=True)
+            self._compile_blocks()
             for _ in range(2):  # the second pass adds to gradients
                 self.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
                 self.loss(tokens, tokens)
         except Exception as error:  # compilers raise many types of errors
-            self.compiled, self._compiled_shape, self._blocks, self._add = False, None, self.compute.blocks, _add_
+            self.compiled, self._compiled_shape = False, None
+            self._uncompile_blocks()
             torch._dynamo.reset()
             raise CompileError(_first_line(error)) from None
         finally:
             self.zero_grad()
         return time.perf_counter() - start_s
+
+    def _compile_blocks(self) -> None:
+        # not the embedding: compiled, its threads sum the gradients of a token in a non-deterministic order
+        self._blocks = torch.compile(self.compute.blocks, dynamic=False)
+        self._add = torch.compile(_add_, dynamic=True)
+
+    def _uncompile_blocks(self) -> None:
+        self._blocks, self._add = self.compute.blocks, _add_
 
     @torch.no_grad()
     def cast_weights(self) -> None:
@@ -117,6 +146,9 @@ class MixedPrecisionModel:
         """Mean cross-entropy in nats per token of a batch, both (B, T). Its gradients go to the master weights."""
         # other shapes, such as the last window of a split, run uncompiled
         compiled = self.compiled and tuple(inputs.shape) == self._compiled_shape
+        return self._loss(inputs, targets, label_smoothing, compiled)
+
+    def _loss(self, inputs: Tensor, targets: Tensor, label_smoothing: float, compiled: bool) -> Tensor:
         embedded = self.compute.embed(inputs)
         hidden = self._blocks(embedded) if compiled else self.compute.blocks(embedded)  # (B, T, C)
         weight = self.compute.lm_head.weight

@@ -1,7 +1,7 @@
 """AdamW, Muon, and the learning rate schedule."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -51,8 +51,12 @@ class Optimizer:
     and the same weight decay.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, muon_type: Callable[..., torch.optim.Optimizer] = torch.optim.Muon
+    ) -> None:
+        """muon_type: torch's Muon, or one that computes the same in several processes."""
         self.config = config
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         muon: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
@@ -66,7 +70,7 @@ class Optimizer:
             )
         }
         if muon:
-            self.parts["muon"] = torch.optim.Muon(
+            self.parts["muon"] = muon_type(
                 muon,
                 lr=config.muon_learning_rate,
                 weight_decay=config.weight_decay,
@@ -78,6 +82,35 @@ class Optimizer:
         for part in self.parts.values():
             for kept in part.state.values():
                 yield from (value for value in kept.values() if isinstance(value, Tensor))
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The optimizer state, by part, parameter and moment: "adamw.transformer.wte.weight.exp_avg"."""
+        return {
+            f"{part}.{self.names[parameter]}.{key}": value
+            for part, optimizer in self.parts.items()
+            for parameter, kept in optimizer.state.items()
+            for key, value in kept.items()
+        }
+
+    def names_of(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
+        """What `state_dict` returned, by the names of `named_tensors`."""
+        return {
+            f"{part}.{self.names[parameters[index]]}.{key}": value
+            for part, optimizer in self.parts.items()
+            for parameters in [[p for group in optimizer.param_groups for p in group["params"]]]
+            for index, kept in self._by_part(state_dict)[part]["state"].items()
+            for key, value in kept.items()
+        }
+
+    def initialize_state(self) -> None:
+        """Allocates the state that the first step would, to load into it. Leaves the parameters as they are."""
+        for part in self.parts.values():
+            for group in part.param_groups:
+                group["lr"] = 0.0
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+        self.step()
+        self.zero_grad()
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Sets the learning rate of AdamW, and scales that of Muon by the same factor of its peak."""
@@ -103,6 +136,8 @@ class Optimizer:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned."""
-        states = state_dict if len(self.parts) > 1 else {"adamw": state_dict}
         for name, part in self.parts.items():
-            part.load_state_dict(states[name])
+            part.load_state_dict(self._by_part(state_dict)[name])
+
+    def _by_part(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return state_dict if len(self.parts) > 1 else {"adamw": state_dict}

@@ -14,6 +14,7 @@ from torch import Tensor
 from gpt2.errors import FileError
 from gpt2.model.transformer import GPT
 from gpt2.training.optimizers import Optimizer
+from gpt2.world import ALONE, World
 
 LogRow = dict[str, float | int | None]
 Weights = dict[str, Tensor]
@@ -96,7 +97,7 @@ class ThroughputMeter:
         return elapsed_s
 
 
-def checkpoint_content(model: GPT, optimizer: Optimizer, state: TrainState) -> dict[str, Any]:
+def checkpoint_content(model: GPT, optimizer: Optimizer, state: TrainState, world: World = ALONE) -> dict[str, Any]:
     """The content of a checkpoint: only plain values and tensors, for `torch.load(..., weights_only=True)`."""
     plain = {name: value for name, value in vars(state).items() if name != "best_weights"}
     return {
@@ -107,7 +108,7 @@ def checkpoint_content(model: GPT, optimizer: Optimizer, state: TrainState) -> d
         "optimizer_state_dict": optimizer.state_dict(),
         "state": {**plain, "history": list(state.history)},
         "generators": _generator_states(model.device),
-        "environment": environment(model.device),
+        "environment": environment(model, world),
     }
 
 
@@ -116,29 +117,36 @@ def restore_checkpoint(content: dict[str, Any], model: GPT, optimizer: Optimizer
 
     Raises FileError if another version of this program wrote it.
     """
+    state = restore_state(content, model.device)
+    model.load_state_dict(content["model_state_dict"])
+    optimizer.load_state_dict(content["optimizer_state_dict"])
+    if state.best_step:
+        state.best_weights = content["best_model_state_dict"] or copy_weights(model)
+    return state
+
+
+def restore_state(content: dict[str, Any], device: torch.device) -> TrainState:
+    """The part of `restore_checkpoint` without weights and optimizer."""
     if content.get("format_version") != FORMAT_VERSION:
         raise FileError(
             f"the checkpoint has format {content.get('format_version')!r}, and this version reads {FORMAT_VERSION}; "
             "continue with the version that wrote it, or delete its folder to start a new run"
         )
-    model.load_state_dict(content["model_state_dict"])
-    optimizer.load_state_dict(content["optimizer_state_dict"])
-    state = TrainState(**content["state"])
-    if state.best_step:
-        state.best_weights = content["best_model_state_dict"] or copy_weights(model)
     torch.set_rng_state(content["generators"]["cpu"])
-    if model.device.type == "cuda" and "cuda" in content["generators"]:
-        torch.cuda.set_rng_state(content["generators"]["cuda"], model.device)
-    return state
+    if device.type == "cuda" and "cuda" in content["generators"]:
+        torch.cuda.set_rng_state(content["generators"]["cuda"], device)
+    return TrainState(**content["state"])
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(model: GPT, world: World = ALONE) -> dict[str, Any]:
     """What bitwise results depend on, besides params, data and code."""
+    is_sharded = any(hasattr(parameter, "to_local") for parameter in model.parameters())
     return {
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
-        "device": device.type,
-        "world size": 1,
+        "device": model.device.type,
+        "world size": world.size,
+        **({"strategy": "fsdp" if is_sharded else "ddp"} if world.size > 1 else {}),
     }
 
 

@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
-
 from gpt2.config import TrainConfig
 from gpt2.data.loader import BatchLoader
 from gpt2.data.sampler import Sampler
@@ -16,7 +14,8 @@ from gpt2.training.accumulation import GradientAccumulator
 from gpt2.training.checkpoints import ADVICE, CheckpointSaver
 from gpt2.training.mixed_precision import MixedPrecisionModel, back_off_loss_scale, grow_loss_scale
 from gpt2.training.optimizers import Optimizer, learning_rate_at
-from gpt2.training.state import LogRow, ThroughputMeter, TrainState, copy_weights
+from gpt2.training.state import LogRow, ThroughputMeter, TrainState
+from gpt2.world import ALONE, World
 
 
 class Callbacks(Protocol):
@@ -28,8 +27,11 @@ class Callbacks(Protocol):
     def progress(self, state: TrainState, loss: float, tokens_per_s: float) -> None:
         """Called after each step."""
 
-    def save(self, step: int, content: dict[str, Any]) -> None:
-        """Saves a checkpoint (`gpt2.training.state.checkpoint_content`). Raises FileError if that is not possible."""
+    def save(self, step: int, content: dict[str, Any], last: bool) -> None:
+        """Saves a checkpoint (`gpt2.training.state.checkpoint_content`). Raises FileError if that is not possible.
+
+        last: of the session; has to be on the disk when this returns.
+        """
 
     def warn(self, message: str) -> None:
         """Shows a warning to the user."""
@@ -58,21 +60,27 @@ class Trainer:
         log_interval: int,
         checkpoint_interval: int | None = None,
         peak_flops: float | None = None,
+        world: World = ALONE,
     ) -> None:
         """validate: returns the validation loss, given a micro-batch size and a callback to call after each batch.
 
         log_interval: in steps. checkpoint_interval: in steps, in addition to checkpoints by time; None is by time
-        alone. peak_flops: of this machine, to log the model FLOPs utilization (MFU).
+        alone. peak_flops: of all processes, to log the model FLOPs utilization (MFU). world: the processes that train.
         """
         self.model, self.optimizer, self.validate = model, optimizer, validate
         self.config, self.state, self.callbacks = config, state, callbacks
-        self.log_interval, self.peak_flops = log_interval, peak_flops
+        self.log_interval, self.peak_flops, self.world = log_interval, peak_flops, world
         self.loader = BatchLoader(sampler, state.step, config.max_steps, model.device)
         self.gradients = GradientAccumulator(
-            model, self.loader, config, state, warn=callbacks.warn, check_stop=self._check_stop
+            model, self.loader, config.share(world.size), state, warn=callbacks.warn, check_stop=self._check_stop
         )
         self.saver = CheckpointSaver(
-            model.master, optimizer, save=callbacks.save, warn=callbacks.warn, interval_steps=checkpoint_interval
+            model.master,
+            optimizer,
+            save=callbacks.save,
+            warn=callbacks.warn,
+            interval_steps=checkpoint_interval,
+            world=world,
         )
         self.meter = ThroughputMeter(config.tokens_per_step)
 
@@ -111,8 +119,9 @@ class Trainer:
         learning_rate = learning_rate_at(state.step, config)
         self.optimizer.set_learning_rate(learning_rate)
         loss = self.gradients.accumulate()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.master.parameters(), config.max_grad_norm)
-        train_loss, norm = loss.item(), grad_norm.item()  # the only synchronization with the device in a step
+        grad_norm = self.model.clip_grad_norm(config.max_grad_norm)
+        # the only synchronization with the device in a step
+        train_loss, norm = self.world.mean(loss.item()), grad_norm.item()
         if math.isfinite(train_loss) and math.isfinite(norm):
             self.optimizer.step()
             self.model.cast_weights()
@@ -139,7 +148,7 @@ class Trainer:
             state.elapsed_s += self.meter.restart()
             if val_loss < state.best_val_loss:  # False for NaN
                 state.best_val_loss, state.best_step = val_loss, state.step
-                state.best_weights = copy_weights(self.model.master)
+                state.best_weights = self.model.copy_weights()
         row = {
             **row,
             "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
@@ -168,5 +177,5 @@ class Trainer:
         return step == self.config.max_steps or step % self.config.eval_interval == 0
 
     def _check_stop(self) -> None:
-        if self.callbacks.should_stop():
+        if self.world.any(self.callbacks.should_stop()):
             raise _Stopped

@@ -13,7 +13,6 @@ from gpt2.files import (
     atomic_write,
     delete_folder,
     file_lock,
-    fingerprint,
     read_json_lines,
     sha256_of,
     verify_folder,
@@ -156,13 +155,3 @@ def test_a_lock_is_waited_for(tmp_path):
         assert time.monotonic() - started_s >= 0.3
     with file_lock(tmp_path / "lock", wait_s=5):
         pass
-
-
-def test_the_fingerprint_changes_with_each_input(tmp_path):
-    source = tmp_path / "a.py"
-    source.write_text("x = 1")
-    before = fingerprint({"lr": 1, "n": 2}, [source])
-    assert fingerprint({"n": 2, "lr": 1}, [source]) == before
-    assert fingerprint({"lr": 1.5, "n": 2}, [source]) != before
-    source.write_text("x = 2")
-    assert fingerprint({"lr": 1, "n": 2}, [source]) != before

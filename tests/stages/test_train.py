@@ -37,6 +37,16 @@ def test_weights_of_other_sizes_are_refused_with_the_right_ones(params, tiny_mod
         session.initial_model(starting_from(other, str(tmp_path)))
 
 
+def test_the_fingerprint_changes_with_each_input(tmp_path):
+    source = tmp_path / "a.py"
+    source.write_text("x = 1")
+    before = train.fingerprint({"lr": 1, "n": 2}, [source])
+    assert train.fingerprint({"n": 2, "lr": 1}, [source]) == before
+    assert train.fingerprint({"lr": 1.5, "n": 2}, [source]) != before
+    source.write_text("x = 2")
+    assert train.fingerprint({"lr": 1, "n": 2}, [source]) != before
+
+
 def test_the_fingerprint_covers_the_code_that_decides_the_numbers(monkeypatch):
     monkeypatch.chdir(ROOT)
     sources = {path.as_posix() for path in train.training_sources()}
@@ -72,8 +82,8 @@ def test_a_run_that_diverged_twice_at_one_step_is_refused(tmp_path):
     assert diverge(9) == "diverged after 9"
 
 
-def test_resuming_in_another_environment_is_one_warning(capsys):
-    now = environment(torch.device("cpu"))
+def test_resuming_in_another_environment_is_one_warning(tiny_model, capsys):
+    now = environment(tiny_model)
     session.warn_if_not_bitwise_reproducible(now, now)
     assert capsys.readouterr().err == ""
     session.warn_if_not_bitwise_reproducible({**now, "threads": 77, "torch": "1.0"}, now)

@@ -25,7 +25,7 @@ class Recorder:
     def progress(self, state, loss, tokens_per_s):
         self.steps.append(state.step)
 
-    def save(self, step, content):
+    def save(self, step, content, last):
         self.saved.append(step)
 
     def warn(self, message):

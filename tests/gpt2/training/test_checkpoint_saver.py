@@ -21,7 +21,7 @@ class Disk:
         self.model, self.optimizer = model, Optimizer(model, train_config())
         self.interval_steps = interval_steps
 
-    def save(self, step, content):
+    def save(self, step, content, last):
         self.now_s += self.save_duration_s
         if self.full:
             raise FileError(f"cannot write step {step}")

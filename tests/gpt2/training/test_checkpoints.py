@@ -156,8 +156,8 @@ def test_checkpoints_are_due_by_time_and_take_at_most_2_percent(tokens, train_co
             super().progress(state, loss, tokens_per_s)
             now_s[0] += 25.0
 
-        def save(self, step, content):
-            super().save(step, content)
+        def save(self, step, content, last):
+            super().save(step, content, last)
             now_s[0] += 3.0  # so 150 s have to pass until the next
 
     callbacks = Clock()
@@ -171,10 +171,10 @@ def test_a_failed_save_is_retried_and_the_third_failure_ends_the_run(tokens, tra
             super().__init__()
             self.failures = failures
 
-        def save(self, step, content):
+        def save(self, step, content, last):
             if step in self.failures:
                 raise FileError(f"cannot write {step}")
-            super().save(step, content)
+            super().save(step, content, last)
 
     callbacks = Full({1, 2, 4})
     assert Run(tokens, train_config(max_steps=6)).go(callbacks, checkpoint_interval=1)

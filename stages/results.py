@@ -1,0 +1,98 @@
+"""What a complete training run leaves behind: models/ and reports/train/."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from gpt2.device import device_name
+from gpt2.files import sha256_of, write_json
+from gpt2.model.storage import CONFIG_FILE, MODEL_FILE, save_weights
+from gpt2.training.state import Weights
+from gpt2.world import World, full_tensor
+from stages import paths, reports, tracking
+from stages.process import echo
+from stages.session import TrainingRun
+
+
+def write_results(run: TrainingRun, tracker: tracking.Run) -> None:
+    """Rank 0 writes models/ and reports/train/, and logs them."""
+    state, master = run.state, run.model.master
+    last = whole_weights(dict(master.named_parameters()), run.world)
+    best = whole_weights(state.best_weights, run.world) if state.best_weights else last
+    if run.world.rank:
+        return
+    save_weights(last, paths.MODELS / "last.safetensors")
+    save_weights(best, paths.MODELS / MODEL_FILE)
+    write_json(paths.MODELS / CONFIG_FILE, master.config.to_dict())
+    write_json(paths.RUN, {**asdict(tracker.ids()), "sequence_length": run.plan.params.train.sequence_length})
+
+    folder = paths.TRAIN_REPORT
+    history = reports.write_history(state.history, folder)
+    write_json(folder / "metrics.json", final_metrics(run))
+    reports.draw_loss(history, folder / "loss.png")
+    reports.draw_schedule(history, folder / "schedule.png")
+    tracker.tags({"model.sha256": sha256_of(paths.MODELS / MODEL_FILE)})
+    tracker.files(sorted(folder.iterdir()), "reports/train")
+    tracker.files([paths.MODELS / CONFIG_FILE], "model")
+    run.store.prune(keep=1)
+    echo(
+        f"{paths.MODELS / MODEL_FILE}: validation loss {state.best_val_loss:.4f} at step {state.best_step}, "
+        f"trained in {state.elapsed_s:.0f} s"
+    )
+
+
+def whole_weights(weights: Mapping[str, Tensor], world: World) -> Weights:
+    """Weights that several processes may share, on the CPU; empty in all processes but rank 0."""
+    whole = {}
+    for name, weight in weights.items():
+        full = full_tensor(weight.detach())
+        if world.rank == 0:
+            whole[name] = full.cpu()
+    return whole
+
+
+def final_metrics(run: TrainingRun) -> dict[str, Any]:
+    """The content of reports/train/metrics.json."""
+    state = run.state
+    last = state.history[-1]
+    return {
+        "best_val_loss": state.best_val_loss if state.best_step else None,
+        "best_step": state.best_step,
+        "last_val_loss": last["val_loss"],
+        "last_train_loss": last["train_loss"],
+        "steps": state.step,
+        "tokens": last["tokens"],
+        "parameters": run.model.config.num_parameters(),
+        "tokens_per_s": round(float(last["tokens"] or 0) / state.elapsed_s),
+        "elapsed_s": round(state.elapsed_s, 1),
+        "mfu": last["mfu"],
+        "peak_memory_bytes": last["peak_memory_bytes"],
+        "data_share": round(state.data_s / state.elapsed_s, 5),
+        "log_share": round(state.log_s / state.elapsed_s, 5),
+        "save_share": round(state.save_s / state.elapsed_s, 5),
+        "precision": state.precision,
+        "compiled": state.compiled,
+    }
+
+
+def run_tags(run: TrainingRun) -> dict[str, str]:
+    """Tags for MLflow: where the text comes from, checksums, and what computes."""
+    meta = run.plan.tokens_meta
+    corpus = json.loads(paths.CORPUS_FACTS.read_text(encoding="utf-8")) if paths.CORPUS_FACTS.is_file() else {}
+    tags = {
+        "corpus.sha256": meta["corpus_sha256"],
+        "tokens.sha256": meta["splits"]["train"]["sha256"],
+        "corpus.name": corpus.get("name", "unknown"),
+        "corpus.from": corpus.get("source", "unknown"),
+        "runtime.device": device_name(run.model.device),
+        "runtime.precision": run.state.precision,
+        "runtime.compiled": str(run.state.compiled),
+    }
+    if run.world.size > 1:
+        tags |= {"runtime.processes": str(run.world.size), "runtime.strategy": run.strategy}
+    if corpus.get("fallback_reason"):
+        tags["corpus.fallback_reason"] = corpus["fallback_reason"]
+    return tags
