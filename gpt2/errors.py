@@ -4,11 +4,12 @@
 class GPT2Error(Exception):
     """An error whose message says on one line what is wrong and what to do.
 
-    is_shared: all processes of a run raise it at once.
+    is_shared: all processes of a run raise it at once. is_retried: they may start again, and go on.
     """
 
     exit_code = 1
     is_shared = False
+    is_retried = False
 
 
 class UserError(GPT2Error):
@@ -50,6 +51,13 @@ class BusyError(GPT2Error):
         self.holder = holder
 
 
+class UnreachableError(GPT2Error):
+    """The other processes of a run do not answer."""
+
+    exit_code = 75
+    is_retried = True
+
+
 class DifferentError(UserError):
     """The processes of a run have different code, params, tokens or packages."""
 
@@ -60,6 +68,7 @@ class MicroBatchError(GPT2Error):
     """A process of several is out of memory. They start again with a smaller micro_batch_size."""
 
     exit_code = 75
+    is_retried = True
 
     def __init__(self, message: str, micro_batch_size: int) -> None:
         super().__init__(message)

@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
-from gpt2.errors import BusyError, one_line
+from gpt2.errors import UnreachableError, one_line
 
 TIMEOUT_S = 600
 """A collective that takes longer fails: a process hangs, or its machine is gone."""
+JOIN_TIMEOUT_S = 300
+"""Processes start within this time: some read their files from a slow disk."""
 TIMEOUT_VARIABLE = "GPT2_COLLECTIVE_TIMEOUT_S"
 """Environment variable with another timeout, in seconds."""
 
@@ -102,25 +104,26 @@ def timeout_s() -> float:
 def join(device_type: str) -> World:
     """Meets the other processes that torchrun started. device_type: of the model.
 
-    Raises BusyError if they do not all answer.
+    Raises UnreachableError if they do not all answer.
     """
-    timeout = timedelta(seconds=timeout_s())
+    start, timeout = timedelta(seconds=JOIN_TIMEOUT_S), timedelta(seconds=timeout_s())
     # values that the processes agree on are on the CPU, so that a GPU need not wait for them
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     try:
-        store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+        store, rank, size = next(iter(rendezvous("env://", timeout=start)))
+        shared = PrefixStore("endings", store)
+        shared.set(f"host/{rank}", socket.gethostname())
+        shared.wait([f"host/{other}" for other in range(size)], start)
         local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         if device_type == "cuda":
             torch.cuda.set_device(local_rank)
         dist.init_process_group(backend, store=PrefixStore("run", store), rank=rank, world_size=size, timeout=timeout)
     except (dist.DistError, RuntimeError, ValueError, KeyError, OSError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise BusyError(
+        raise UnreachableError(
             f"the other processes do not answer at {where} ({one_line(error, 150)}); check that all nodes run the same "
             "torchrun command and reach that address, and run it again"
         ) from None
-    shared = PrefixStore("endings", store)
-    shared.set(f"host/{rank}", socket.gethostname())
     return World(rank, size, local_rank, local_size, shared)
 
 

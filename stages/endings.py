@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2.errors import GPT2Error, MicroBatchError, is_out_of_memory, one_line
+from gpt2.errors import GPT2Error, is_out_of_memory, one_line
 from gpt2.files import write_json
 from stages.params import RuntimeConfig
 from stages.process import OS_ERROR_EXIT_CODE, StopSignal, echo, mute, warn
@@ -40,6 +40,8 @@ def run_worker(body: Callable[["World"], None], runtime: RuntimeConfig, stop: St
         os._exit(0)
     if os.environ["RANK"] != "0":
         mute()
+    if ending is not None:
+        stop.end = lambda number: _note(ending, 128 + number)
     world = None
     try:
         with stop.exit_immediately():
@@ -68,7 +70,9 @@ class Endings:
         code, text = _explain(error)
         if isinstance(error, GPT2Error) and error.is_shared:
             if self.world is None or self.world.rank == 0:
+                self._is_first(code)
                 return self._end(code, text)
+            self._is_first(code)  # others may still wait for this one
             return 0 if self.ending is not None else code
         if self._is_lost(error):
             return self._report_lost(error)
@@ -77,7 +81,7 @@ class Endings:
         name = self.world.name if self.world is not None else f"rank {os.environ['RANK']}"
         if code == 1:
             traceback.print_exception(error)
-        if isinstance(error, MicroBatchError):
+        if isinstance(error, GPT2Error) and error.is_retried:
             mute(False)
             warn(f"{name}: {text}")
             return code
@@ -88,8 +92,7 @@ class Endings:
         echo(f"error: {text}")
         if self.ending is None:
             return code
-        write_json(self.ending, {"exit_code": code, "said": True})
-        return 0
+        return _note(self.ending, code)
 
     def _is_lost(self, error: BaseException) -> bool:
         """Whether the error only says that another process is gone, or silent."""
@@ -105,6 +108,8 @@ class Endings:
         try:
             store.set(f"waits/{rank}", "1")
             for _ in range(round(PATIENCE_S / 0.1)):
+                if self.ending is not None and self.ending.exists():
+                    return 0
                 if store.check(["first"]):
                     return self._code_of_first()
                 silent = [r for r in range(self.world.size) if not store.check([f"waits/{r}"])]
@@ -136,6 +141,12 @@ class Endings:
         assert self.world is not None
         code = int(self.world.store.get("first").decode().split()[1])
         return 0 if self.ending is not None and code != RETRY_EXIT_CODE else code
+
+
+def _note(ending: Path, code: int) -> int:
+    """Writes down an ending that was told. Returns the exit code of a worker."""
+    write_json(ending, {"exit_code": code, "said": True})
+    return 0
 
 
 def _explain(error: BaseException) -> tuple[int, str]:

@@ -70,6 +70,8 @@ class StopSignal:
         self.signal_number: int | None = None
         self._counts: dict[int, int] = {}
         self._exits_immediately = False
+        self.end: Callable[[int], int] = lambda number: 128 + number
+        """What to do before a signal ends the process at once; returns the exit code."""
         self._parent = os.getppid() if is_worker() or "DVC_STAGE" in os.environ else None
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -78,10 +80,10 @@ class StopSignal:
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.signal_number = number
         self._counts[number] = self._counts.get(number, 0) + 1
-        if self._exits_immediately:
+        if self._exits_immediately and not _is_muted:
             os.write(2, f"error: {_interruption(number)}\n".encode())
         if self._exits_immediately or self._counts[number] >= MAX_SIGNALS:
-            os._exit(128 + number)
+            os._exit(self.end(number))
 
     def __bool__(self) -> bool:
         if self._parent is not None and _is_gone(self._parent):
