@@ -22,6 +22,7 @@ PACKAGES = {
     "training": {"model", "data"},
     "evaluation": {"model", "data", "inference"},
     "hub": {"model", "data", "kernels", "inference", "training", "evaluation"},
+    "planning": set(),
 }
 TOP = {
     "errors": set(),
