@@ -1,4 +1,4 @@
-"""`python -m gpt2`: generate text, show what a configuration costs, publish.
+"""`python -m gpt2`: generate text, show what a configuration costs, plan a training on many GPUs, publish.
 
 torch is imported only by the commands that compute, so that help and errors are immediate.
 """

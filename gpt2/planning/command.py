@@ -87,9 +87,11 @@ def _run(arguments: argparse.Namespace, config: GPTConfig) -> Run:
     else:
         batch_tokens = BATCH_TOKENS if arguments.batch_tokens is None else _batch_tokens(arguments.batch_tokens)
         if batch_tokens % length:
+            gpus = arguments.gpus
+            nearest = gpus * max(1, round(batch_tokens / length / gpus))
             raise UserError(
                 f"a batch of {batch_tokens:,} tokens is not a multiple of the sequence length {length:,}; "
-                f"nearest: --batch-size {max(1, round(batch_tokens / length))}"
+                f"near it for {gpus} GPUs: --batch-size {nearest}"
             )
         batch_size = batch_tokens // length
     if arguments.optimizer not in OPTIMIZERS:

@@ -14,7 +14,7 @@ from gpt2.memory import GIB
 
 NCCL = "https://github.com/NVIDIA/nccl/blob/5067397c/src/graph"
 """The constants of NCCL's own model of time, of June 2026: tuning.cc (latency), topo.h (bandwidth)."""
-RUNPOD = "RunPod, March 2026: https://deploybase.ai/articles/runpod-gpu-pricing"
+RUNPOD = "lowest of RunPod, March 2026: https://deploybase.ai/articles/runpod-gpu-pricing"
 
 
 @dataclass(frozen=True)

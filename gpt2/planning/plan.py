@@ -1,7 +1,7 @@
 """Which strategy and micro-batch: memory of each device, tokens/s, hours and dollars."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from gpt2.config import GPTConfig
@@ -12,6 +12,8 @@ from gpt2.planning.step import BF16, FP32, STRATEGIES, StepTime, Strategy, Work,
 
 REPLICATED_BYTES = 18
 """For each parameter in `gpt2.memory.training_bytes`: weight, gradient, two moments in fp32, and the bf16 copy."""
+MARGIN = 0.02
+"""A difference in speed that the model cannot tell."""
 
 
 @dataclass(frozen=True)
@@ -98,37 +100,51 @@ def memory_per_device(
 def plan(
     run: Run, gpu: GPU, cluster: Cluster, *, strategy: Strategy, flops_per_s: float, dollars_per_hour: float
 ) -> Plan:
-    """The plan of one strategy, with the largest micro-batch that fits; with gradient checkpointing if it has to.
+    """The plan of one strategy, with the largest micro-batch that fits.
 
+    With gradient checkpointing where that is faster: FSDP then communicates for larger micro-batches, less often.
     flops_per_s: what a GPU reaches. Raises UserError if the GPUs do not divide the batch.
     """
     per_gpu = sequences_per_gpu(run, cluster.gpus)
-    fitting = (
-        Plan(strategy, checkpointing, micro_batch, per_gpu // micro_batch, memory, None)
-        for checkpointing in (False, True)
-        for micro_batch in divisors(per_gpu)
-        if (memory := memory_per_device(run, strategy, cluster.gpus, micro_batch, checkpointing=checkpointing)).total
-        <= gpu.memory_bytes
-    )
-    found = next(fitting, None)
-    if found is None:
-        least = memory_per_device(run, strategy, cluster.gpus, 1, checkpointing=True)
-        return Plan(strategy, True, 0, 0, least, None)
     workload = Workload.of(run.config, run.sequence_length)
-    tokens = found.micro_batch * run.sequence_length
-    work = Work(tokens, found.micro_batches, flops_per_s, gpu.bytes_per_s, run.optimizer, found.checkpointing)
-    time = step_time(strategy, workload, work, cluster)
-    tokens_per_s = run.batch_tokens / time.total_s
-    hours = run.tokens / tokens_per_s / 3600
-    return replace(
-        found,
-        time=time,
-        tokens_per_s=tokens_per_s,
-        efficiency=1 - time.exposed_s / time.total_s,
-        mfu=workload.flops_per_token * tokens_per_s / cluster.gpus / gpu.peak_flops,
-        hours=hours,
-        dollars=hours * cluster.gpus * dollars_per_hour,
-    )
+    found = []
+    for checkpointing in (False, True):
+        micro_batch, memory = _largest_micro_batch(run, gpu, cluster, strategy, checkpointing=checkpointing)
+        if not micro_batch:
+            continue
+        micro_batches, tokens = per_gpu // micro_batch, micro_batch * run.sequence_length
+        work = Work(tokens, micro_batches, flops_per_s, gpu.bytes_per_s, run.optimizer, checkpointing)
+        time = step_time(strategy, workload, work, cluster)
+        tokens_per_s = run.batch_tokens / time.total_s
+        hours = run.tokens / tokens_per_s / 3600
+        found.append(
+            Plan(
+                strategy,
+                checkpointing,
+                micro_batch,
+                micro_batches,
+                memory,
+                time,
+                tokens_per_s,
+                efficiency=1 - time.exposed_s / time.total_s,
+                mfu=workload.flops_per_token * tokens_per_s / cluster.gpus / gpu.peak_flops,
+                hours=hours,
+                dollars=hours * cluster.gpus * dollars_per_hour,
+            )
+        )
+    least = memory_per_device(run, strategy, cluster.gpus, 1, checkpointing=True)
+    return best(found) or Plan(strategy, True, 0, 0, least, None)
+
+
+def _largest_micro_batch(
+    run: Run, gpu: GPU, cluster: Cluster, strategy: Strategy, *, checkpointing: bool
+) -> tuple[int, Memory]:
+    """The largest micro-batch that divides the sequences of a GPU and fits, and its memory; 0 if none fits."""
+    for micro_batch in divisors(sequences_per_gpu(run, cluster.gpus)):
+        memory = memory_per_device(run, strategy, cluster.gpus, micro_batch, checkpointing=checkpointing)
+        if memory.total <= gpu.memory_bytes:
+            return micro_batch, memory
+    return 0, memory
 
 
 def plans(run: Run, gpu: GPU, cluster: Cluster, *, flops_per_s: float, dollars_per_hour: float) -> list[Plan]:
@@ -141,8 +157,13 @@ def plans(run: Run, gpu: GPU, cluster: Cluster, *, flops_per_s: float, dollars_p
 
 
 def best(found: Sequence[Plan]) -> Plan | None:
-    """The plan with the most tokens/s, of equal ones the first; None if none fits."""
-    return max((each for each in found if each.micro_batch), key=lambda each: each.tokens_per_s, default=None)
+    """The first plan that nearly has the most tokens/s of those that fit; None if none fits.
+
+    So ddp is preferred, which `runtime.strategy: auto` takes wherever it fits, unless fsdp gains more than MARGIN.
+    """
+    fitting = [each for each in found if each.micro_batch]
+    most = max((each.tokens_per_s for each in fitting), default=0.0)
+    return next((each for each in fitting if each.tokens_per_s * (1 + MARGIN) >= most), None)
 
 
 def sequences_per_gpu(run: Run, gpus: int) -> int:
