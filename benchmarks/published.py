@@ -25,6 +25,7 @@ MODDED = f"{GITHUB}/KellerJordan/modded-nanogpt/blob/f411b3d3"
 SHORT = f"{MODDED}/records/track_1_short"
 TITAN = f"{GITHUB}/pytorch/torchtitan/blob"
 H100_TABLES = f"{TITAN}/b5bcd76c/benchmarks/llama3_h100_202412_torchtitan.md"
+FMS = f"{GITHUB}/foundation-model-stack/fms-fsdp/blob/0d319983/README.md"
 TOLERANCE = 0.25
 
 
@@ -47,6 +48,7 @@ MODELS = {
     "GPT-2 1.5B": gpt2("gpt2-xl"),
     "GPT 1.5B, 52 layers": other(52 * 12 * 1536**2, 50304 * 1536, 50304 * 1536, 52, 1536, 1024),
     "Llama 3.1 8B": other(8.03e9 - 2 * 128256 * 4096, 2 * 128256 * 4096, 128256 * 4096, 32, 4096, 8192),
+    "Llama 2 7B": other(6.738e9 - 2 * 32000 * 4096, 2 * 32000 * 4096, 32000 * 4096, 32, 4096, 4096),
     "Llama 2 13B": other(13.02e9 - 2 * 32000 * 5120, 2 * 32000 * 5120, 32000 * 5120, 40, 5120, 4096),
     "GPT 2.8B": other(2.8e9, 0, 0, 34, 2560, 2048),  # its vocabulary is not published
 }
@@ -159,6 +161,8 @@ RUNS = [
         64 * 2162,
         f"{TITAN}/3faaa1a0d/docs/performance.md",
     ),
+    Published("fms-fsdp", "Llama 2 7B", "a100", 128, "fsdp", 256 * 4096, 2 * 4096, 128 * 3760, FMS),
+    Published("fms-fsdp", "Llama 2 13B", "a100", 128, "fsdp", 128 * 4096, 4096, 128 * 1700, FMS),
     by_step(
         "GPT-Simple",
         "GPT 2.8B",
@@ -256,7 +260,7 @@ SLOWER = [
         2**16,
         HALF_MILLION / 1.1e6,
         "https://debtirthasaha.github.io/blog/2026/gpt2-124m/",
-        note="the time between reports, with evaluation",
+        note="127 steps a minute, as its author reports",
     ),
 ]
 COSTS = [  # who, model, GPU, tokens of a step, steps, $ per GPU and hour, published hours and dollars

@@ -83,7 +83,7 @@ class GPU:
     price_source: str
 
 
-A100_MFU = "measured on A100: 0.60 to 0.64 by llm.c, 0.54 to 0.60 by torchtitan"
+A100_MFU = "measured on A100: 0.60 to 0.64 by llm.c, 0.54 to 0.60 by torchtitan, 0.48 to 0.56 by fms-fsdp"
 H100_MFU = "measured on H100: 0.41 to 0.49 by llm.c, 0.39 by torchtitan, 0.37 to 0.40 by modded-nanogpt"
 GPUS = {
     "t4": GPU(
