@@ -106,7 +106,7 @@ GPUS = {
         121e12,
         300e9,
         0.44,
-        "not measured: that of the H100, the lower one of the newer data-centre GPUs",
+        "not measured: that of the H100",
         "pcie4",
         "ethernet-100",
         8,
