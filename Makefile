@@ -81,6 +81,8 @@ bench: setup ## measure speed and learning beside other implementations and othe
 	python -m benchmarks.drafts
 	python -m benchmarks.learning
 	python -m benchmarks.concurrency --busy --experiments
+	python -m benchmarks.communication
+	python -m benchmarks.published
 
 tuning: setup ## reports/tuning.md from MLflow's records of the experiments tune-...
 	python -m tools.tuning

@@ -1,4 +1,4 @@
-"""`python -m gpt2`: generate text, show what a configuration costs, publish.
+"""`python -m gpt2`: generate text, show what a configuration costs, plan a training on many GPUs, publish.
 
 torch is imported only by the commands that compute, so that help and errors are immediate.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from gpt2.config import DTYPES, PRESETS, GPTConfig
 from gpt2.errors import GPT2Error, UserError
 from gpt2.memory import MACHINES, largest_batch
+from gpt2.planning.command import add_arguments, plan_lines
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 
@@ -98,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     for name in SIZES:
         info.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help="override this size")
     info.set_defaults(run=_info)
+
+    plan = commands.add_parser("plan", help="memory, speed and cost of a training on several GPUs")
+    add_arguments(plan)
+    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -197,6 +202,10 @@ def _info(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in SIZES if getattr(arguments, name) is not None}
     config = GPTConfig.from_dict({**base.to_dict(), **given})
     print("\n".join(_describe(config)))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    print("\n".join(plan_lines(arguments)))
 
 
 def _describe(config: GPTConfig) -> list[str]:

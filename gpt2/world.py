@@ -6,6 +6,8 @@ The loop asks a `World`. With one process, which is the plain case, all answers 
 
 import os
 import socket
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -111,6 +113,7 @@ def join(device_type: str) -> World:
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=start)))
+        store = PrefixStore(_meet(store, rank, size), store)
         shared = PrefixStore("endings", store)
         shared.set(f"host/{rank}", socket.gethostname())
         shared.wait([f"host/{other}" for other in range(size)], start)
@@ -125,6 +128,26 @@ def join(device_type: str) -> World:
             "torchrun command and reach that address, and run it again"
         ) from None
     return World(rank, size, local_rank, local_size, shared)
+
+
+def _meet(store: Any, rank: int, size: int) -> str:
+    """A name that only these processes know.
+
+    When torchrun starts processes again, they find what the earlier ones left in its store. So rank 0 makes a name, and
+    takes note of who answers to it; the others look for a name that took note of them. Raises RuntimeError.
+    """
+    me, deadline = uuid.uuid4().hex, time.monotonic() + JOIN_TIMEOUT_S
+    if rank == 0:
+        store.set("name", me)
+    while time.monotonic() < deadline:
+        name = store.get("name").decode() if rank else me
+        store.set(f"{name}/{rank}", me)
+        if rank == 0 and store.check([f"{name}/{other}" for other in range(size)]):
+            store.set(f"{name}/all", " ".join(store.get(f"{name}/{other}").decode() for other in range(size)))
+        if store.check([f"{name}/all"]) and me in store.get(f"{name}/all").decode():
+            return name
+        time.sleep(0.05)
+    raise RuntimeError(f"not all of {size} processes came within {JOIN_TIMEOUT_S} s")
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

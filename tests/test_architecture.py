@@ -23,6 +23,7 @@ PACKAGES = {
     "distributed": {"model", "training"},
     "evaluation": {"model", "data", "inference"},
     "hub": {"model", "data", "kernels", "inference", "training", "distributed", "evaluation"},
+    "planning": set(),
 }
 TOP = {
     "errors": set(),

@@ -18,14 +18,19 @@ PICTURE = Path("docs/architecture.svg")
 FOLDERS = ("gpt2", "stages", "space", "benchmarks", "tools")
 # From top to bottom, the left and the right edge of each box. An arrow may only point down.
 PROGRAMS: tuple[dict[str, tuple[int, int]], ...] = (
-    {"benchmarks/": (0, 225), "tools/": (241, 466)},
-    {"stages/": (0, 466), "python -m gpt2": (480, 624), "space/": (638, 820)},
+    {"tools/": (276, 464), "benchmarks/": (480, 820)},
+    {"stages/": (0, 440), "space/": (456, 590), "python -m gpt2": (606, 766)},
 )
 LIBRARY: tuple[dict[str, tuple[int, int]], ...] = (
-    {"gpt2/evaluation/": (110, 410), "gpt2/hub/": (430, 580)},
-    {"gpt2/training/": (0, 340), "gpt2/inference/": (486, 820)},
-    {"gpt2/kernels/": (560, 820)},
-    {"gpt2/data/": (0, 408), "gpt2/model/": (424, 820)},
+    {
+        "gpt2/distributed/": (0, 166),
+        "gpt2/evaluation/": (182, 400),
+        "gpt2/hub/": (416, 516),
+        "gpt2/planning/": (664, 820),
+    },
+    {"gpt2/training/": (0, 340), "gpt2/inference/": (470, 770)},
+    {"gpt2/kernels/": (540, 770)},
+    {"gpt2/data/": (0, 408), "gpt2/model/": (424, 770)},
     {"gpt2/": (0, 820)},
 )
 # Each stage, what it makes from what, where that is, the left and the right edge of its box, and its line.
@@ -134,9 +139,11 @@ def label(package: str, paths: list[Path], width: int) -> list[str]:
         *_, name = parts = path.relative_to(package if package.endswith("/") else "gpt2").with_suffix("").parts
         if name != "__init__":
             names.setdefault(parts[0], []).extend(parts[1:])
-    # brackets stay on one line
-    text = ", ".join(f"{name}/(" + ",\xa0".join(inside) + ")" if inside else name for name, inside in names.items())
-    return textwrap.wrap(text, int((width - 24) / CHARACTER_PX), break_long_words=False, break_on_hyphens=False)
+    fits = int((width - 24) / CHARACTER_PX)
+    items = [f"{name}/({', '.join(inside)})" if inside else name for name, inside in names.items()]
+    # brackets stay on one line, if it is long enough
+    text = ", ".join(item.replace(" ", "\xa0") if len(item) <= fits else item for item in items)
+    return textwrap.wrap(text, fits, break_long_words=False, break_on_hyphens=False)
 
 
 def draw_text(x: float, y: float, kind: str, text: str) -> str:
@@ -255,7 +262,7 @@ def draw() -> str:
         parts.append(f'<rect class="band" x="{-PADDING}" y="{top}" {size} rx="9"/>')
     parts.append(draw_text(0, bands[0][0] + 23, "heading", "Programs"))
     parts.append(draw_text(0, bands[1][1] - 14, "heading", "The library: it knows neither DVC, MLflow nor Gradio"))
-    parts += draw_legend(500, boxes["tools/"].top + 10)
+    parts += draw_legend(0, boxes["tools/"].top + 10)
     direct = imports(found)
     for package, others in direct.items():
         for other in sorted(others):

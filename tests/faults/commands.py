@@ -32,10 +32,10 @@ RUNTIME = {"checkpoint_interval": 3, "log_interval": 1, "precision": "fp32", "co
 class Trained:
     """A project after an undisturbed run, to copy. expected: the results that each run with a fault must reach."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **runtime: Any) -> None:
         folder.mkdir(parents=True)
         self.project = Project(folder)
-        self.project.change(train=QUICK, runtime=RUNTIME)
+        self.project.change(train=QUICK, runtime={**RUNTIME, **runtime})
         self.project.run("dvc", "repro", "tokenize")
         self.project.run(*PLAIN)  # also creates MLflow's database, which takes seconds
         forget(self.project)

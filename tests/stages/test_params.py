@@ -32,7 +32,16 @@ def test_each_preset_is_complete_and_valid(path):
 
 
 def test_the_presets_are_there_and_laptop_is_the_default():
-    assert [path.stem for path in PRESETS] == ["colab-t4", "gpu", "laptop", "seed"]
+    assert [path.stem for path in PRESETS] == [
+        "colab-t4",
+        "gpt2-large-8gpu",
+        "gpt2-medium-8gpu",
+        "gpt2-xl-8gpu",
+        "gpu",
+        "kaggle-2xt4",
+        "laptop",
+        "seed",
+    ]
     assert (ROOT / "presets/laptop.yaml").read_text() == COMMITTED
 
 

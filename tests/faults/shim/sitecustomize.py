@@ -1,8 +1,9 @@
 """Python imports this module at start-up if a test puts this folder on PYTHONPATH.
 
-FAULT names a module, a function, and the number of a call, counted from 1. Before that call, the process sends itself a
-signal and writes the time to the file FAULT_SENT. The fault applies only to a stage, not to DVC or the uploader;
-FAULT_UPLOADER_FILE_BYTES limits the size of files that the uploader writes.
+FAULT names a module, a function, and the number of a call, counted from 1. At that call, the process writes the time to
+the file FAULT_SENT and does what FAULT_KIND says: it sends itself a signal (the default), has too little memory or
+disk, hangs, fails, or gets NaN. That happens once, in a stage, not in DVC or the uploader; with FAULT_RANK, in one of
+several processes. FAULT_UPLOADER_FILE_BYTES limits the size of files that the uploader writes.
 """
 
 import functools
@@ -12,6 +13,8 @@ import os
 import signal
 import sys
 import time
+
+KIND = os.environ.get("FAULT_KIND", "signal")
 
 
 class Patch(importlib.abc.MetaPathFinder):
@@ -44,32 +47,51 @@ class Patch(importlib.abc.MetaPathFinder):
 
         @functools.wraps(original)
         def with_fault(*arguments, **options):
-            self.strike()
-            return original(*arguments, **options)
+            strikes = self.strike()
+            result = original(*arguments, **options)
+            return result * float("nan") if strikes and KIND == "nan" else result
 
         setattr(owner, name, with_fault)
 
     def strike(self):
         self.left -= 1
-        if self.left == 0:
-            with open(self.note, "w") as file:
-                file.write(repr(time.time()))
+        if self.left != 0:
+            return False
+        with open(self.note, "w") as file:
+            file.write(repr(time.time()))
+        if KIND == "signal":
             os.kill(os.getpid(), self.number)
+        elif KIND == "memory":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        elif KIND == "hang":
+            while True:
+                time.sleep(1)
+        elif KIND == "error":
+            raise ValueError("a bug")
+        elif KIND == "disk":
+            limit_files(300_000)
+        return True
+
+
+def limit_files(limit):
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def install():
     command = " ".join(sys.orig_argv)
     is_uploader = "stages.sync" in command
-    if "FAULT" in os.environ and "-m stages." in command and not is_uploader:
+    is_meant = os.environ.get("FAULT_RANK") == os.environ.get("RANK") and not os.path.exists(
+        os.environ.get("FAULT_SENT", "")
+    )
+    if "FAULT" in os.environ and "-m stages." in command and not is_uploader and is_meant:
         module, function, call = os.environ["FAULT"].split(":")
         number = int(os.environ.get("FAULT_SIGNAL", int(signal.SIGTERM)))
         sys.meta_path.insert(0, Patch(module, function, int(call), number, os.environ["FAULT_SENT"]))
     if "FAULT_UPLOADER_FILE_BYTES" in os.environ and is_uploader:
-        import resource
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        limit = int(os.environ["FAULT_UPLOADER_FILE_BYTES"])
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        limit_files(int(os.environ["FAULT_UPLOADER_FILE_BYTES"]))
 
 
 install()
