@@ -42,6 +42,7 @@ def run_worker(body: Callable[["World"], None], runtime: RuntimeConfig, stop: St
         mute()
     if ending is not None:
         stop.end = lambda number: _note(ending, 128 + number)
+    stop.watch()
     world = None
     try:
         with stop.exit_immediately():

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -84,6 +85,19 @@ class StopSignal:
             os.write(2, f"error: {_interruption(number)}\n".encode())
         if self._exits_immediately or self._counts[number] >= MAX_SIGNALS:
             os._exit(self.end(number))
+
+    def watch(self) -> None:
+        """From now on, `exit_immediately` also ends the process while it waits in C code, for other processes."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+        def end() -> None:
+            while number := os.read(reader, 1):
+                if self._exits_immediately and number[0] in STOP_SIGNALS:
+                    os._exit(self.end(number[0]))
+
+        threading.Thread(target=end, daemon=True).start()
 
     def __bool__(self) -> bool:
         if self._parent is not None and _is_gone(self._parent):
