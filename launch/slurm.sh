@@ -83,8 +83,8 @@ run --wait="$((STOP_SECONDS + 30))" \
 
 run "${one_node[@]}" dvc repro # training is complete: its results are taken from the checkpoints
 
-if dvc config core.remote &>/dev/null; then
+if dvc remote default &>/dev/null; then
   run "${one_node[@]}" dvc push
 else
-  echo "no dvc push: DVC has no remote; the results are in $PWD"
+  echo "no dvc push: DVC has no default remote; the results are in $PWD"
 fi

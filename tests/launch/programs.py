@@ -18,7 +18,7 @@ PROGRAMS = {
     # the signal reaches torchrun; srun does not get it
     "scancel": 'kill -TERM "$(cat torchrun.pid)"',
     "dvc": """case "$*" in
-        "config core.remote") exit "${NO_REMOTE:-0}" ;;
+        "remote default") exit "${NO_REMOTE:-0}" ;;
         "repro tokenize" | "repro --pull tokenize") exit "${TOKENIZE_CODE:-0}" ;;
         esac""",
     "torchrun": """if [ -n "${TORCHRUN_WAITS:-}" ]; then

@@ -45,7 +45,7 @@ NODES = {
 }
 # SkyPilot appends lines to `run` that wait for uploads, and end with its exit code. They have a pipe that breaks.
 APPENDED = "\ncode=$?; yes | grep -q y || echo 'an option leaks'; echo 'uploads are complete'; exit $code\n"
-PREPARE = ["dvc config core.remote", "dvc repro --pull tokenize"]
+PREPARE = ["dvc remote default", "dvc repro --pull tokenize"]
 FINISH = ["dvc repro", "dvc push"]
 
 
@@ -129,7 +129,7 @@ def test_nothing_follows_a_failure_but_skypilot_still_waits_for_uploads(checkout
 
 
 def test_without_a_remote_nothing_is_computed(checkout):
-    code, output = run(checkout, "run", NO_REMOTE="251")
+    code, output = run(checkout, "run", NO_REMOTE="1")
     assert code == 2
     assert "dvc remote add --default NAME ADDRESS" in output
     assert checkout.calls() == PREPARE[:1]
