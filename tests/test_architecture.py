@@ -209,6 +209,6 @@ def test_the_readme_names_what_there_is():
     architecture = (ROOT / "docs/architecture.md").read_text()
     for stage in STAGES:
         assert f"`{stage}`" in architecture
-    for package in (*PACKAGES, "stages", "space", "presets", "benchmarks", "tests", "tools"):
+    for package in (*PACKAGES, "stages", "space", "presets", "benchmarks", "launch", "tests", "tools"):
         assert re.search(rf"`(gpt2/)?{package}/`", architecture), package
     assert len(readme.splitlines()) <= 170

@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
-RUN_DVC = ("tests/stages/test_pipeline.py", "tests/docs/test_commands.py")
+RUN_DVC = ("tests/stages/test_pipeline.py", "tests/docs/test_commands.py", "tests/launch/test_results.py")
 RUN_GPT2 = ("tests/gpt2/test_main.py", "tests/gpt2/hub/test_publish.py", "tests/gpt2/planning/test_command.py")
 RUN_STAGES = ("tests/stages/test_pipeline.py", "tests/stages/test_tracking.py")
 GROUPS = ("exp", "metrics", "plots", "queue")
@@ -34,12 +34,18 @@ NOT_RUN = {
     "python -m pytest": "it is what runs the tests",
     "hf auth login": "it needs an account",
     "tail -f checkpoints/*/history.jsonl": "it does not end; tests/stages/test_pipeline.py reads these files",
+    "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --rdzv-id=ID "
+    "--max-restarts=3 -m stages.train": "it needs two nodes",
+    "sbatch launch/slurm.sh": "it needs Slurm; tests/launch/test_slurm.py runs the script",
+    "sbatch --nodes=4 --time=2:00:00 --partition=NAME launch/slurm.sh": "the same",
+    "sky jobs launch launch/skypilot.yaml --env BUCKET=s3://your-bucket": "it needs an account",
+    "aws s3 cp s3://your-bucket/results.tar .": "the same",
 }
 
 
 def commands():
     """Page and words of each shell command: indented lines, also those of a notebook, and code within a sentence."""
-    start = r"(?:make|dvc|python|hf|source|tail|mlflow) "
+    start = r"(?:make|dvc|python|hf|source|tail|mlflow|torchrun|sbatch|sky|aws) "
     for page in PAGES:
         text = page.read_text()
         for line in re.findall(rf"^    !?({start}.*)", text, re.MULTILINE) + re.findall(rf"`({start}[^`]*)`", text):
