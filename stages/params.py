@@ -25,6 +25,7 @@ from gpt2.data.corpus import KNOWN
 from gpt2.errors import UserError, one_line
 
 MAX_SHOWN_CHARACTERS = 80
+EXPECTED = "; expected "
 RENAMED = {"train.accumulation_steps": "train.gradient_accumulation_steps"}
 """Keys of earlier versions."""
 CHECKS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -123,7 +124,11 @@ def load_params(path: Path) -> Params:
     except ValidationError as error:
         for problem in error.errors(include_url=False):
             if problem["type"] != "value_error":  # a violated rule; _broken_rules reports all of them
-                problems.append(_describe(problem))
+                place, text = _describe(problem)
+                if problems and text.partition(EXPECTED)[0] == problems[-1][1].partition(EXPECTED)[0]:
+                    # the value is none of several types
+                    text = f"{problems.pop()[1]} or {text.partition(EXPECTED)[2]}"
+                problems.append((place, text))
     wrong = {place for place, _ in problems}
     # a misspelled key is one problem, not also a missing key
     messages = [text for place, text in problems if not (text.endswith(" is missing") and _is_meant(place, problems))]
@@ -152,7 +157,7 @@ def _broken_rules(content: Any, wrong: set[tuple[str, ...]]) -> list[str]:
 
 def _describe(problem: Any) -> tuple[tuple[str, ...], str]:
     """Section and key of an error of pydantic, and its message in terms of params.yaml."""
-    place = tuple(str(part) for part in problem["loc"] if not str(part).startswith("constrained-"))
+    place = tuple(str(part) for part in problem["loc"] if not str(part).startswith(("constrained-", "literal[")))
     *section, key = place or ("",)
     name = ".".join(place)
     value = _shortened(problem["input"])
@@ -173,7 +178,7 @@ def _describe(problem: Any) -> tuple[tuple[str, ...], str]:
         .replace("a valid integer", "an integer")
         .replace("a valid ", "a ")
     )
-    return place[:2], f"{name} is {value}; expected {expected}"
+    return place[:2], f"{name} is {value}{EXPECTED}{expected}"
 
 
 def _shortened(value: Any) -> str:

@@ -1,11 +1,13 @@
 """A stage as a process: exit codes, error messages and signals."""
 
 import ctypes
+import math
 import os
 import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -21,6 +23,7 @@ OS_ERROR_EXIT_CODE = 74
 PR_SET_PDEATHSIG = 1
 DVC_FOLDER = Path(".dvc")
 MAX_SIGNALS = 3
+SAME_SIGNAL_S = 2.0
 SECRETS = (
     (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@"),  # user and password in an address
     (re.compile(r"(\w+://[^\s?#]+\?)\S+?(?=[:;,.)'\"]*(\s|$))"), r"\1***"),  # its query
@@ -70,6 +73,7 @@ class StopSignal:
         """Handles the stop signals, except those that the process was started to ignore (nohup)."""
         self.signal_number: int | None = None
         self._counts: dict[int, int] = {}
+        self._last_s = -math.inf
         self._exits_immediately = False
         self.end: Callable[[int], int] = lambda number: 128 + number
         """What to do before a signal ends the process at once; returns the exit code."""
@@ -80,7 +84,11 @@ class StopSignal:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.signal_number = number
-        self._counts[number] = self._counts.get(number, 0) + 1
+        now_s = time.monotonic()
+        # schedulers and torchrun both pass a signal on to a worker
+        if not is_worker() or now_s - self._last_s > SAME_SIGNAL_S:
+            self._counts[number] = self._counts.get(number, 0) + 1
+        self._last_s = now_s
         if self._exits_immediately and not _is_muted:
             os.write(2, f"error: {_interruption(number)}\n".encode())
         if self._exits_immediately or self._counts[number] >= MAX_SIGNALS:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import async_save, load  # type: ignore[attr-defined]
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -57,6 +58,7 @@ class ShardedWriter:
 
     def __init__(self, store: CheckpointStore, optimizer: Optimizer, world: World, device: torch.device) -> None:
         self.store, self.optimizer, self.world = store, optimizer, world
+        self._names = world.gather(world.name)
         self._group = dist.new_group(backend="gloo")  # not that of training, which communicates at the same time
         on_gpu = device.type == "cuda"
         self._stager = DefaultStager(
@@ -138,15 +140,18 @@ class ShardedWriter:
         failure = None
         try:
             result = action()
-        except Exception as error:  # DCP wraps what writing raises
-            failure = f"{self.world.name}: {one_line(_cause(error), 200)}"
+        except (Exception, CheckpointException) as error:  # DCP wraps what writing raises
+            rank = min(getattr(error, "failures", None) or {self.world.rank: error})
+            failure = f"{self._names[rank]}: {one_line(_cause(error), 200)}"
         outcomes: list[Any] = [None] * self.world.size
         dist.all_gather_object(outcomes, (result, failure), group=self._group)
         for _, failed in outcomes:
             if failed is not None:
-                raise FileError(
+                shared = FileError(
                     f"cannot write the checkpoint {target} ({failed}); free disk space, and run again to continue"
                 )
+                shared.is_shared = True
+                raise shared
         return [result for result, _ in outcomes]
 
 
@@ -183,7 +188,7 @@ def restore(
                 load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world.size == 1)
         except GPT2Error:
             raise
-        except Exception as error:  # safetensors and DCP raise many types of errors
+        except (Exception, CheckpointException) as error:  # safetensors and DCP raise many types of errors
             raise FileError(f"cannot read the checkpoint {folder}: {one_line(_cause(error))}") from None
     if state.best_step and not has_best:
         state.best_weights = model.copy_weights()

@@ -119,8 +119,8 @@ def test_a_full_disk_of_one_process_is_one_line_and_loses_nothing(project, train
             "runtime.strategy is 'fsdp', which divides the model",
         ),
         ({"runtime": {"processes": 2, "device": "mps"}}, "runtime.processes is 2, and there is no CUDA device"),
-        ({"runtime": {"processes": 0}}, "runtime.processes is 0"),
-        ({"runtime": {"processes": "many"}}, "runtime.processes is 'many'"),
+        ({"runtime": {"processes": 0}}, "runtime.processes is 0; expected 'auto' or greater than 0"),
+        ({"runtime": {"processes": "many"}}, "runtime.processes is 'many'; expected 'auto' or an integer"),
         ({"runtime": {"strategy": "zero"}}, "runtime.strategy is 'zero'"),
     ],
 )
