@@ -12,13 +12,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2.model.transformer import GPT
-from gpt2.training.mixed_precision import MixedPrecisionModel
+from gpt2.training.mixed_precision import MixedPrecisionModel, add_in_place
 from gpt2.training.state import Weights
 from gpt2.world import World, full_tensor
 
@@ -42,10 +43,12 @@ class _DistributedModel(MixedPrecisionModel):
         """Compiles each block by itself, so that its gradients are sent while the next block computes."""
         for block in cast(nn.ModuleList, self.compute.transformer["h"]):
             block.forward = torch.compile(block.forward, dynamic=False)
+        self._add = torch.compile(add_in_place, dynamic=True)
 
     def _uncompile_blocks(self) -> None:
         for block in cast(nn.ModuleList, self.compute.transformer["h"]):
             vars(block).pop("forward", None)
+        self._add = add_in_place
 
     def _loss(self, inputs: Tensor, targets: Tensor, label_smoothing: float, compiled: bool) -> Tensor:
         eager = self.compiled and not compiled
@@ -73,9 +76,19 @@ class DataParallelModel(_DistributedModel):
 
     def __init__(self, master: GPT, dtype: torch.dtype, world: World, *, gradient_checkpointing: bool = False) -> None:
         self._slots: list[tuple[nn.Module, str, Tensor]] = []
+        self._buckets: dict[Tensor, Tensor] = {}
         super().__init__(master, dtype, gradient_checkpointing=gradient_checkpointing)
         self.processes = world.size
         self._module = DistributedDataParallel(_Loss(master, self._forward), gradient_as_bucket_view=True)
+        self._module.register_comm_hook(None, _sum)
+
+    def warm_up(self, batch_size: int, sequence_length: int) -> None:
+        """Also finds the places of gradients in DDP's buckets, to write them there at once."""
+        super().warm_up(batch_size, sequence_length)
+        tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long, device=self.device)
+        self.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
+        self._buckets = {master: master.grad for master, _ in self._pairs if master.grad is not None}
+        self.zero_grad()
 
     def gradient_sync(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Only the last micro-batch communicates, with the sums of all."""
@@ -84,7 +97,7 @@ class DataParallelModel(_DistributedModel):
     def _connect_gradients(self) -> None:
         """Replaces the parameters of the compute copy by tensors that pass their gradients on to the master weights.
 
-        DDP watches the gradients of the master weights, so autograd itself has to reach them.
+        DDP waits until autograd has reached the master weights, and then reads their gradients.
         """
         copies = {id(copy) for _, copy in self._pairs}
         for module in self.compute.modules():
@@ -94,23 +107,55 @@ class DataParallelModel(_DistributedModel):
                     self._slots.append((module, name, parameter))
 
     def _forward(self, *arguments: Any) -> Tensor:
-        cast_weights = {id(copy): _Cast.apply(master, copy) for master, copy in self._pairs}  # type: ignore[no-untyped-call]
+        weights = {id(copy): _Cast.apply(master, copy, self._accumulate) for master, copy in self._pairs}  # type: ignore[no-untyped-call]
         for module, name, copy in self._slots:
-            setattr(module, name, cast_weights[id(copy)])
-        return super()._forward(*arguments)
+            setattr(module, name, weights[id(copy)])
+        loss = super()._forward(*arguments)
+        return cast(Tensor, _DivideGradient.apply(loss, self.processes))  # type: ignore[no-untyped-call]
+
+    def _accumulate(self, master: Tensor, gradient: Tensor) -> None:
+        """Adds a gradient of the compute copy to the fp32 gradient of a master weight."""
+        if master.grad is not None:
+            self._add(master.grad.view(-1), gradient.view(-1))
+        elif master in self._buckets:
+            master.grad = self._buckets[master].copy_(gradient)
+        else:
+            master.grad = gradient.to(master.dtype)
+
+
+def _sum(_: None, bucket: Any) -> "torch.futures.Future[Tensor]":
+    """The sum of a bucket over all processes; the loss is divided by their number already."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return future
 
 
 class _Cast(torch.autograd.Function):
-    """Forward: the copy of a master weight, which is cast already. Backward: its gradient, in the master's dtype."""
+    """Forward: the copy of a master weight, which is cast already. Backward: accumulates the gradient of both."""
 
     @staticmethod
-    def forward(ctx: Any, master: Tensor, copy: Tensor) -> Tensor:
-        ctx.dtype = master.dtype
+    def forward(ctx: Any, master: Tensor, copy: Tensor, accumulate: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.master, ctx.accumulate = master, accumulate
         return copy
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient.to(ctx.dtype), None
+        ctx.accumulate(ctx.master, gradient)
+        return None, None, None  # autograd reaches the master weight all the same, without adding to its gradient
+
+
+class _DivideGradient(torch.autograd.Function):
+    """The identity, whose gradient is divided by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, divisor: int) -> Tensor:
+        ctx.divisor = divisor
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient / ctx.divisor, None
 
 
 class FullyShardedModel(_DistributedModel):

@@ -48,7 +48,7 @@ class MixedPrecisionModel:
         self.compiled = False
         self._compiled_shape: tuple[int, ...] | None = None
         self._blocks: Callable[[Tensor], Tensor] = self.compute.blocks
-        self._add: Callable[[Tensor, Tensor], Tensor] = _add_
+        self._add: Callable[[Tensor, Tensor], Tensor] = add_in_place
         self._pairs = [
             (master_weight, copy)
             for master_weight, copy in zip(master.parameters(), self.compute.parameters(), strict=True)
@@ -130,10 +130,10 @@ class MixedPrecisionModel:
     def _compile_blocks(self) -> None:
         # not the embedding: compiled, its threads sum the gradients of a token in a non-deterministic order
         self._blocks = torch.compile(self.compute.blocks, dynamic=False)
-        self._add = torch.compile(_add_, dynamic=True)
+        self._add = torch.compile(add_in_place, dynamic=True)
 
     def _uncompile_blocks(self) -> None:
-        self._blocks, self._add = self.compute.blocks, _add_
+        self._blocks, self._add = self.compute.blocks, add_in_place
 
     @torch.no_grad()
     def cast_weights(self) -> None:
@@ -190,7 +190,8 @@ def back_off_loss_scale(state: TrainState) -> bool:
     return True
 
 
-def _add_(total: Tensor, part: Tensor) -> Tensor:
+def add_in_place(total: Tensor, part: Tensor) -> Tensor:
+    """Adds a gradient, in any dtype, to an fp32 one."""
     return total.add_(part)
 
 
