@@ -123,7 +123,7 @@ class DataParallelModel(_DistributedModel):
             master.grad = gradient.to(master.dtype)
 
 
-def _sum(_: None, bucket: Any) -> "torch.futures.Future[Tensor]":
+def _sum(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """The sum of a bucket over all processes; the loss is divided by their number already."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
