@@ -56,16 +56,19 @@ def micro_batch_that_fits(params: Params, local_processes: int = 1, processes: i
         return share.batch_size
     reduced_precision = params.runtime.precision != "fp32"
     checkpointing = params.runtime.gradient_checkpointing
-    limit = largest_batch(
-        config,
-        round(memory * ESTIMATE_ERROR) - at_least,
-        gradient_checkpointing=checkpointing,
-        on_cpu=True,
-        reduced_precision=reduced_precision,
-        sequence_length=params.train.sequence_length,
-    )
-    if fitting := share.micro_batch_size(limit):
-        return fitting
+    # what a process does not hold of weights, gradients and moments, if the model is sharded
+    elsewhere = 16 * config.num_parameters() * (processes - 1) // processes
+    for saved in {"ddp": [0], "fsdp": [elsewhere], "auto": [0, elsewhere]}[params.runtime.strategy]:
+        limit = largest_batch(
+            config,
+            round(memory * ESTIMATE_ERROR) - at_least + saved,
+            gradient_checkpointing=checkpointing,
+            on_cpu=True,
+            reduced_precision=reduced_precision,
+            sequence_length=params.train.sequence_length,
+        )
+        if fitting := share.micro_batch_size(limit):
+            return fitting
     needed = training_bytes(
         config,
         1,

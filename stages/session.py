@@ -1,5 +1,6 @@
 """A session of a training run: from its params, data and checkpoints to the files of the train stage."""
 
+import socket
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -117,7 +118,9 @@ def start_tracking(run: TrainingRun, stop: StopSignal) -> AbstractContextManager
     """The record of the run. That of all processes but rank 0 is empty."""
     if run.world.rank:
         return nullcontext(tracking.Run(run.ids, stop))
-    return tracking.start_run(run.plan.params, "train", run.ids, stop, events=run.logged_events(), system_metrics=True)
+    node = socket.gethostname() if run.world.size > run.world.local_size else None
+    events = run.logged_events()
+    return tracking.start_run(run.plan.params, "train", run.ids, stop, events=events, system_metrics=True, node=node)
 
 
 def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:

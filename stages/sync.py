@@ -107,7 +107,7 @@ class Follower:
             self._send(Message(mlflow_run_id=self._uploader.run_id))
             self._lower_priority()
             if self._uploader.record.system_metrics:
-                self._monitor = monitor_system(self._uploader.run_id)
+                self._monitor = monitor_system(self._uploader.run_id, self._uploader.record.node)
         self._uploader.deliver()
 
     def _lower_priority(self) -> None:

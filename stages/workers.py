@@ -96,6 +96,7 @@ def launch(processes: int, stop: StopSignal) -> None:
     """Runs the train stage in that many processes. Ends this process if they end with an error; raises BusyError if
     they cannot go on."""
     with stop.exit_immediately():
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # what the agent says of workers that fail, they have said in one line
@@ -112,6 +113,7 @@ def launch(processes: int, stop: StopSignal) -> None:
             rdzv_endpoint="127.0.0.1:0",
             local_addr="127.0.0.1",
             max_restarts=MAX_RESTARTS,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         failures: list[Exception] = []
 

@@ -50,7 +50,10 @@ class RunIds:
 
 @dataclass(frozen=True)
 class Record:
-    """The content of record.json. params and tags are MLflow's; name is the DVC experiment's, if there is one."""
+    """The content of record.json. params and tags are MLflow's; name is the DVC experiment's, if there is one.
+
+    node: whose system metrics these are, if several nodes train.
+    """
 
     run_id: str
     mlflow_run_id: str | None
@@ -60,6 +63,7 @@ class Record:
     params: dict[str, str]
     tags: dict[str, str]
     system_metrics: bool
+    node: str | None = None
 
     @property
     def folder(self) -> Path:

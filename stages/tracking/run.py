@@ -197,6 +197,7 @@ def start_run(
     *,
     events: list[dict[str, Any]] | None = None,
     system_metrics: bool = False,
+    node: str | None = None,
 ) -> Iterator[Run]:
     """The record of a stage. events: of its earlier sessions, which MLflow may already have."""
     run = Run(ids, stop)
@@ -209,6 +210,7 @@ def start_run(
         params=flatten(params),
         tags=git_tags(),
         system_metrics=system_metrics,
+        node=node,
     )
     run.begin(record, [{**event, "time_ms": began_ms} for event in events or []])
     status = "FAILED"

@@ -165,10 +165,12 @@ def _agrees(run: "Run", params: dict[str, str]) -> bool:
     return all(run.data.params.get(key, value) == value for key, value in params.items())
 
 
-def monitor_system(run_id: str) -> Any:
-    """Use of CPU, memory, disk, network and GPU, as MLflow measures it."""
+def monitor_system(run_id: str, node: str | None) -> Any:
+    """Use of CPU, memory, disk, network and GPU, as MLflow measures it. node: part of the names of the metrics."""
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    monitor = SystemMetricsMonitor(run_id, sampling_interval=5, resume_logging=True)  # type: ignore[no-untyped-call]
+    monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
+        run_id, sampling_interval=5, resume_logging=True, node_id=node
+    )
     monitor.start()  # type: ignore[no-untyped-call]
     return monitor

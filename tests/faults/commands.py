@@ -34,6 +34,7 @@ class Trained:
 
     def __init__(self, folder: Path, **runtime: Any) -> None:
         folder.mkdir(parents=True)
+        self.strategy = runtime.get("strategy", "auto")
         self.project = Project(folder)
         self.project.change(train=QUICK, runtime={**RUNTIME, **runtime})
         self.project.run("dvc", "repro", "tokenize")

@@ -1,6 +1,7 @@
 """The long version of the fault injection tests: `make soak`. Prints a table, and all failures."""
 
 import argparse
+import functools
 import sys
 import tempfile
 import time
@@ -14,6 +15,7 @@ from tests.faults.fuzz import corpora, params_files
 from tests.faults.non_finite import non_finite
 from tests.faults.result import Result
 from tests.faults.tracking import tracking_faults
+from tests.faults.workers import killed_workers, stopped_workers, training_in
 
 
 def main() -> int:
@@ -28,6 +30,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         trained = Trained(folder / "trained")
+        in_ddp = functools.cache(lambda: training_in(folder / "in-ddp", "ddp"))
         both = [(phase, through_dvc) for phase in PHASES for through_dvc in (False, True)]
         campaigns: list[Callable[[], Result]] = [
             lambda: crash_points(folder / "crash"),
@@ -39,6 +42,9 @@ def main() -> int:
             lambda: tracking_faults(folder, trained),
             lambda: orphaned_processes(folder, trained, arguments.orphaned_processes, arguments.seed, within_s=5.0),
             lambda: kills(folder, trained, arguments.kills, arguments.seed),
+            lambda: killed_workers(folder / "ddp", in_ddp(), 10, arguments.seed),
+            lambda: killed_workers(folder / "fsdp", training_in(folder / "in-fsdp", "fsdp"), 10, arguments.seed),
+            lambda: stopped_workers(folder, in_ddp(), 50, arguments.seed, within_s=5.0),
         ]
         lines, failures = [], 0
         print("| what | cases | failures | seconds |\n|---|---|---|---|", flush=True)

@@ -53,7 +53,7 @@ def survivors(processes: list[psutil.Process]) -> list[int]:
 
 def killed_workers(folder: Path, trained: Trained, cases: int, seed: int = 0) -> Result:
     """SIGKILL of a random rank at a random step. The command goes on by itself, to the same bits."""
-    result = Result("SIGKILL of one of two processes")
+    result = Result(f"SIGKILL of one of two processes, {trained.strategy}")
     draw = random.Random(seed)
     project = trained.copy(folder / "killed")
     for _ in range(cases):
