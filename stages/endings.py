@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 ENDING = "GPT2_ENDING"
 """Environment variable with the path of the file for an ending that is not to be repeated."""
-PATIENCE_S = 10.0
-"""How long processes wait for the words of others."""
+PATIENCE_S, CLOSED_PATIENCE_S = 10.0, 2.0
+"""How long processes wait for the words of others: after a timeout, and after a connection was closed."""
 RETRY_EXIT_CODE = 75
 
 
@@ -70,10 +70,9 @@ class Endings:
         """Tells an error, unless another process has told one. Returns the exit code."""
         code, text = _explain(error)
         if isinstance(error, GPT2Error) and error.is_shared:
-            if self.world is None or self.world.rank == 0:
-                self._is_first(code)
-                return self._end(code, text)
             self._is_first(code)  # others may still wait for this one
+            if self.world is None or self.world.rank == 0:
+                return self._end(code, text)
             return 0 if self.ending is not None else code
         if self._is_lost(error):
             return self._report_lost(error)
@@ -106,9 +105,10 @@ class Endings:
         """Finds out which processes do not answer; one of the others names them."""
         assert self.world is not None
         store, rank = self.world.store, self.world.rank
+        patience_s = CLOSED_PATIENCE_S if "connection" in str(error).lower() else PATIENCE_S
         try:
             store.set(f"waits/{rank}", "1")
-            for _ in range(round(PATIENCE_S / 0.1)):
+            for _ in range(round(patience_s / 0.1)):
                 if self.ending is not None and self.ending.exists():
                     return 0
                 if store.check(["first"]):

@@ -84,7 +84,7 @@ def test_out_of_memory_in_one_process_halves_the_micro_batch_of_all(project, tra
 
 @pytest.mark.slow
 def test_a_process_that_hangs_is_named(project, trained):
-    code, output = fault_of_one_process(project, "hang", LOSS.format(call=9), GPT2_COLLECTIVE_TIMEOUT_S="5")
+    code, output = fault_of_one_process(project, "hang", LOSS.format(call=9), GPT2_COLLECTIVE_TIMEOUT_S="15")
     assert code == 0, output
     (line,) = warnings(output)
     assert re.match(r"WARNING: rank 1 on \S+ does not answer; training goes on from the newest checkpoint", line)
