@@ -88,8 +88,8 @@ def _choice(run: Run, gpu: GPU, cluster: Cluster, found: Sequence[Plan]) -> str:
         )
     settings = [
         f"runtime.strategy={chosen.strategy}",
-        f"train.batch_size={chosen.micro_batch * cluster.gpus}",
-        f"train.gradient_accumulation_steps={chosen.micro_batches}",
+        f"train.batch_size={chosen.micro_batch}",
+        f"train.gradient_accumulation_steps={chosen.micro_batches * cluster.gpus}",
         f"train.sequence_length={run.sequence_length}",
     ]
     if chosen.checkpointing:

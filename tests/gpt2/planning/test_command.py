@@ -32,7 +32,7 @@ def test_the_plan_says_what_to_take(capsys):
     assert table["strategy"] == ["ddp", "fsdp"]
     assert table["micro-batch"] == ["1 x 8", "1 x 8"]
     assert float(table["hours"][0]) == pytest.approx(3.5, rel=0.2)
-    assert re.search(r"^take fsdp, .* train.batch_size=512 train.gradient_accumulation_steps=1 ", output, re.MULTILINE)
+    assert re.search(r"^take fsdp, .* train.batch_size=8 train.gradient_accumulation_steps=64 ", output, re.MULTILINE)
 
 
 def test_the_docs_show_what_is_printed(capsys):
