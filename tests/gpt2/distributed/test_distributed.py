@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -49,7 +48,7 @@ def alone(tokens):
     """The losses of one process, by optimizer."""
 
     def losses(optimizer, steps=STEPS):
-        return ranks.Run(tokens, replace(ranks.CONFIG, optimizer=optimizer, max_steps=steps)).go()
+        return ranks.Run(tokens, ranks.recipe(optimizer=optimizer, max_steps=steps)).go()
 
     return losses
 
@@ -87,7 +86,7 @@ def test_processes_agree(of_four):
 
 
 def test_validation_is_the_mean_over_all_tokens(of_four, tokens):
-    expected = ranks.Run(tokens, ranks.CONFIG).validate(3, lambda _: None)
+    expected = ranks.Run(tokens, ranks.recipe()).validate(3, lambda _: None)
     for strategy in ("ddp", "fsdp"):
         assert of_four[f"{strategy} val"] == pytest.approx(expected, rel=1e-6)
         # 12 windows of 16 in 4 batches, and the last 12 tokens: two turns of four processes
@@ -100,7 +99,7 @@ def test_weights_are_not_left_in_the_compute_dtype_after_validation(of_four):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_mixed_precision_checkpointing_and_smoothing_work_in_several_processes(of_four, tokens, strategy):
-    config = replace(ranks.CONFIG, max_steps=6, optimizer="muon", label_smoothing=0.1)
+    config = ranks.recipe(max_steps=6, optimizer="muon", label_smoothing=0.1)
     expected = ranks.Run(tokens, config, precision=torch.bfloat16).go()
     assert of_four[f"{strategy} bf16"] == pytest.approx(expected, rel=3e-3)
     assert of_four[f"{strategy} bf16 checkpointing"] == pytest.approx(of_four[f"{strategy} bf16"], rel=1e-6)
@@ -141,7 +140,7 @@ def change_shape(torchrun, tokens, folder, shapes):
             losses = ranks.transition(ranks.ALONE, tokens, folder, strategy)
         else:
             losses = torchrun(processes, "transition", folder, strategy)
-    undisturbed = ranks.Run(tokens, replace(ranks.CONFIG, optimizer="muon", max_steps=60))
+    undisturbed = ranks.Run(tokens, ranks.recipe(optimizer="muon", max_steps=100))
     undisturbed.go(ranks.Recorder(stop_after=len(losses)))
     assert len(losses) == 5 * len(shapes)
     assert_same_curve(losses, [row["train_loss"] for row in undisturbed.state.history])
