@@ -72,11 +72,17 @@ def main() -> None:
                 results.setdefault("seconds", {}).setdefault(name, []).extend(row["seconds"])
                 results["machine"] = row["machine"]
                 print(f"{name}: {speed(row['seconds']):,.0f} tokens/s", flush=True)
+                write(results)
     if not arguments.only:
         results["saves"] = run({"processes": 2, "saves": True})
+        write(results)
+
+
+def write(results: dict[str, Any]) -> None:
+    """Writes both files, after each contender."""
     results["date"] = time.strftime("%Y-%m-%d")
     REPORT.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n")
+    (REPORT / "distributed.json").write_text(json.dumps(results, indent=1) + "\n")
     write_table(results)
 
 
