@@ -93,8 +93,10 @@ def require_same(world: "World", identity: Mapping[str, Any]) -> None:
 
 
 def launch(processes: int, stop: StopSignal) -> None:
-    """Runs the train stage in that many processes. Ends this process if they end with an error; raises BusyError if
-    they cannot go on."""
+    """Runs the train stage in that many processes. Ends this process if they end with an error.
+
+    Raises BusyError if they cannot go on, and Interrupted.
+    """
     with stop.exit_immediately():
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
