@@ -32,7 +32,8 @@ def errors(output):
 
 
 def warnings(output):
-    return re.findall(r"^WARNING: .*", output, re.MULTILINE)
+    """Without MLflow's lateness, which tells of a busy machine alone."""
+    return re.findall(r"^WARNING: (?!MLflow ).*", output, re.MULTILINE)
 
 
 def test_a_killed_process_costs_only_time(tmp_path, trained):
