@@ -76,13 +76,14 @@ class ShardedWriter:
     def save(self, step: int, content: dict[str, Any], *, last: bool = False) -> None:
         """Copies the content and begins to write it. last: also waits for the end.
 
-        Raises FileError in all processes if this save, or the one before, failed in one of them.
+        A step that is being written is not written again, unless that fails. Raises FileError in all processes if this save, or the one before, failed in one of them.
         """
-        if self._pending is not None and step == self._pending_step:
-            failure = self._wait()
+        is_pending = self._pending is not None and step == self._pending_step
+        failure = self._wait()
+        if is_pending:
             if failure is None:
                 return
-        failure = self._wait()
+            failure = None
         shards = self.store.path(step).with_name(f"{self.store.path(step).name}.shards{TEMPORARY}")
         written = async_save(
             named_tensors(content, self.optimizer),

@@ -43,12 +43,14 @@ def choose_strategy(
     """
     if name != "auto":
         return name
+    if world.size == 1:
+        return "ddp"
     on_cpu = device.type != "cuda"
     memory = memory_bytes // world.local_size if on_cpu else torch.cuda.get_device_properties(device).total_memory
     needed = training_bytes(
         model, 1, config.sequence_length, reduced_precision=precision != torch.float32, on_cpu=on_cpu
     )
-    return "fsdp" if world.size > 1 and world.any(needed > memory) else "ddp"
+    return "fsdp" if world.any(needed > memory) else "ddp"
 
 
 def remember_micro_batch(folder: Path, world: World, size: int) -> None:
