@@ -44,7 +44,7 @@ mutants: setup ## change the code in small ways, and list the changes that no te
 docs: setup ## build the documentation site in site/
 	mkdocs build --strict --quiet
 
-soak: setup ## inject faults for half an hour or more, and print a table (docs/reliability.md)
+soak: setup ## inject faults for half an hour, and print a table (docs/reliability.md)
 	python -m tests.faults.soak
 
 soak-space: setup ## load-test a Space of GPT-2 124M, for a quarter of an hour
