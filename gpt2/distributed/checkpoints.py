@@ -76,7 +76,8 @@ class ShardedWriter:
     def save(self, step: int, content: dict[str, Any], *, last: bool = False) -> None:
         """Copies the content and begins to write it. last: also waits for the end.
 
-        A step that is being written is not written again, unless that fails. Raises FileError in all processes if this save, or the one before, failed in one of them.
+        A step that is being written is not written again, unless that fails. Raises FileError in all processes if this
+        save, or the one before, failed in one of them.
         """
         is_pending = self._pending is not None and step == self._pending_step
         failure = self._wait()
