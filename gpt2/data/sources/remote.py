@@ -15,6 +15,8 @@ HUB = "hf://datasets/"
 PARQUET_ALIAS, PARQUET_REVISION = "~parquet", "refs/convert/parquet"
 """The Hub's automatic conversion of each data set."""
 DEFAULT_FILES = "default/train/*.parquet"
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+"""What fsspec needs beside it."""
 BUFFER_BYTES = 1 << 20
 
 
@@ -83,7 +85,9 @@ def remote_files(source: str) -> list[SourceFile]:
         try:
             system, path = fsspec.core.url_to_fs(source)
         except ImportError as error:
-            raise UserError(f"corpus.source {source}: {one_line(error)} (pip install s3fs, gcsfs, ...)") from None
+            package = PACKAGES.get(source.partition("://")[0])
+            remedy = f"pip install {package}" if package else one_line(error)
+            raise UserError(f"corpus.source {source} needs a package that is missing: {remedy}") from None
         except ValueError as error:
             raise UserError(f"corpus.source {source}: {one_line(error)}") from None
         files = _files(system, path)
