@@ -180,6 +180,7 @@ def _describe(problem: Any) -> tuple[tuple[str, ...], str]:
         problem["msg"]
         .removeprefix("Input should be ")
         .replace("a valid integer", "an integer")
+        .replace("a valid array", "a list")
         .replace("a valid ", "a ")
     )
     return place[:2], f"{name} is {value}{EXPECTED}{expected}"

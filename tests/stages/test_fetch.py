@@ -85,13 +85,12 @@ def test_a_pattern_and_a_data_set_become_one_corpus(project):
     assert sorted(link.readlink().name for link in project.linked.iterdir()) == ["a.jsonl", "b.jsonl"]
 
 
-def test_a_revision_that_is_gone_uses_the_fallback(project):
+def test_a_revision_that_is_gone_is_a_one_line_error(project):
     with hub_of({"a.txt": b"a"}) as hub:
-        result = project.fetch("hf://datasets/me/texts@gone", "python-docs", HF_ENDPOINT=hub.url)
-    assert result.returncode == 0, result.stderr
-    assert "WARNING: cannot read hf://datasets/me/texts@gone: there is no such revision. Using the" in result.stderr
-    assert project.facts()["revision"] is None
-    assert project.facts()["documents"] == 1
+        result = project.fetch("hf://datasets/me/texts@gone", HF_ENDPOINT=hub.url)
+    assert result.returncode == 74
+    assert "error: cannot read hf://datasets/me/texts@gone: there is no such revision; check the" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_fallback_prints_a_warning(project):
@@ -100,7 +99,7 @@ def test_a_fallback_prints_a_warning(project):
     assert "WARNING: cannot download http://127.0.0.1:9/text.txt" in result.stderr
     assert "Using the fallback corpus 'python-docs'" in result.stderr
     facts = project.facts()
-    assert facts["name"] == "python-docs"
+    assert (facts["name"], facts["documents"], facts["revision"]) == ("python-docs", 1, None)
     assert "cannot download" in facts["fallback_reason"]
 
 

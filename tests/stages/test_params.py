@@ -81,7 +81,6 @@ def test_seed_has_the_settings_of_the_original_project():
         ("source: tinyshakespeare", "source: ''", "corpus.source is ''"),
         ("source: tinyshakespeare", "source: 3", "corpus.source is 3; expected a string or a list"),
         ("source: tinyshakespeare", "source: []", "corpus.source is []"),
-        ("source: tinyshakespeare", "source: [a.txt, '']", "corpus.source"),
         ("text_column: text", "text_column:", "corpus.text_column is None; expected a string"),
         ("limit: null", "limit: 10 words", "corpus.limit is '10 words'; expected null or a text such as"),
         ("limit: null", "limit: 10", "corpus.limit is 10; expected a string"),

@@ -63,7 +63,7 @@ def local_file(path: Path) -> SourceFile:
         size = path.stat().st_size
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror}") from None
-    return SourceFile(str(path), path.name, size, partial(path.open, "rb"), partial(_version, path))
+    return SourceFile(str(path), path.name, size, lambda: path.open("rb"), partial(_version, path))
 
 
 def _version(path: Path) -> Sequence[int]:

@@ -58,7 +58,7 @@ def hub_files(source: str) -> DataSet:
     with _reading(source):
         name = PARQUET_REVISION if revision == PARQUET_ALIAS else revision
         info = HfApi().dataset_info(address.id, revision=name)
-        licence = (info.card_data or {}).get("license") or "unknown"
+        licence = (info.card_data.get("license") if info.card_data else None) or "unknown"
         system = HfFileSystem(skip_instance_cache=True)
         root = f"datasets/{address.id}@{info.sha}"
         place = f"{root}/{path}".rstrip("/")
