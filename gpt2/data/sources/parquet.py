@@ -28,6 +28,10 @@ def parquet_documents(stream: IO[bytes], name: str, column: str) -> Iterator[Doc
         )
         schema = file.schema_arrow
     except (OSError, *DAMAGED) as error:
+        if "Exceeded size limit" in str(error):
+            raise UserError(
+                f"{name} has more than {MAX_METADATA_ENTRIES:,} columns or row groups; write it with fewer"
+            ) from None
         raise read_error(name, error) from None
     if column not in schema.names:
         raise missing_column(name, column, schema.names)

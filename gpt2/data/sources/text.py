@@ -113,10 +113,11 @@ def lines(chunks: Iterable[str], name: str) -> Iterator[str]:
         length += len(first)
         check_row(length, name, number)
         if others:
-            yield "".join(pending)
-            yield from others[:-1]
-            pending = [others[-1]]
+            line = "".join(pending)
+            pending = [others[-1]]  # a long line is not held twice
             length = len(others[-1])
+            yield line
+            yield from others[:-1]
             number += len(others)
     if last := "".join(pending):
         yield last

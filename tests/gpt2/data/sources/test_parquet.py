@@ -82,7 +82,7 @@ def test_a_text_that_is_not_utf8_is_refused():
 def test_a_file_of_very_many_columns_is_refused(monkeypatch):
     monkeypatch.setattr(parquet, "MAX_METADATA_ENTRIES", 1000)
     assert read(file_of({f"c{number}": ["a"] for number in range(900)}), "c899") == ["a"]
-    assert "damaged, incomplete or of another format" in refusal(file_of({f"c{n}": ["a"] for n in range(1100)}))
+    assert "mine has more than 1,000 columns or row groups" in refusal(file_of({f"c{n}": ["a"] for n in range(1100)}))
 
 
 def test_a_file_that_expands_without_bounds_is_refused(monkeypatch):
