@@ -10,11 +10,15 @@ from gpt2 import tokenizer
 from gpt2.data import corpus, token_files
 from gpt2.data.sources import text as source_text
 from gpt2.errors import FileError, UserError
-from tests.faults.fuzz import corpora, params_files
+from tests.faults.fuzz import corpora, params_files, source_files
 
 
 def test_fuzzed_corpora_are_unchanged_or_refused(tmp_path):
     corpora(tmp_path, 300).check(at_least=300)
+
+
+def test_fuzzed_files_of_rows_are_read_or_refused(tmp_path):
+    source_files(tmp_path, 400).check(at_least=400)
 
 
 def test_wrong_params_are_refused_in_one_message(tmp_path):
