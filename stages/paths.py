@@ -5,6 +5,7 @@ from pathlib import Path
 
 PARAMS = Path("params.yaml")
 CORPUS = Path("data/corpus.txt")
+DOCUMENTS = Path("data/documents.bin")
 CORPUS_FACTS = Path("data/corpus.json")
 LINKED = Path("data/linked")
 TOKENS = Path("data/tokens")

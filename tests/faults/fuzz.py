@@ -1,15 +1,24 @@
 """Fuzzed corpora and params files."""
 
+import bz2
+import csv
+import gzip
+import io
+import json
 import random
+import zipfile
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 from ruamel.yaml import YAML
 
 from gpt2 import tokenizer
 from gpt2.data import corpus, token_files
+from gpt2.data.sources import text as source_text
 from gpt2.errors import GPT2Error
 from stages.params import Params, load_params
 from tests.conftest import ROOT, our_text
@@ -70,12 +79,12 @@ def corpora(folder: Path, cases: int, seed: int = 0) -> Result:
         source = case / "mine.txt"
         content = a_corpus(draw)
         source.write_bytes(content)
-        chunk = corpus.CHUNK_BYTES
-        corpus.CHUNK_BYTES = draw.choice([7, 64, chunk])
+        chunk = source_text.CHUNK_BYTES
+        source_text.CHUNK_BYTES = draw.choice([7, 64, chunk])
         try:
             result.add(corpus_problem(case, source, content))
         finally:
-            corpus.CHUNK_BYTES = chunk
+            source_text.CHUNK_BYTES = chunk
     return result
 
 
@@ -83,7 +92,7 @@ def corpus_problem(case: Path, source: Path, content: bytes) -> str | None:
     """Describes a failure of a case, or returns None."""
 
     def read() -> None:
-        corpus.write_corpus(str(source), case / "corpus.txt", downloads=case, roots=[case])
+        corpus.write_corpus(str(source), case / "corpus.txt", case / "documents.bin", downloads=case, roots=[case])
         token_files.write_tokens(case / "corpus.txt", case / "tokens", 0.1)
 
     if problem := problem_of(read):
@@ -97,6 +106,66 @@ def corpus_problem(case: Path, source: Path, content: bytes) -> str | None:
         return f"{content[:80]!r}: another text"
     ids = [int(token) for split in ("train", "val") for token in token_files.open_tokens(case / "tokens", split)]
     return None if tokenizer.decode(ids) == text else f"{content[:80]!r}: decode(encode(x)) != x"
+
+
+def a_source_file(draw: random.Random) -> tuple[str, bytes]:
+    """The name and the bytes of a file of rows, maybe compressed or in an archive, often damaged."""
+    texts = [our_text(draw.choice([0, 1, 9]), draw.randrange(99)) + draw.choice(STRANGE) for _ in range(5)]
+    suffix = draw.choice([".jsonl", ".csv", ".parquet"])
+    stream = io.BytesIO()
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), stream)
+    elif suffix == ".csv":
+        lines = io.StringIO(newline="")
+        csv.writer(lines).writerows([["text"], *([text] for text in texts)])
+        stream.write(lines.getvalue().encode())
+    else:
+        stream.writelines(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in texts)
+    packing = draw.choice(["", ".gz", ".bz2", ".zst", ".zip"])
+    content = _damaged(draw, stream.getvalue()) if draw.random() < 0.5 else stream.getvalue()
+    if packing == ".gz":
+        content = gzip.compress(content)
+    elif packing == ".bz2":
+        content = bz2.compress(content)
+    elif packing == ".zst":
+        content = pyarrow.compress(content, codec="zstd", asbytes=True)
+    elif packing == ".zip":
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w", draw.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
+            archive.writestr(draw.choice(["a", "../a", "/a", "a\nb"]) + suffix, content)
+        content, suffix = stream.getvalue(), ""
+    return f"mine{suffix}{packing}", _damaged(draw, content) if draw.random() < 0.5 else content
+
+
+def _damaged(draw: random.Random, content: bytes) -> bytes:
+    """Bytes of which some are changed, or the last ones missing."""
+    if draw.random() < 0.3:
+        return content[: draw.randrange(len(content))]
+    changed = bytearray(content)
+    for _ in range(draw.choice([1, 3, 30])):
+        changed[draw.randrange(len(changed))] = draw.randrange(256)
+    return bytes(changed)
+
+
+def source_files(folder: Path, cases: int, seed: int = 0) -> Result:
+    """Each file of rows must be read, or refused with a one-line error, and nothing else written."""
+    draw = random.Random(seed)
+    result = Result("fuzzed files of rows")
+    for number in range(cases):
+        case = folder / str(number)
+        case.mkdir(parents=True)
+        name, content = a_source_file(draw)
+        (case / name).write_bytes(content)
+        problem = problem_of(
+            lambda case=case, name=name: corpus.write_corpus(
+                name, case / "corpus.txt", case / "documents.bin", downloads=case, roots=[case]
+            )
+        )
+        written = {path.name for path in case.rglob("*")} - {name}
+        if problem is None and written not in (set(), {"corpus.txt", "documents.bin"}):
+            problem = f"left behind: {written}"
+        result.add(problem and f"{name} {content[:80]!r}: {problem}")
+    return result
 
 
 def problem_of(action: Callable[[], object]) -> str | None:
