@@ -5,6 +5,7 @@ from pathlib import Path
 
 PARAMS = Path("params.yaml")
 CORPUS = Path("data/corpus.txt")
+DOCUMENTS = Path("data/documents.bin")
 CORPUS_FACTS = Path("data/corpus.json")
 LINKED = Path("data/linked")
 TOKENS = Path("data/tokens")
@@ -28,6 +29,11 @@ def real_root() -> Path:
     """
     root = os.environ.get("DVC_ROOT", os.getcwd())
     return Path(root.split("/.dvc/tmp/exps/")[0]).absolute()
+
+
+def unfinished_tokens() -> Path:
+    """The folder of the tokenize stage's unfinished work. DVC deletes data/tokens before the stage runs again."""
+    return real_root() / "data/tokens.partial"
 
 
 def database() -> Path:
