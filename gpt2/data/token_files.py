@@ -113,7 +113,7 @@ class TokenFiles:
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(offset * TOKEN_TYPE.itemsize)
-                wanted = memoryview(tokens).cast("B")
+                wanted = tokens.data.cast("B")
                 while wanted and (count := file.readinto(wanted)):
                     wanted = wanted[count:]
         except OSError as error:

@@ -136,7 +136,8 @@ class _Work:
                 path.unlink()
 
     def _is_whole(self, shard: dict[str, Any]) -> bool:
-        return (self.folder / shard["file"]).stat().st_size == shard["tokens"] * TOKEN_TYPE.itemsize
+        size = (self.folder / shard["file"]).stat().st_size
+        return bool(size == shard["tokens"] * TOKEN_TYPE.itemsize)
 
     def shards(self, split: str) -> list[dict[str, Any]]:
         """The records of the finished shards of a split."""
