@@ -13,7 +13,7 @@ from gpt2.data.documents import Documents
 from gpt2.errors import UserError
 from gpt2.progress import ProgressCallback, no_progress
 
-CHUNK_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 20
 CHUNK_DOCUMENTS = 1 << 20
 HASHES = 2**64
 Integers = npt.NDArray[np.int64]

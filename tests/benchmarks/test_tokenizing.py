@@ -5,13 +5,13 @@ import pytest
 from benchmarks import tokenizing
 from gpt2.data.documents import read_documents
 
-TEXTS = [b"First text, of two lines.\nThe second line.\n", b"def another():\n    return 1\n"] * 20
+TEXTS = [f"Text number {number}, of two lines.\nThe second line.\n".encode() for number in range(2000)]
 
 
 @pytest.fixture
 def texts(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizing, "package_texts", lambda: iter(TEXTS))
-    tokenizing.write_texts(tmp_path / "texts", 20_000)
+    tokenizing.write_texts(tmp_path / "texts", 80_000)
     return tmp_path / "texts"
 
 

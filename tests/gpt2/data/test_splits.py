@@ -30,7 +30,7 @@ def test_end_of_text_stands_between_documents_and_nowhere_else(tmp_path):
     assert [index["splits"][name]["documents"] for name in ("train", "val")] == [len(part) for part in parts]
 
 
-@pytest.mark.parametrize("chunk", [7, 1 << 24])
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
 def test_the_tail_is_the_last_tenth_of_the_characters(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(splits, "CHUNK_BYTES", chunk)
     text = "Über den Wolken.\n\nUnd darunter 漢字!\n" * 41 + "The end"

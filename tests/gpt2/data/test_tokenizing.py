@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -107,13 +108,10 @@ def test_bytes_and_shards_do_not_depend_on_processes_or_blocks(tmp_path, split):
 
 
 def test_shards_are_full_but_for_the_last(tmp_path):
-    write_documents(tmp_path, ["a " * 499 + "a", "b c d e f"])
-    lengths = [len(tokenizer.encode("a " * 499 + "a"))]
-    index = tokenize(tmp_path, 0.01, shard_tokens=250, block_bytes=100)
-    assert sum(lengths) == 500 + 499  # each space is a token before a letter's end of line
-    assert [shard["tokens"] for shard in index["splits"]["train"]["shards"][:-1]] == [250] * (
-        len(index["splits"]["train"]["shards"]) - 1
-    )
+    write_documents(tmp_path, ["a" + " a" * 499, "b" + " b" * 10])
+    index = tokenize(tmp_path, 0.0205, shard_tokens=250, block_bytes=100)
+    assert [shard["tokens"] for shard in index["splits"]["train"]["shards"]] == [250, 250]
+    assert [shard["tokens"] for shard in index["splits"]["val"]["shards"]] == [11]
 
 
 def test_an_interrupted_run_goes_on_after_the_last_finished_shard(tmp_path):
@@ -239,7 +237,7 @@ def test_a_large_corpus_takes_little_memory(tmp_path):
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (tmp_path / "corpus.txt").stat().st_size > 10e6
-    assert peak_bytes < 8e6 + blocks.SEARCH_BYTES, peak_bytes
+    assert peak_bytes < 12e6, peak_bytes  # a list of the tokens takes twice as much at least
 
 
 def test_the_number_of_processes_follows_the_blocks():
@@ -282,7 +280,7 @@ def killed(folder, kills, seed=0):
     draw = random.Random(seed)
     for number in range(kills):
         process = start(folder)
-        wait_for_blocks(process, draw.randrange(1, 60))
+        wait_for_blocks(process, draw.randrange(1, 40))
         time.sleep(draw.random() / 20)
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
@@ -298,7 +296,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
     write_many(tmp_path, 100)
     tokenize(tmp_path, shard_tokens=2000, block_bytes=2000)
     expected = shards(tmp_path)
-    assert killed(tmp_path, 3) > 0
+    assert killed(tmp_path, 2) > 0
     tokenize(tmp_path, shard_tokens=2000, block_bytes=2000)
     assert shards(tmp_path) == expected
 
@@ -316,14 +314,23 @@ def test_killed_fifty_times_it_ends_with_the_same_bytes(tmp_path):
     assert shards(tmp_path) == expected
 
 
+def workers():
+    """The processes of the pool."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if "multiprocessing.spawn" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
 def test_a_killed_worker_is_told_in_one_line_and_finished_shards_stay(tmp_path):
     write_many(tmp_path)
 
     def progress(count):
         if (tmp_path / "tokens.partial/train-00001.bin").exists():
-            for child in psutil.Process().children():
-                if "multiprocessing.spawn" in " ".join(child.cmdline()):
-                    child.kill()
+            for worker in workers():
+                worker.kill()
 
     with pytest.raises(OutOfMemoryError, match="was killed, perhaps because memory is short"):
         tokenize(tmp_path, processes=2, shard_tokens=2000, block_bytes=2000, progress=progress)
@@ -337,13 +344,11 @@ def test_workers_do_not_import_torch_and_ignore_interrupts(tmp_path):
     job = Job(tmp_path / "corpus.txt", tmp_path / "documents.bin", splits, 2000)
     with encoder(job, 2) as encode:
         next(encode.blocks("train", range(3), no_progress))
-        workers = [
-            child for child in psutil.Process().children() if "multiprocessing.spawn" in " ".join(child.cmdline())
-        ]
-        assert workers
-        for worker in workers:
+        started = workers()
+        assert started
+        for worker in started:
             worker.send_signal(signal.SIGINT)
             if sys.platform == "linux":
                 assert not [each.path for each in worker.memory_maps() if "libtorch" in each.path]
         assert len(list(encode.blocks("train", range(3), no_progress))) == 3
-    assert psutil.wait_procs(workers, timeout=5)[1] == []
+    assert psutil.wait_procs(started, timeout=5)[1] == []
