@@ -77,6 +77,7 @@ def write_documents(folder: Path, texts: list[str]) -> None:
     """corpus.txt and documents.bin, as the fetch stage writes them."""
     from gpt2.data.documents import DOCUMENT_TYPE, hash_of, new_hash
 
+    folder.mkdir(exist_ok=True)
     data = [text.encode() for text in texts]
     records = np.zeros(len(data), dtype=DOCUMENT_TYPE)
     records["end"] = np.cumsum([len(each) for each in data])

@@ -85,7 +85,7 @@ def corpus_problem(case: Path, source: Path, content: bytes) -> str | None:
 
     def read() -> None:
         corpus.write_corpus(str(source), case / "corpus.txt", downloads=case, roots=[case])
-        write_documents(case, [(case / "corpus.txt").read_text(newline="")])
+        write_documents(case, [(case / "corpus.txt").read_bytes().decode()])
         tokenize(case)
 
     if problem := problem_of(read):
