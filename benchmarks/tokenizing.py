@@ -148,7 +148,7 @@ def own_peak_kib() -> int:
 
 def encode_ours(root: Path, processes: int) -> tuple[float, int]:
     """Seconds and number of tokens of what the stage does."""
-    from gpt2.data.tokenizing import write_tokens
+    from gpt2.data.tokenizing.shards import write_tokens
 
     config = TokenizeConfig(0.005, "documents" if root.name == "texts" else "tail", False)
     files = (root / "corpus.txt", root / "documents.bin", root / "tokens")

@@ -134,12 +134,15 @@ PRESETS = {
 class CorpusConfig:
     """Where the text comes from.
 
-    source: a known name, an http(s) URL, or a path to a text file or a folder of them.
+    source: a known name, a path, a glob pattern, an address, or a list of these (docs/own-text.md).
     fallback: a known name, used with a warning if the download fails; None makes a failed download an error.
+    text_column: of the text, in files of rows. limit: as `gpt2.data.limit.parse_limit` takes it; None is all.
     """
 
-    source: Annotated[str, MinLen(1)]
+    source: Annotated[str, MinLen(1)] | Annotated[list[Annotated[str, MinLen(1)]], MinLen(1)]
     fallback: Annotated[str, MinLen(1)] | None
+    text_column: Annotated[str, MinLen(1)]
+    limit: str | None
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,12 @@ def measure_losses(model: "GPT", tokens: Tokens, context_length: int, stop: Stop
 
 
 def public_source(source: str) -> str:
-    """A source without private parts: a path without its folders, a URL without user and query."""
-    if Path(source).is_absolute():
+    """A source, or several with commas, without private parts: paths without folders, URLs without user and query."""
+    return ", ".join(map(_public_part, source.split(", ")))
+
+
+def _public_part(source: str) -> str:
+    if "://" not in source:
         return Path(source).name
     url = urlsplit(source)
     return url._replace(netloc=url.netloc.rpartition("@")[2], query="", fragment="").geturl()

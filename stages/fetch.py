@@ -1,15 +1,18 @@
-"""fetch: writes the text of `corpus.source` to data/corpus.txt."""
+"""fetch: writes the text of `corpus.source` to data/corpus.txt, and where its documents end to data/documents.bin."""
 
 import hashlib
 import os
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
+from gpt2.config import CorpusConfig
 from gpt2.data import corpus
 from gpt2.data.corpus import CorpusInfo
-from gpt2.data.download import DownloadError, is_url
+from gpt2.data.limit import parse_limit
+from gpt2.data.sources.download import DownloadError
 from gpt2.files import write_json
 from stages import paths
 from stages.params import load_params
@@ -19,37 +22,44 @@ from stages.process import StopSignal, echo, redact_secrets, run_stage, warn
 def main(stop: StopSignal) -> None:
     """Fetches the source, or the fallback if the download fails."""
     config = load_params(paths.PARAMS).corpus
-    source, fallback_reason = config.source, None
-    link_own_text(source)
+    fallback_reason = None
+    link_own_files(config.source)
     try:
-        facts = write(source, stop)
+        facts = write(config, stop)
     except DownloadError as error:
-        if config.fallback is None or config.fallback == source:
+        if config.fallback is None or config.fallback == config.source:
             raise DownloadError(f"{error}; check the network, set corpus.fallback, or use a text file") from None
         fallback_reason = str(error)
-        source = config.fallback
-        warn(f"{error}. Using the fallback corpus {source!r} instead")
-        facts = write(source, stop)
-    content = {"name": source, **asdict(facts), "fallback_reason": fallback_reason}
+        config = replace(config, source=config.fallback)
+        warn(f"{error}. Using the fallback corpus {config.source!r} instead")
+        facts = write(config, stop)
+    name = config.source if isinstance(config.source, str) else ", ".join(config.source)
+    content = {"name": name, **asdict(facts), "fallback_reason": fallback_reason}
     shown = {key: redact_secrets(value) if isinstance(value, str) else value for key, value in content.items()}
     write_json(paths.CORPUS_FACTS, shown)
-    echo(f"{paths.CORPUS}: {facts.characters:,} characters in {facts.lines:,} lines from {facts.source}")
+    size = f"{facts.characters:,} characters in {facts.lines:,} lines"
+    if facts.documents > 1 or facts.skipped:
+        size += f" and {facts.documents:,} documents ({facts.skipped:,} without text skipped)"
+    echo(f"{paths.CORPUS}: {size} from {facts.source}")
 
 
-def write(source: str, stop: StopSignal) -> CorpusInfo:
-    """Writes the corpus file from a source."""
+def write(config: CorpusConfig, stop: StopSignal) -> CorpusInfo:
+    """Writes the corpus files."""
     root = paths.real_root()
-    with tqdm(desc="downloading", unit="B", unit_scale=True, disable=None, leave=False, delay=1) as bar:
+    with tqdm(desc="fetching", unit="B", unit_scale=True, disable=None, leave=False, delay=1) as bar:
         return corpus.write_corpus(
-            source,
+            config.source,
             paths.CORPUS,
+            paths.DOCUMENTS,
             downloads=root / "data/downloads",
             roots=[Path.cwd(), root],
+            text_column=config.text_column,
+            limit=parse_limit(config.limit) if config.limit else None,
             progress=stop.wrap(bar.update),
         )
 
 
-def link_own_text(source: str) -> None:
+def link_own_files(source: str | Sequence[str]) -> None:
     """Links the user's own files into data/linked, a dependency of this stage in dvc.yaml.
 
     So DVC detects edits of these files, wherever they are. It does not detect files that are added to a folder later.
@@ -57,11 +67,8 @@ def link_own_text(source: str) -> None:
     for old in paths.LINKED.iterdir() if paths.LINKED.is_dir() else ():
         if old.is_symlink():
             old.unlink()
-    if source in corpus.KNOWN or is_url(source):
-        return
-    paths.LINKED.mkdir(parents=True, exist_ok=True)
-    path = corpus.find_path(source, [Path.cwd(), paths.real_root()])
-    for file in corpus.text_files(path):
+    for file in corpus.local_files(source, [Path.cwd(), paths.real_root()]):
+        paths.LINKED.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(os.fsencode(file)).hexdigest()[:8]
         (paths.LINKED / f"{name}-{file.name}").symlink_to(file)
 

@@ -21,13 +21,16 @@ from gpt2.config import (
     TrainConfig,
     violations,
 )
-from gpt2.data.corpus import KNOWN
+from gpt2.data.limit import EXPECTED_LIMIT, is_limit
+from gpt2.data.sources.download import KNOWN
 from gpt2.errors import UserError, one_line
 
 MAX_SHOWN_CHARACTERS = 80
 EXPECTED = "; expected "
 RENAMED = {"train.accumulation_steps": "train.gradient_accumulation_steps"}
 """Keys of earlier versions."""
+PYDANTIC_PARTS = ("constrained-", "literal[", "list[")
+"""What pydantic adds to the place of a value: the one of several types that it tried."""
 CHECKS = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -88,6 +91,7 @@ RULES = (
         lambda fallback: fallback in (None, *KNOWN),
         "corpus.fallback is {0!r}; expected null or one of " + ", ".join(KNOWN),
     ),
+    Rule(("corpus.limit",), is_limit, f"corpus.limit is {{0!r}}; expected {EXPECTED_LIMIT}"),
     Rule(
         ("model.vocab_size",),
         lambda vocab_size: vocab_size >= GPT2_VOCAB_SIZE,
@@ -157,7 +161,7 @@ def _broken_rules(content: Any, wrong: set[tuple[str, ...]]) -> list[str]:
 
 def _describe(problem: Any) -> tuple[tuple[str, ...], str]:
     """Section and key of an error of pydantic, and its message in terms of params.yaml."""
-    place = tuple(str(part) for part in problem["loc"] if not str(part).startswith(("constrained-", "literal[")))
+    place = tuple(str(part) for part in problem["loc"] if not str(part).startswith(PYDANTIC_PARTS))
     *section, key = place or ("",)
     name = ".".join(place)
     value = _shortened(problem["input"])
@@ -176,6 +180,7 @@ def _describe(problem: Any) -> tuple[tuple[str, ...], str]:
         problem["msg"]
         .removeprefix("Input should be ")
         .replace("a valid integer", "an integer")
+        .replace("a valid array", "a list")
         .replace("a valid ", "a ")
     )
     return place[:2], f"{name} is {value}{EXPECTED}{expected}"

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from gpt2.data.tokenizing import count_processes, write_tokens
+from gpt2.data.tokenizing.shards import count_processes, write_tokens
 from stages import cores, paths
 from stages.params import load_params
 from stages.process import StopSignal, echo, run_stage

@@ -93,7 +93,7 @@ def tokenize(
     folder: Path, fraction: float = 0.1, *, split: Any = "tail", deduplicate: bool = False, **options: Any
 ) -> Any:
     """Writes the token files of the documents in a folder to `tokens` in it; returns their index."""
-    from gpt2.data.tokenizing import write_tokens
+    from gpt2.data.tokenizing.shards import write_tokens
 
     return write_tokens(
         folder / "corpus.txt",

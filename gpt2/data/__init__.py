@@ -1,1 +1,1 @@
-"""Corpora, token files and batches. May import `gpt2.config`, `errors`, `files`, `progress`, `tokenizer`."""
+"""Corpora, token files and batches. May import `gpt2.data.sources` and the modules at the top."""

@@ -10,10 +10,11 @@ from ruamel.yaml import YAML
 
 from gpt2 import tokenizer
 from gpt2.data import corpus
+from gpt2.data.sources import text as source_text
 from gpt2.data.token_files import open_tokens
 from gpt2.errors import GPT2Error
 from stages.params import Params, load_params
-from tests.conftest import ROOT, our_text, tokenize, write_documents
+from tests.conftest import ROOT, our_text, tokenize
 from tests.faults.result import Result
 
 STRANGE = (
@@ -71,12 +72,12 @@ def corpora(folder: Path, cases: int, seed: int = 0) -> Result:
         source = case / "mine.txt"
         content = a_corpus(draw)
         source.write_bytes(content)
-        chunk = corpus.CHUNK_BYTES
-        corpus.CHUNK_BYTES = draw.choice([7, 64, chunk])
+        chunk = source_text.CHUNK_BYTES
+        source_text.CHUNK_BYTES = draw.choice([7, 64, chunk])
         try:
             result.add(corpus_problem(case, source, content))
         finally:
-            corpus.CHUNK_BYTES = chunk
+            source_text.CHUNK_BYTES = chunk
     return result
 
 
@@ -84,8 +85,7 @@ def corpus_problem(case: Path, source: Path, content: bytes) -> str | None:
     """Describes a failure of a case, or returns None."""
 
     def read() -> None:
-        corpus.write_corpus(str(source), case / "corpus.txt", downloads=case, roots=[case])
-        write_documents(case, [(case / "corpus.txt").read_bytes().decode()])
+        corpus.write_corpus(str(source), case / "corpus.txt", case / "documents.bin", downloads=case, roots=[case])
         tokenize(case)
 
     if problem := problem_of(read):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from gpt2 import tokenizer
 from gpt2.data import corpus, token_files
+from gpt2.data.sources import text as source_text
 from gpt2.errors import FileError, UserError
 from tests.conftest import tokenize, write_documents
 from tests.faults.fuzz import corpora, params_files
@@ -32,7 +33,9 @@ def test_end_of_text_in_a_corpus_is_encoded_as_text():
 
 
 def write(tmp_path, source):
-    corpus.write_corpus(str(source), tmp_path / "corpus.txt", downloads=tmp_path, roots=[tmp_path])
+    corpus.write_corpus(
+        str(source), tmp_path / "corpus.txt", tmp_path / "documents.bin", downloads=tmp_path, roots=[tmp_path]
+    )
 
 
 @pytest.mark.parametrize("text", ["a" * 1_000_000, "word " * 1_000_000, " " * 1_000_000 + "x"])
@@ -56,7 +59,7 @@ def test_sources_that_are_no_files_are_refused(tmp_path):
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
     source = tmp_path / "mine.txt"
     source.write_text("Some words. " * 1000)
-    monkeypatch.setattr(corpus, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(source_text, "CHUNK_BYTES", 1000)
 
     def write_too(_):
         with source.open("a") as file:
@@ -64,7 +67,12 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match="changed while it was read"):
         corpus.write_corpus(
-            str(source), tmp_path / "corpus.txt", downloads=tmp_path, roots=[tmp_path], progress=write_too
+            str(source),
+            tmp_path / "corpus.txt",
+            tmp_path / "documents.bin",
+            downloads=tmp_path,
+            roots=[tmp_path],
+            progress=write_too,
         )
     assert not (tmp_path / "corpus.txt").exists()
 

@@ -110,6 +110,9 @@ def test_a_space_for_zero_gpu_has_its_requirements(trained, monkeypatch, never_s
         ("https://example.org/text.txt", "https://example.org/text.txt"),
         ("https://me:password@example.org/text.txt?token=123#x", "https://example.org/text.txt"),
         ("python-docs (CPython 3.11.7)", "python-docs (CPython 3.11.7)"),
+        ("hf://datasets/me/texts@0123/a/*.parquet", "hf://datasets/me/texts@0123/a/*.parquet"),
+        ("/home/me/secret/a.txt, https://me:pw@x.org/b?c, /home/me/*.txt", "a.txt, https://x.org/b, *.txt"),
+        ("/home/me, my secrets/a.txt", "me, a.txt"),
     ],
 )
 def test_a_source_is_shown_without_private_parts(source, shown):

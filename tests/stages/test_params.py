@@ -79,6 +79,11 @@ def test_seed_has_the_settings_of_the_original_project():
         ("vocab_size: 50257", "vocab_size: 50000", "model.vocab_size 50000 is less than the tokenizer's 50257"),
         ("fallback: python-docs", "fallback: nothing", "corpus.fallback is 'nothing'; expected null or one of"),
         ("source: tinyshakespeare", "source: ''", "corpus.source is ''"),
+        ("source: tinyshakespeare", "source: 3", "corpus.source is 3; expected a string or a list"),
+        ("source: tinyshakespeare", "source: []", "corpus.source is []"),
+        ("text_column: text", "text_column:", "corpus.text_column is None; expected a string"),
+        ("limit: null", "limit: 10 words", "corpus.limit is '10 words'; expected null or a text such as"),
+        ("limit: null", "limit: 10", "corpus.limit is 10; expected a string"),
         ("device: auto", "device: tpu", "runtime.device is 'tpu'; expected 'auto', 'cuda', 'mps' or 'cpu'"),
         ("tokenize:", "tokenise:", "unknown key tokenise; did you mean 'tokenize'?"),
         ("corpus:\n", "extra: 1\n\ncorpus:\n", "unknown key extra"),
@@ -114,6 +119,13 @@ def test_a_missing_file_error_names_the_command_that_creates_it(tmp_path):
 
 def test_a_float_may_be_written_without_a_point(tmp_path):
     assert load(tmp_path, change("learning_rate: 6.0e-3", "learning_rate: 3e-4")).train.learning_rate == 3e-4
+
+
+def test_a_source_may_be_a_list_and_a_limit_a_text(tmp_path):
+    text = change("source: tinyshakespeare", "source: [a.txt, 'hf://datasets/me/texts']")
+    corpus = load(tmp_path, text.replace("limit: null", "limit: 500 MB")).corpus
+    assert corpus.source == ["a.txt", "hf://datasets/me/texts"]
+    assert corpus.limit == "500 MB"
 
 
 @pytest.mark.parametrize("stage", ["fetch", "tokenize", "train", "evaluate", "export_to_space"])

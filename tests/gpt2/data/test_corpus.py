@@ -1,63 +1,41 @@
 import hashlib
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import json
+import os
+import tracemalloc
 
 import pytest
 
-from gpt2.data import corpus
-from gpt2.data.corpus import write_corpus
-from gpt2.data.download import Download, DownloadError, download_file
-from gpt2.data.python_docs import prose
+from gpt2.data.corpus import local_files, write_corpus
+from gpt2.data.documents import read_documents
+from gpt2.data.limit import parse_limit
+from gpt2.data.sources import text as source_text
 from gpt2.errors import FileError, UserError
-
-TEXT = b"All that is solid.\nAll that is not.\n"
+from tests.gpt2.data.sources.server import TEXT, send, web_server
 
 
 @pytest.fixture
 def server():
-    """A web server; `server.reply` is what it does for the next requests."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            server.requests += 1
-            server.reply(self)
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.reply = 0, ok
-    server.url = f"http://127.0.0.1:{server.server_port}/text.txt"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with web_server() as server:
+        yield server
 
 
-def ok(handler):
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(TEXT)))
-    handler.end_headers()
-    handler.wfile.write(TEXT)
-
-
-def cut_off(handler):
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(2 * len(TEXT)))
-    handler.end_headers()
-    handler.wfile.write(TEXT)
-
-
-def not_found(handler):
-    handler.send_error(404)
-
-
-def write(source, tmp_path):
+def write(source, tmp_path, **options):
     target = tmp_path / "out" / "corpus.txt"
-    facts = write_corpus(str(source), target, downloads=tmp_path / "downloads", roots=[tmp_path])
+    facts = write_corpus(
+        source, target, target.with_name("documents.bin"), downloads=tmp_path / "downloads", roots=[tmp_path], **options
+    )
     return facts, target.read_bytes()
+
+
+def documents(tmp_path):
+    """The texts of the documents that were written."""
+    content = (tmp_path / "out/corpus.txt").read_bytes()
+    ends = read_documents(tmp_path / "out/documents.bin", tmp_path / "out/corpus.txt")["end"].tolist()
+    return [content[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def jsonl(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
 def test_a_file_is_used_unchanged(tmp_path):
@@ -72,14 +50,14 @@ def test_a_file_is_used_unchanged(tmp_path):
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 1 << 20])
 def test_line_ends_and_the_byte_order_mark_are_normalized(tmp_path, monkeypatch, chunk_bytes):
-    monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(source_text, "CHUNK_BYTES", chunk_bytes)
     (tmp_path / "dos.txt").write_bytes("\ufeffone\r\ntwo\rthree é\n\r\r\nend\r".encode())
     assert write("dos.txt", tmp_path)[1].decode() == "one\ntwo\nthree é\n\n\nend\n"
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 3, 1 << 20])
 def test_invalid_utf8_is_reported_with_its_offset(tmp_path, monkeypatch, chunk_bytes):
-    monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(source_text, "CHUNK_BYTES", chunk_bytes)
     (tmp_path / "latin.txt").write_bytes("é caf".encode() + b"\xe9 noir")
     with pytest.raises(UserError, match=r"latin\.txt is not UTF-8: byte 0xe9 at offset 6;"):
         write("latin.txt", tmp_path)
@@ -106,79 +84,112 @@ def test_an_empty_corpus_is_refused(tmp_path, content):
     assert not (tmp_path / "out/corpus.txt").exists()
 
 
-def test_a_folder_is_its_texts_in_the_order_of_their_paths(tmp_path):
-    folder = tmp_path / "texts"
-    (folder / "b").mkdir(parents=True)
-    (folder / "a.txt").write_text("first")
-    (folder / "b" / "c.md").write_text("second\n")
-    (folder / "z.TXT").write_text("third")
-    (folder / "picture.png").write_bytes(b"\xff\xd8")
-    (folder / ".hidden.txt").write_text("no")
-    (folder / "loop").symlink_to(folder)
-    assert write("texts", tmp_path)[1] == b"first\nsecond\nthird"
-
-
-def test_a_folder_without_texts_is_refused(tmp_path):
-    (tmp_path / "texts").mkdir()
-    with pytest.raises(UserError, match=r"has no \.txt or \.md file"):
-        write("texts", tmp_path)
-
-
-def test_a_path_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"'nowhere\.txt' is not a known corpus"):
-        write("nowhere.txt", tmp_path)
-
-
-def test_a_relative_path_is_looked_up_in_each_root(tmp_path):
-    first, second = tmp_path / "copy", tmp_path / "real"
-    second.mkdir()
-    (second / "mine.txt").write_text("x")
-    assert corpus.find_path("mine.txt", [first, second]) == second / "mine.txt"
-    assert corpus.find_path(str(second / "mine.txt"), [first]) == second / "mine.txt"
-
-
-def test_a_url_is_downloaded(server, tmp_path):
-    facts, content = write(server.url, tmp_path)
-    assert content == TEXT
-    assert facts.source == server.url
-
-
-@pytest.mark.parametrize("reply", [cut_off, not_found])
-def test_a_failed_download_leaves_nothing_behind(server, tmp_path, reply):
-    server.reply = reply
-    with pytest.raises(DownloadError, match="cannot download http://127") as raised:
-        write(server.url, tmp_path)
-    assert "\n" not in str(raised.value)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-def test_an_unreachable_server_is_a_one_line_error(tmp_path):
-    with pytest.raises(DownloadError, match=r"cannot download http://127\.0\.0\.1:9/"):
-        write("http://127.0.0.1:9/x.txt", tmp_path)
-
-
-def test_a_known_corpus_is_checked_and_downloaded_once(server, tmp_path):
-    good = Download(server.url, hashlib.sha256(TEXT).hexdigest(), "ours")
-    path = tmp_path / "known.txt"
-    download_file(good, path)
-    download_file(good, path)
-    assert server.requests == 1
-    path.write_bytes(b"damaged")
-    download_file(good, path)
-    assert (server.requests, path.read_bytes()) == (2, TEXT)
-    with pytest.raises(FileError, match="has SHA-256"):
-        download_file(Download(server.url, "0" * 64, "ours"), tmp_path / "other.txt")
-    assert not (tmp_path / "other.txt").exists()
-
-
-def test_prose_has_no_tables_and_no_indentation():
-    text = "A  title\n=======\n\n    Some text.\n+---+\n| a |\n+---+\n\n\n\n>>> 1 + 1\nMore\ttext.\n"
-    assert prose(text) == "A title\n\nSome text.\n\nMore text."
-
-
 def test_python_docs_is_a_corpus_of_megabytes(tmp_path):
     facts, content = write("python-docs", tmp_path)
     assert facts.characters > 1_000_000
     assert facts.source.startswith("python-docs (CPython 3.")
     assert b"for loop" in content or b"for statement" in content
     assert write("python-docs", tmp_path)[0].sha256 == facts.sha256
+
+
+def test_a_url_is_downloaded_and_read_by_its_suffix(server, tmp_path):
+    facts, content = write(server.url, tmp_path)
+    assert content == TEXT
+    assert facts.source == server.url
+    server.reply = send(jsonl("a", "b").encode())
+    address = server.url.replace(".txt", ".jsonl?token=x")
+    facts, content = write([server.url.replace(".txt", ".jsonl?token=x"), address], tmp_path)
+    assert content == b"abab"
+    assert len(list((tmp_path / "downloads").iterdir())) == 2
+
+
+def test_a_folder_is_a_document_for_each_file(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("first")
+    (folder / "b.md").write_text("\n second\n")
+    (folder / "c.txt").write_text(" \n")
+    (folder / "d.jsonl").write_text(jsonl("third", None, "", "fourth"))
+    facts, _ = write("texts", tmp_path)
+    assert documents(tmp_path) == ["first", "\n second\n", "third", "fourth"]
+    assert (facts.documents, facts.skipped, facts.revision) == (4, 3, None)
+    assert facts.source == str(folder)
+
+
+def test_a_list_of_sources_is_read_in_its_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("gpt2.data.corpus.python_docs", lambda progress: iter(["of ", "Python"]))
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "a.csv").write_text("id,body\n1,one\n2,two\n")
+    facts, _ = write(["b.txt", "a.csv", "python-docs", "*.txt"], tmp_path, text_column="body")
+    assert documents(tmp_path) == ["b", "one", "two", "of Python", "b"]
+    assert facts.source.startswith(f"{tmp_path / 'b.txt'}, {tmp_path / 'a.csv'}, python-docs (CPython")
+    assert facts.licence == "unknown, Python Software Foundation License"
+    assert local_files(["b.txt", "python-docs", "https://x.org/a.txt", "s3://b/a", "*.txt"], [tmp_path]) == [
+        tmp_path / "b.txt"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("2 documents", ["one two", "three"]), ("9 bytes", ["one two", "th"]), ("3 tokens", ["one two", "three"])],
+)
+def test_a_limit_takes_the_first(tmp_path, limit, expected):
+    (tmp_path / "mine.jsonl").write_text(jsonl("one two", " ", "three", "four"))
+    facts, _ = write("mine.jsonl", tmp_path, limit=parse_limit(limit))
+    assert documents(tmp_path) == expected
+    assert facts.documents == 2
+
+
+def test_a_limit_in_the_middle_of_a_character_leaves_no_empty_document(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(jsonl("one", "漢字"))
+    assert write("mine.jsonl", tmp_path, limit=parse_limit("4 bytes"))[0].documents == 1
+    assert documents(tmp_path) == ["one"]
+
+
+def test_an_error_in_a_later_file_leaves_the_former_corpus(tmp_path):
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "bad.jsonl").write_text(jsonl("fine") + "{")
+    write("good.txt", tmp_path)
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 2: not JSON"):
+        write(["good.txt", "bad.jsonl"], tmp_path)
+    assert documents(tmp_path) == ["good"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"corpus.txt", "documents.bin"}
+
+
+def test_records_never_stand_beside_another_text(tmp_path, monkeypatch):
+    (tmp_path / "old.txt").write_text("old text")
+    (tmp_path / "new.txt").write_text("new text")
+    write("old.txt", tmp_path)
+    replace = os.replace
+
+    def killed(source, target):
+        if target.name == "documents.bin":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write("new.txt", tmp_path)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["corpus.txt"]
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_the_work(tmp_path):
+    with (tmp_path / "mine.txt").open("wb") as file:
+        file.truncate(1 << 43)  # a sparse file
+    with pytest.raises(FileError, match=r"needs about 8,796,093,022,208 bytes, but the disk of .* has .* free"):
+        write("mine.txt", tmp_path)
+    assert not (tmp_path / "out").exists()
+    assert len(write("mine.txt", tmp_path, limit=parse_limit("3 bytes"))[1]) == 3
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    with (tmp_path / "mine.jsonl").open("w") as file:
+        for number in range(64):
+            file.write(jsonl(f"{number} " * 100_000))
+    (tmp_path / "line.txt").write_text("words without end " * 2_000_000)
+    tracemalloc.start()
+    for source in ("mine.jsonl", "line.txt"):
+        write_corpus(source, tmp_path / "c.txt", tmp_path / "d.bin", downloads=tmp_path, roots=[tmp_path])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 << 20

@@ -19,10 +19,10 @@ import numpy as np
 
 from gpt2 import tokenizer
 from gpt2.config import TokenizeConfig
-from gpt2.data.blocks import BLOCK_BYTES, Block, Encoder, Job, count_blocks, encoder
 from gpt2.data.documents import Documents, read_documents
-from gpt2.data.splits import Duplicates, Split, split_documents
 from gpt2.data.token_files import INDEX_FILE, SPLITS, TOKEN_TYPE, TokenArray, shard_name
+from gpt2.data.tokenizing.blocks import BLOCK_BYTES, Block, Encoder, Job, count_blocks, encoder
+from gpt2.data.tokenizing.splits import Duplicates, Split, split_documents
 from gpt2.errors import FileError, UserError
 from gpt2.files import atomic_path, atomic_write, file_lock, write_json
 from gpt2.progress import ProgressCallback, no_progress

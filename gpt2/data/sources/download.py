@@ -1,6 +1,7 @@
-"""Downloads with a pinned SHA-256."""
+"""The known corpora, and downloads with a pinned SHA-256."""
 
 import http.client
+import shutil
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,11 @@ DOWNLOADS = {
 }
 
 
+PYTHON_DOCS = "python-docs"
+KNOWN = (*DOWNLOADS, PYTHON_DOCS)
+"""Names of corpora."""
+
+
 class DownloadError(FileError):
     """A text could not be downloaded."""
 
@@ -45,7 +51,7 @@ def download_file(download: Download, path: Path, progress: ProgressCallback = n
     """Downloads to `path` and returns it. Skips the download if `path` already has the pinned SHA-256.
 
     A URL without a pinned SHA-256 is downloaded every time, because its text may have changed. The write is atomic, so
-    `path` never holds a partial download. Raises DownloadError.
+    `path` never holds a partial download. Raises DownloadError; FileError if the disk is too small for it.
     """
     if download.sha256 and path.is_file() and sha256_of(path) == download.sha256:
         return path
@@ -53,6 +59,7 @@ def download_file(download: Download, path: Path, progress: ProgressCallback = n
         request = urllib.request.Request(download.url, headers={"User-Agent": "gpt2-pipeline"})  # noqa: S310
         with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT_S) as response:  # noqa: S310 - http(s) only
             expected = response.headers.get("Content-Length")
+            check_space(path.parent, int(expected or 0), download.url)
             with atomic_write(path) as file:
                 while data := response.read1(CHUNK_BYTES):
                     file.write(data)
@@ -62,6 +69,17 @@ def download_file(download: Download, path: Path, progress: ProgressCallback = n
         reason = getattr(error, "reason", None) or error
         raise DownloadError(f"cannot download {download.url}: {reason}") from None
     return path
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raises FileError if the disk of a folder has less than `needed` free bytes. what: is to be written."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise FileError(
+            f"the text of {what} needs about {needed:,} bytes, but the disk of {folder} has {free:,} free; free some, "
+            "or set corpus.limit"
+        )
 
 
 def _verify_download(file: IO[bytes], download: Download, expected: str | None) -> None:

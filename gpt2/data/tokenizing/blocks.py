@@ -22,8 +22,8 @@ import numpy as np
 
 from gpt2 import tokenizer
 from gpt2.data.documents import Documents, read_documents
-from gpt2.data.splits import Split
 from gpt2.data.token_files import TOKEN_TYPE, TokenArray
+from gpt2.data.tokenizing.splits import Split
 from gpt2.errors import OutOfMemoryError, UserError
 from gpt2.progress import ProgressCallback
 
@@ -60,9 +60,8 @@ def count_blocks(num_bytes: int, block_bytes: int = BLOCK_BYTES) -> int:
 
 
 def safe_cut(data: bytes, start: int) -> int | None:
-    """The first index from `start`, which is not 0, at which a text can be cut without changing its tokens.
+    """The first index from `start`, which is not 0, at which a text can be cut: as `tokenizer.last_cut` finds the last.
 
-    In GPT-2's pattern white space only starts a piece, so a piece ends before each run of white space.
     data: UTF-8 that may begin or end within a character.
     """
     for found in RUN_START.finditer(data, start):

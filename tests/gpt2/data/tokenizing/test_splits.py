@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from gpt2 import tokenizer
-from gpt2.data import splits
 from gpt2.data.documents import read_documents
 from gpt2.data.token_files import open_tokens
+from gpt2.data.tokenizing import splits
 from gpt2.errors import UserError
 from tests.conftest import our_text, tokenize, write_documents
 

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 from gpt2 import tokenizer
 from gpt2.config import TokenizeConfig
-from gpt2.data import blocks, tokenizing
-from gpt2.data.blocks import BlockEncoder, Job, encoder, safe_cut
 from gpt2.data.documents import read_documents
-from gpt2.data.splits import split_documents
 from gpt2.data.token_files import open_tokens
+from gpt2.data.tokenizing import blocks
+from gpt2.data.tokenizing import shards as shards_module
+from gpt2.data.tokenizing.blocks import BlockEncoder, Job, encoder, safe_cut
+from gpt2.data.tokenizing.splits import split_documents
 from gpt2.errors import BusyError, FileError, Interrupted, OutOfMemoryError, UserError
 from gpt2.files import file_lock
 from gpt2.progress import no_progress
@@ -65,7 +66,7 @@ def test_blocks_never_change_the_tokens(tmp_path_factory, documents, block_bytes
 
 
 def splits_of_all(records, size):
-    from gpt2.data.splits import HASHES, Split
+    from gpt2.data.tokenizing.splits import HASHES, Split
 
     return Split(0, size, 0, HASHES - 1, np.empty(0, dtype=np.int64)).counted(records)
 
@@ -165,7 +166,7 @@ def test_unfinished_work_on_another_text_is_not_used(tmp_path):
 
 def test_a_full_disk_keeps_the_finished_shards(tmp_path, monkeypatch):
     write_many(tmp_path)
-    real, calls = tokenizing.atomic_write, []
+    real, calls = shards_module.atomic_write, []
 
     def fail(path):
         calls.append(path)
@@ -173,7 +174,7 @@ def test_a_full_disk_keeps_the_finished_shards(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return real(path)
 
-    monkeypatch.setattr(tokenizing, "atomic_write", fail)
+    monkeypatch.setattr(shards_module, "atomic_write", fail)
     with pytest.raises(OSError, match="No space"):
         tokenize(tmp_path, shard_tokens=2000)
     assert (tmp_path / "tokens.partial/train-00001.bin").exists()
@@ -182,7 +183,7 @@ def test_a_full_disk_keeps_the_finished_shards(tmp_path, monkeypatch):
 
 def test_a_disk_that_will_be_too_small_is_told_before_the_work(tmp_path, monkeypatch):
     write_many(tmp_path)
-    monkeypatch.setattr(tokenizing.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    monkeypatch.setattr(shards_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(FileError, match=r"the tokens need about 0\.0 GB, and the disk of .* has 0\.0 GB left"):
         tokenize(tmp_path)
 
@@ -195,7 +196,7 @@ def test_without_hard_links_the_shards_are_copied(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no links here")
 
-    monkeypatch.setattr(tokenizing.os, "link", fail)
+    monkeypatch.setattr(shards_module.os, "link", fail)
     tokenize(tmp_path)
     assert shards(tmp_path) == expected
 
@@ -241,9 +242,9 @@ def test_a_large_corpus_takes_little_memory(tmp_path):
 
 
 def test_the_number_of_processes_follows_the_blocks():
-    assert tokenizing.count_processes(1_115_394, 8) == 1
-    assert tokenizing.count_processes(100_000_000, 8) == 8
-    assert tokenizing.count_processes(12_000_000, 8) == 3
+    assert shards_module.count_processes(1_115_394, 8) == 1
+    assert shards_module.count_processes(100_000_000, 8) == 8
+    assert shards_module.count_processes(12_000_000, 8) == 3
 
 
 PROGRAM = """
