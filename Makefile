@@ -82,6 +82,7 @@ bench: setup ## measure speed and learning beside other implementations and othe
 	python -m benchmarks.learning
 	python -m benchmarks.concurrency --busy --experiments
 	python -m benchmarks.communication
+	python -m benchmarks.tokenizing
 	python -m benchmarks.distributed
 	python -m benchmarks.published
 

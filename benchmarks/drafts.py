@@ -75,7 +75,7 @@ def texts(folder: Path) -> dict[str, Sequence[int]]:
     from gpt2.data.token_files import open_tokens
 
     source = "".join(inspect.getsource(module) for module in (argparse, inspect))
-    return {"held-out text": open_tokens(folder, "val").tolist(), "Python source": tokenizer.encode(source)}
+    return {"held-out text": open_tokens(folder, "val")[:].tolist(), "Python source": tokenizer.encode(source)}
 
 
 def passages(tokens: Sequence[int], length: int, count: int = PASSAGES) -> list[list[int]]:

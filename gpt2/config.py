@@ -147,9 +147,15 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class TokenizeConfig:
-    """How the corpus is split. validation_fraction: fraction of characters held out, from the end."""
+    """How the corpus is split into training and validation.
+
+    split: with "tail", the last `validation_fraction` of the characters is held out; with "documents", those documents
+    whose hash is below this fraction of all hashes. deduplicate: of identical documents, only the first is kept.
+    """
 
     validation_fraction: Annotated[float, Gt(0), Lt(1)]
+    split: Literal["tail", "documents"]
+    deduplicate: bool
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,19 @@ def encode(text: str) -> list[int]:
     return encoding().encode_ordinary(text)
 
 
+def last_cut(text: str) -> int:
+    """The last index at which a text can be split without changing its tokens; 0 if there is none.
+
+    In GPT-2's pattern white space only starts a piece, so a piece ends before each run of white space.
+    """
+    end = len(text)
+    while (cut := max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))) > 0:
+        if not text[cut - 1].isspace():
+            return cut
+        end = cut
+    return 0
+
+
 def decode(ids: Iterable[int]) -> str:
     """The text of token ids; invalid UTF-8, such as half a character, becomes U+FFFD.
 

@@ -46,6 +46,11 @@ def limit_busy_waiting() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
+def available() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cores_lock() -> Path:
     """The lock file of this machine's cores. Other machines may share the folder."""
     return paths.real_root() / f".dvc/tmp/cores-{socket.gethostname()}.lock"

@@ -3,10 +3,8 @@
 from dataclasses import asdict
 from functools import partial
 
-import numpy as np
-
 from gpt2.config import EvaluateConfig
-from gpt2.data.token_files import Tokens, open_tokens
+from gpt2.data.token_files import TokenArray, Tokens, open_tokens
 from gpt2.files import write_json, write_text
 from stages import paths, tracking
 from stages.cores import reserve_cores
@@ -103,10 +101,10 @@ def describe_samples(config: EvaluateConfig, prompts: list[str], samples: list[s
     return "\n\n".join(parts) + "\n"
 
 
-def middle(tokens: Tokens, length: int) -> Tokens:
+def middle(tokens: Tokens, length: int) -> TokenArray:
     """`length` tokens, or all if there are fewer, from the middle of a text."""
     start = max(0, (len(tokens) - length) // 2)
-    return np.asarray(tokens[start : start + length])
+    return tokens[start : start + length]
 
 
 if __name__ == "__main__":

@@ -31,6 +31,11 @@ def real_root() -> Path:
     return Path(root.split("/.dvc/tmp/exps/")[0]).absolute()
 
 
+def unfinished_tokens() -> Path:
+    """The folder of the tokenize stage's unfinished work. DVC deletes data/tokens before the stage runs again."""
+    return real_root() / "data/tokens.partial"
+
+
 def database() -> Path:
     """The MLflow database, unless MLFLOW_TRACKING_URI is set."""
     return real_root() / "mlflow.db"

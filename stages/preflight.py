@@ -35,7 +35,7 @@ class Plan:
     with the code, decides the numbers."""
 
     params: Params
-    tokens_meta: Mapping[str, Any]
+    tokens_index: Mapping[str, Any]
     folder: Path
     micro_batch_size: int
     identity: Mapping[str, Any]

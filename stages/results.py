@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gpt2.data.token_files import split_sha256
 from gpt2.device import device_name
 from gpt2.files import sha256_of, write_json
 from gpt2.model.storage import CONFIG_FILE, MODEL_FILE, save_weights
@@ -80,11 +81,10 @@ def final_metrics(run: TrainingRun) -> dict[str, Any]:
 
 def run_tags(run: TrainingRun) -> dict[str, str]:
     """Tags for MLflow: where the text comes from, checksums, and what computes."""
-    meta = run.plan.tokens_meta
     corpus = json.loads(paths.CORPUS_FACTS.read_text(encoding="utf-8")) if paths.CORPUS_FACTS.is_file() else {}
     tags = {
-        "corpus.sha256": meta["corpus_sha256"],
-        "tokens.sha256": meta["splits"]["train"]["sha256"],
+        "corpus.sha256": corpus.get("sha256", "unknown"),
+        "tokens.sha256": split_sha256(run.plan.tokens_index, "train"),
         "corpus.name": corpus.get("name", "unknown"),
         "corpus.from": corpus.get("source", "unknown"),
         "runtime.device": device_name(run.model.device),

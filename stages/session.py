@@ -62,8 +62,11 @@ def set_up(plan: Plan, stop: StopSignal, world: World) -> TrainingRun:
     device = choose_device(runtime.device)
     configure_device(device, runtime.threads or world.threads())
     torch.manual_seed(config.seed)
-    sampler = Sampler(open_tokens(paths.TOKENS, "train"), config, rank=world.rank, processes=world.size)
-    val_tokens = open_tokens(paths.TOKENS, "val")
+    # the processes of a machine share its copy of the tokens
+    train_tokens, val_tokens = (
+        open_tokens(paths.TOKENS, split, part=world.local_rank, parts=world.local_size) for split in ("train", "val")
+    )
+    sampler = Sampler(train_tokens, config, rank=world.rank, processes=world.size)
     store = CheckpointStore(plan.folder, world)
     checkpoint = store.load_newest(warn)
     check_stop(stop, world)

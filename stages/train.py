@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
-from gpt2.data.token_files import read_meta
+from gpt2.data.token_files import read_index
 from gpt2.errors import DivergedError
 from gpt2.files import file_lock, write_json
 from stages import endings, paths, preflight, workers
@@ -75,11 +75,11 @@ def check(params: Params, local_processes: int = 1, processes: int | None = None
     local_processes: on this machine; they share its memory. processes: on all machines, if there are others.
     """
     micro_batch_size = preflight.micro_batch_that_fits(params, local_processes, processes or local_processes)
-    meta = read_meta(paths.TOKENS)
-    identity = {"model": asdict(params.model), "train": asdict(params.train), "tokens": meta["splits"]}
+    index = read_index(paths.TOKENS)
+    identity = {"model": asdict(params.model), "train": asdict(params.train), "tokens": index["splits"]}
     folder = paths.checkpoints(params.runtime.checkpoint_folder) / fingerprint(identity, training_sources())
     preflight.check_disk(params, folder)
-    return preflight.Plan(params, meta, folder, micro_batch_size, identity)
+    return preflight.Plan(params, index, folder, micro_batch_size, identity)
 
 
 def fingerprint(facts: dict[str, Any], sources: Iterable[Path]) -> str:

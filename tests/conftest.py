@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
-from gpt2.config import GPTConfig, TrainConfig
+from gpt2.config import GPTConfig, TokenizeConfig, TrainConfig
 from gpt2.model.transformer import GPT
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job, and so in all that tests start
@@ -72,6 +73,38 @@ def our_text(sentences: int, seed: int = 0) -> str:
     return "".join(parts)
 
 
+def write_documents(folder: Path, texts: list[str]) -> None:
+    """corpus.txt and documents.bin, as the fetch stage writes them."""
+    from gpt2.data.documents import DOCUMENT_TYPE, hash_of, new_hash
+
+    folder.mkdir(exist_ok=True)
+    data = [text.encode() for text in texts]
+    records = np.zeros(len(data), dtype=DOCUMENT_TYPE)
+    records["end"] = np.cumsum([len(each) for each in data])
+    for record, each in zip(records, data, strict=True):
+        digest = new_hash()
+        digest.update(each)
+        record["hash"] = hash_of(digest)
+    (folder / "corpus.txt").write_bytes(b"".join(data))
+    (folder / "documents.bin").write_bytes(records.tobytes())
+
+
+def tokenize(
+    folder: Path, fraction: float = 0.1, *, split: Any = "tail", deduplicate: bool = False, **options: Any
+) -> Any:
+    """Writes the token files of the documents in a folder to `tokens` in it; returns their index."""
+    from gpt2.data.tokenizing.shards import write_tokens
+
+    return write_tokens(
+        folder / "corpus.txt",
+        folder / "documents.bin",
+        folder / "tokens",
+        TokenizeConfig(fraction, split, deduplicate),
+        partial=folder / "tokens.partial",
+        **options,
+    )
+
+
 # Two processes take one file at a time. The longest ones come first, so that both end at about the same time.
 LONGEST_FIRST = (
     "tests/stages/test_pipeline.py",
@@ -110,11 +143,8 @@ def train_config() -> Callable[..., TrainConfig]:
 @pytest.fixture
 def tokens(tmp_path: Path, text: str) -> Path:
     """A folder with the token files of our text."""
-    from gpt2.data.token_files import write_tokens
-
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text(text)
-    write_tokens(corpus, tmp_path / "tokens", 0.1)
+    write_documents(tmp_path, [text])
+    tokenize(tmp_path)
     return tmp_path / "tokens"
 
 

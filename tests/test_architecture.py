@@ -18,6 +18,7 @@ PACKAGES = {
     "model": set(),
     "data": {"data/sources"},
     "data/sources": set(),
+    "data/tokenizing": {"data"},
     "kernels": {"model"},
     "inference": {"model", "kernels"},
     "training": {"model", "data"},

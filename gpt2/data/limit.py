@@ -13,6 +13,7 @@ PATTERN = re.compile(
     r"(?:(?P<factor>[kmb]?)\s*(?P<unit>documents?|tokens?)|(?P<prefix>[kmgt]?)(?:bytes|b))",
     re.IGNORECASE,
 )
+MAX_PENDING_CHARACTERS = 1 << 20
 EXPECTED_LIMIT = "null or a text such as '1000 documents', '500 MB' or '10M tokens'"
 
 
@@ -95,13 +96,13 @@ def _take_tokens(text: str, count: int) -> tuple[str, int]:
 
 
 def _pieces(document: Document) -> Iterator[str]:
-    """A document in pieces with the same tokens, as `token_files.encode_chunks` cuts it."""
-    from gpt2.data.token_files import MAX_PENDING_CHARACTERS, safe_cut
+    """A document in pieces with the same tokens; a run of a million characters without white space may be cut."""
+    from gpt2 import tokenizer
 
     pending = ""
     for chunk in document:
         pending += chunk
-        cut = safe_cut(pending) or (len(pending) if len(pending) >= MAX_PENDING_CHARACTERS else 0)
+        cut = tokenizer.last_cut(pending) or (len(pending) if len(pending) >= MAX_PENDING_CHARACTERS else 0)
         if cut:
             yield pending[:cut]
             pending = pending[cut:]

@@ -1,159 +1,169 @@
-"""Tokenizes a corpus into token files, and reads them.
+"""Token files: how the tokens of a split lie on the disk, and how they are read.
 
-A token file is a bare array of unsigned 16-bit little-endian integers, memory-mapped when read, so that neither the
-corpus nor its tokens need to fit into memory. `meta.json` beside them describes them.
+A split is a sequence of shards, `train-00000.bin` and so on: bare arrays of unsigned 16-bit little-endian integers.
+`index.json` beside them names them, with their sizes and SHA-256 sums.
 """
 
 import hashlib
 import json
-import math
-from collections.abc import Iterator
+import os
+import sys
+import threading
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from gpt2 import tokenizer
-from gpt2.errors import FileError, UserError
-from gpt2.files import atomic_write, sha256_of, write_json
-from gpt2.progress import ProgressCallback, no_progress
+from gpt2.errors import FileError
+from gpt2.files import sha256_of
 
 TOKEN_TYPE = np.dtype("<u2")
-CHUNK_CHARACTERS = 1 << 20
-MAX_PENDING_CHARACTERS = 1 << 24
-Tokens = npt.NDArray[np.uint16]
+INDEX_FILE = "index.json"
+SPLITS = ("train", "val")
+VERIFIED_AT_ONCE_BYTES = 64_000_000
+"""Splits up to this size are verified when they are opened, larger ones by a thread."""
+AGAIN = "run the tokenize stage again"
+TokenArray = npt.NDArray[np.uint16]
 
 
-def count_characters(corpus: Path) -> int:
-    """Number of Unicode characters of a text file."""
-    return sum(map(len, _text_chunks(corpus)))
+class Tokens(Protocol):
+    """A sequence of tokens whose slices are arrays: `TokenFiles`, or an array."""
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+
+    def __getitem__(self, part: slice, /) -> TokenArray:
+        """The tokens of a slice."""
 
 
-def _text_chunks(corpus: Path) -> Iterator[str]:
+def shard_name(split: str, number: int) -> str:
+    """The file name of a shard, whose number counts from 0 in each split."""
+    return f"{split}-{number:05d}.bin"
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The content of index.json. Raises FileError if it cannot be read, or does not describe both splits."""
     try:
-        with corpus.open(encoding="utf-8", newline="") as file:
-            while chunk := file.read(CHUNK_CHARACTERS):
-                yield chunk
-    except UnicodeDecodeError as error:
-        raise UserError(f"{corpus} is not UTF-8: {error.reason}; run the fetch stage again") from None
-
-
-def safe_cut(text: str) -> int:
-    """The last index at which a text can be split without changing its tokens; 0 if there is none.
-
-    In GPT-2's pattern white space only starts a piece, so a piece ends before each run of white space.
-    """
-    end = len(text)
-    while (cut := max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))) > 0:
-        if not text[cut - 1].isspace():
-            return cut
-        end = cut
-    return 0
-
-
-def encode_chunks(chunks: Iterator[str]) -> Iterator[Tokens]:
-    """Tokens of a text given in chunks: the same as those of the whole text, with memory for one chunk.
-
-    A run of 16 million characters without white space is split, which may change its tokens, but not its text.
-    """
-    pending = ""
-    for chunk in chunks:
-        pending += chunk
-        cut = safe_cut(pending)
-        if not cut and len(pending) >= MAX_PENDING_CHARACTERS:
-            cut = len(pending)
-        if cut:
-            yield np.array(tokenizer.encode(pending[:cut]), dtype=TOKEN_TYPE)
-            pending = pending[cut:]
-    if pending:
-        yield np.array(tokenizer.encode(pending), dtype=TOKEN_TYPE)
-
-
-def split_text(chunks: Iterator[str], start: int, end: int) -> Iterator[str]:
-    """Characters [start, end) of a text given in chunks."""
-    position = 0
-    for chunk in chunks:
-        part = chunk[max(0, start - position) : max(0, end - position)]
-        if part:
-            yield part
-        position += len(chunk)
-        if position >= end:
-            return
-
-
-def write_tokens(
-    corpus: Path, folder: Path, validation_fraction: float, *, progress: ProgressCallback = no_progress
-) -> dict[str, Any]:
-    """Writes train.bin, val.bin and, last, meta.json (which it returns) into a folder.
-
-    The last `validation_fraction` of the corpus's characters are held out.
-    Raises UserError if a split has fewer than two tokens.
-    """
-    num_characters = count_characters(corpus)
-    boundary = math.floor(num_characters * (1 - validation_fraction))
-    splits: dict[str, Any] = {}
-    for name, start, end in ("train", 0, boundary), ("val", boundary, num_characters):
-        text = split_text(_text_chunks(corpus), start, end)
-        splits[name] = _write_split(folder / f"{name}.bin", text, progress)
-        if splits[name]["tokens"] < 2:
-            raise UserError(
-                f"the {name} split has {end - start} of the corpus's {num_characters} characters, which is too little; "
-                "use a longer text or another tokenize.validation_fraction"
-            )
-    meta = {
-        "tokenizer": "gpt2",
-        "dtype": "uint16 little-endian",
-        "corpus_sha256": sha256_of(corpus),
-        "corpus_characters": num_characters,
-        "splits": splits,
-    }
-    write_json(folder / "meta.json", meta)
-    return meta
-
-
-def _write_split(path: Path, chunks: Iterator[str], progress: ProgressCallback) -> dict[str, int | str]:
-    digest, num_tokens, num_bytes = hashlib.sha256(), 0, 0
-
-    def counted() -> Iterator[str]:
-        nonlocal num_bytes
-        for chunk in chunks:
-            size = len(chunk.encode())
-            num_bytes += size
-            yield chunk
-            progress(size)
-
-    with atomic_write(path) as file:
-        for tokens in encode_chunks(counted()):
-            data = tokens.tobytes()
-            file.write(data)
-            digest.update(data)
-            num_tokens += len(tokens)
-    return {"tokens": num_tokens, "bytes": num_bytes, "sha256": digest.hexdigest()}
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """The content of meta.json. Raises FileError if it cannot be read, or does not describe both splits."""
-    try:
-        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        for split in ("train", "val"):
-            int(meta["splits"][split]["tokens"]), str(meta["splits"][split]["sha256"])
+        index: dict[str, Any] = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        for split in SPLITS:
+            shards = index["splits"][split]["shards"]
+            if sum(int(shard["tokens"]) for shard in shards) != index["splits"][split]["tokens"]:
+                raise ValueError("numbers of tokens differ")
+            for number, shard in enumerate(shards):
+                if shard["file"] != shard_name(split, number) or not isinstance(shard["sha256"], str):
+                    raise ValueError(f"shard {number} has the name {shard['file']!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileError(f"{folder} has no readable meta.json ({error!r}); run the tokenize stage again") from None
-    return meta
+        raise FileError(f"{folder} has no readable {INDEX_FILE} ({error!r}); {AGAIN}") from None
+    return index
 
 
-def open_tokens(folder: Path, split: str) -> Tokens:
-    """The tokens of a split, "train" or "val", memory-mapped. Raises FileError if they do not match meta.json."""
-    expected = read_meta(folder)["splits"][split]
-    path = folder / f"{split}.bin"
-    try:
-        found = sha256_of(path)
-        tokens: Tokens = np.memmap(path, dtype=TOKEN_TYPE, mode="r")
-    except (OSError, ValueError) as error:
-        raise FileError(f"cannot read {path} ({error}); run the tokenize stage again") from None
-    if len(tokens) != expected["tokens"]:
-        raise FileError(f"{path} has {len(tokens)} tokens, not {expected['tokens']}; run the tokenize stage again")
-    if found != expected["sha256"]:
-        raise FileError(f"{path} is damaged: its SHA-256 is not that of meta.json; run the tokenize stage again")
+def split_sha256(index: Mapping[str, Any], split: str) -> str:
+    """One sum for a split: the SHA-256 of the sums of its shards."""
+    sums = "".join(shard["sha256"] for shard in index["splits"][split]["shards"])
+    return hashlib.sha256(sums.encode()).hexdigest()
+
+
+class TokenFiles:
+    """The tokens of a split on the disk. Slices may cross the borders of shards; nothing stays in memory."""
+
+    def __init__(self, paths: Sequence[Path], lengths: Sequence[int], sums: Sequence[str]) -> None:
+        """lengths: tokens of each shard. sums: their SHA-256. Raises FileError if a file has another size."""
+        self._paths, self._sums = paths, sums
+        self._starts = [0, *accumulate(lengths)]
+        self._damage: FileError | None = None
+        for path, length in zip(paths, lengths, strict=True):
+            try:
+                found, odd = divmod(path.stat().st_size, TOKEN_TYPE.itemsize)
+            except OSError as error:
+                raise FileError(f"cannot read {path} ({error}); {AGAIN}") from None
+            if found != length or odd:
+                raise FileError(f"{path} has {found} tokens, not {length}; {AGAIN}")
+
+    def __len__(self) -> int:
+        """Number of tokens of all shards."""
+        return self._starts[-1]
+
+    def __getitem__(self, part: slice, /) -> TokenArray:
+        """The tokens of a slice with step 1, as a new array.
+
+        Raises FileError if a shard cannot be read, or was found damaged since the last call.
+        """
+        if self._damage is not None:
+            raise self._damage
+        start, stop, step = part.indices(len(self))
+        if step != 1:
+            raise ValueError("a slice of tokens has the step 1")
+        tokens = np.empty(max(0, stop - start), dtype=TOKEN_TYPE)
+        position = start
+        while position < stop:
+            shard = bisect_right(self._starts, position) - 1
+            end = min(stop, self._starts[shard + 1])
+            self._read(shard, position - self._starts[shard], tokens[position - start : end - start])
+            position = end
+        return tokens
+
+    def _read(self, shard: int, offset: int, tokens: TokenArray) -> None:
+        """Fills an array with the tokens of a shard from an offset on."""
+        path = self._paths[shard]
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(offset * TOKEN_TYPE.itemsize)
+                wanted = tokens.data.cast("B")
+                while wanted and (count := file.readinto(wanted)):
+                    wanted = wanted[count:]
+        except OSError as error:
+            raise FileError(f"cannot read {path}: {error.strerror}") from None
+        if wanted:
+            raise FileError(f"{path} became shorter while it was read; {AGAIN}")
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Reads every parts-th shard. Raises FileError if one does not have its sum."""
+        for path, expected in list(zip(self._paths, self._sums, strict=True))[part::parts]:
+            try:
+                found = sha256_of(path)
+            except OSError as error:
+                raise FileError(f"cannot read {path} ({error}); {AGAIN}") from None
+            if found != expected:
+                raise FileError(f"{path} is damaged: its SHA-256 is not that of {INDEX_FILE}; {AGAIN}")
+
+    def verify_in_background(self, part: int = 0, parts: int = 1) -> threading.Thread:
+        """Verifies in a thread, which only takes time that nothing else wants. The next slice raises its error."""
+
+        def run() -> None:
+            if sys.platform == "linux":  # where a thread has a priority of its own
+                with suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            try:
+                self.verify(part, parts)
+            except FileError as error:
+                self._damage = error
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+
+def open_tokens(folder: Path, split: str, *, part: int = 0, parts: int = 1) -> TokenFiles:
+    """The tokens of a split, "train" or "val".
+
+    Sizes are checked at once. Sums are verified at once in a small split. In a large one, a thread verifies them while
+    the tokens are used, and a later read raises its error. part, parts: this process and the number of processes that
+    read the same files; each then verifies its part of a large split. Raises FileError if a file is not that of
+    index.json.
+    """
+    shards = read_index(folder)["splits"][split]["shards"]
+    tokens = TokenFiles(
+        [folder / shard["file"] for shard in shards],
+        [shard["tokens"] for shard in shards],
+        [shard["sha256"] for shard in shards],
+    )
+    if len(tokens) * TOKEN_TYPE.itemsize <= VERIFIED_AT_ONCE_BYTES:
+        tokens.verify()
+    else:
+        tokens.verify_in_background(part, parts)
     return tokens

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2.config import GPT2_VOCAB_SIZE
 from gpt2.data.sampler import windows
 from gpt2.data.token_files import Tokens
 from gpt2.model.transformer import GPT
@@ -49,6 +50,7 @@ def score(
 ) -> Scores:
     """The scores over every token but the first, in windows of `sequence_length`, in the dtype of the model."""
     total_nats, top1, top5 = 0.0, 0, 0
+    counts = np.zeros(GPT2_VOCAB_SIZE, dtype=np.int64)  # of each token among the targets
     for inputs, targets in windows(tokens, sequence_length, batch_size):
         y = _on(model.device, targets)  # (B, T)
         logits, loss = model(_on(model.device, inputs), y)  # (B, T, V)
@@ -56,12 +58,10 @@ def score(
         total_nats += loss.item() * targets.size
         top1 += int((likelier < 1).sum())
         top5 += int((likelier < 5).sum())
+        counts += np.bincount(targets.ravel(), minlength=len(counts))
         progress(targets.size)
     num_targets = len(tokens) - 1
-    num_bytes = sum(
-        len(token_bytes(int(token))) * int(count)
-        for token, count in zip(*np.unique(tokens[1:], return_counts=True), strict=True)
-    )
+    num_bytes = sum(len(token_bytes(int(token))) * int(counts[token]) for token in np.flatnonzero(counts))
     loss = total_nats / num_targets
     return Scores(
         loss=loss,

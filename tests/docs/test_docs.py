@@ -13,7 +13,7 @@ from gpt2.files import write_json
 from gpt2.hub.export import save_space_model
 from gpt2.model.storage import save_weights
 from gpt2.model.transformer import GPT
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, our_text, tokenize, write_documents
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What runs write, and git ignores.
@@ -37,6 +37,8 @@ def test_the_python_of_the_docs_runs(code, tmp_path):
     write_json(tmp_path / "models/config.json", TINY.to_dict())
     (tmp_path / "dist/space").mkdir(parents=True)
     save_space_model(model, tmp_path / "dist/space")
+    write_documents(tmp_path / "data", [our_text(50)])
+    tokenize(tmp_path / "data")
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

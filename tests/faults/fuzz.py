@@ -17,11 +17,12 @@ import pyarrow.parquet
 from ruamel.yaml import YAML
 
 from gpt2 import tokenizer
-from gpt2.data import corpus, token_files
+from gpt2.data import corpus
 from gpt2.data.sources import text as source_text
+from gpt2.data.token_files import open_tokens
 from gpt2.errors import GPT2Error
 from stages.params import Params, load_params
-from tests.conftest import ROOT, our_text
+from tests.conftest import ROOT, our_text, tokenize
 from tests.faults.result import Result
 
 STRANGE = (
@@ -93,18 +94,18 @@ def corpus_problem(case: Path, source: Path, content: bytes) -> str | None:
 
     def read() -> None:
         corpus.write_corpus(str(source), case / "corpus.txt", case / "documents.bin", downloads=case, roots=[case])
-        token_files.write_tokens(case / "corpus.txt", case / "tokens", 0.1)
+        tokenize(case)
 
     if problem := problem_of(read):
         return f"{content[:80]!r}: {problem}"
     if source.read_bytes() != content:
         return f"{content[:80]!r}: the user's file was changed"
-    if not (case / "tokens/meta.json").exists():
+    if not (case / "tokens/index.json").exists():
         return None  # it was refused, in one line
     text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     if (case / "corpus.txt").read_bytes().decode() != text:
         return f"{content[:80]!r}: another text"
-    ids = [int(token) for split in ("train", "val") for token in token_files.open_tokens(case / "tokens", split)]
+    ids = [int(token) for split in ("train", "val") for token in open_tokens(case / "tokens", split)[:]]
     return None if tokenizer.decode(ids) == text else f"{content[:80]!r}: decode(encode(x)) != x"
 
 

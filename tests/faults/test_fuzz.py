@@ -10,6 +10,7 @@ from gpt2 import tokenizer
 from gpt2.data import corpus, token_files
 from gpt2.data.sources import text as source_text
 from gpt2.errors import FileError, UserError
+from tests.conftest import tokenize, write_documents
 from tests.faults.fuzz import corpora, params_files, source_files
 
 
@@ -43,9 +44,9 @@ def write(tmp_path, source):
 
 @pytest.mark.parametrize("text", ["a" * 1_000_000, "word " * 1_000_000, " " * 1_000_000 + "x"])
 def test_a_long_line_is_tokenized_in_chunks(tmp_path, text):
-    (tmp_path / "corpus.txt").write_text(text)
-    meta = token_files.write_tokens(tmp_path / "corpus.txt", tmp_path / "tokens", 0.1)
-    assert sum(split["bytes"] for split in meta["splits"].values()) == len(text)
+    write_documents(tmp_path, [text])
+    index = tokenize(tmp_path)
+    assert sum(split["bytes"] for split in index["splits"].values()) == len(text)
 
 
 def test_sources_that_are_no_files_are_refused(tmp_path):
@@ -81,14 +82,14 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
 
 
 def test_partial_token_files_are_refused(tokens):
-    path = tokens / "train.bin"
+    path = tokens / "train-00000.bin"
     whole = path.read_bytes()
     for damaged in (whole[:-2], whole[: len(whole) // 2], b"", whole[:100] + b"\1" + whole[101:], whole + b"\0\0"):
         path.write_bytes(damaged)
         with pytest.raises(FileError, match="run the tokenize stage again"):
             token_files.open_tokens(tokens, "train")
     path.write_bytes(whole)
-    for meta in ("", "{}", "[]", '{"splits": {"train": 3}}', '{"splits": null}'):
-        (tokens / "meta.json").write_text(meta)
+    for index in ("", "{}", "[]", '{"splits": {"train": 3}}', '{"splits": null}'):
+        (tokens / "index.json").write_text(index)
         with pytest.raises(FileError, match="run the tokenize stage again"):
             token_files.open_tokens(tokens, "train")

@@ -5,13 +5,12 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from gpt2.data.token_files import write_tokens
 from gpt2.errors import FileError
 from gpt2.files import write_json
 from gpt2.model.storage import save_weights
 from stages import export_to_space, paths
 from stages.params import load_params
-from tests.conftest import ROOT, TINY, our_text
+from tests.conftest import ROOT, TINY, our_text, tokenize, write_documents
 
 CORPUS = {
     "name": "mine",
@@ -34,8 +33,8 @@ def trained(tmp_path, monkeypatch, tiny_model):
     write_json(paths.CORPUS_FACTS, CORPUS)
     write_json(paths.TRAIN_REPORT / "metrics.json", {"steps": 10, "tokens": 640})
     (paths.TRAIN_REPORT / "loss.png").write_bytes(b"a picture")
-    paths.CORPUS.write_text(our_text(200))
-    write_tokens(paths.CORPUS, paths.TOKENS, 0.1)
+    write_documents(tmp_path / "data", [our_text(200)])
+    tokenize(tmp_path / "data")
     write_json(paths.EVALUATE_REPORT / "metrics.json", {"loss": 5.43219, "perplexity": 228.7, "bits_per_byte": 2.5})
     write_json(paths.EVALUATE_REPORT / "samples.json", [{"prompt": "The miller", "sample": " waits"}])
     return load_params(ROOT / "params.yaml")

@@ -1,78 +1,107 @@
 import json
-import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2 import tokenizer
 from gpt2.data import token_files
-from gpt2.data.token_files import open_tokens, write_tokens
-from gpt2.errors import FileError, UserError
+from gpt2.data.token_files import TokenFiles, open_tokens
+from gpt2.errors import FileError
+from tests.conftest import our_text, tokenize, write_documents
 
 
-@given(st.text(alphabet=st.sampled_from(list("ab'1 s\n\t\r\x1c\u00a0é🙂.")), max_size=80), st.integers(1, 9))
-def test_chunks_have_the_tokens_of_the_whole_text(text, size):
-    chunks = (text[i : i + size] for i in range(0, len(text), size))
-    found = [int(token) for part in token_files.encode_chunks(chunks) for token in part]
-    assert found == tokenizer.encode(text)
+@pytest.fixture
+def shards(tmp_path, text):
+    """A folder whose training split has several shards of 1,000 tokens."""
+    write_documents(tmp_path, [text])
+    index = tokenize(tmp_path, shard_tokens=1000)
+    assert len(index["splits"]["train"]["shards"]) > 3
+    return tmp_path / "tokens"
 
 
-def test_a_text_without_white_space_is_unchanged(monkeypatch):
-    monkeypatch.setattr(token_files, "MAX_PENDING_CHARACTERS", 100)
-    text = "a" * 1000
-    parts = list(token_files.encode_chunks(text[i : i + 10] for i in range(0, 1000, 10)))
-    assert len(parts) == 10  # it did not wait for the end
-    assert tokenizer.decode(int(t) for part in parts for t in part) == text
+def test_a_shard_is_readable_by_numpy_alone(shards):
+    index = json.loads((shards / "index.json").read_text())
+    parts = [np.memmap(shards / shard["file"], "<u2") for shard in index["splits"]["train"]["shards"]]
+    assert np.concatenate(parts).tolist() == open_tokens(shards, "train")[:].tolist()
 
 
-@pytest.mark.parametrize("chunk", [7, 1 << 20])
-def test_the_validation_split_is_the_last_tenth_of_the_characters(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(token_files, "CHUNK_CHARACTERS", chunk)
-    text = "Über den Wolken.\n\nUnd darunter 漢字!\n" * 41 + "The end"
-    (tmp_path / "corpus.txt").write_text(text)
-    meta = write_tokens(tmp_path / "corpus.txt", tmp_path / "tokens", 0.1)
-    boundary = int(len(text) * 0.9)
-    for split, part in ("train", text[:boundary]), ("val", text[boundary:]):
-        tokens = open_tokens(tmp_path / "tokens", split)
-        assert tokens.tolist() == tokenizer.encode(part)
-        assert tokens.dtype == np.dtype("<u2")
-        assert meta["splits"][split]["bytes"] == len(part.encode())
-        assert meta["splits"][split]["tokens"] == len(tokens)
-    assert json.loads((tmp_path / "tokens/meta.json").read_text()) == meta
+def test_slices_cross_the_borders_of_shards(shards):
+    tokens = open_tokens(shards, "train")
+    whole = tokens[:]
+    assert len(whole) == len(tokens)
+    for part in (slice(990, 1010), slice(999, 3001), slice(1000, 2000), slice(-5, None), slice(5, 5), slice(9, 3)):
+        assert np.array_equal(tokens[part], whole[part])
+        assert tokens[part].dtype == np.dtype("<u2")
+    with pytest.raises(ValueError, match="step"):
+        tokens[::2]
 
 
-def test_a_large_corpus_takes_little_memory(tmp_path):
-    corpus = tmp_path / "corpus.txt"
-    with corpus.open("w") as file:
-        for number in range(200_000):
-            file.write(f"Line {number} of a text that is much larger than a chunk.\n")
-    tokenizer.encoding()
-    tracemalloc.start()
-    write_tokens(corpus, tmp_path / "tokens", 0.1)
-    peak_bytes = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    tokens = sum(len(open_tokens(tmp_path / "tokens", split)) for split in ("train", "val"))
-    # a list of all the tokens takes eight bytes for each at least
-    assert corpus.stat().st_size > 10e6
-    assert peak_bytes < 0.7 * 8 * tokens, (peak_bytes, tokens)
-
-
-def test_a_corpus_that_is_too_short_is_refused(tmp_path):
-    (tmp_path / "corpus.txt").write_text("Hello world")
-    with pytest.raises(UserError, match="the val split has 2 of the corpus's 11 characters"):
-        write_tokens(tmp_path / "corpus.txt", tmp_path / "tokens", 0.1)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(0, 30), st.integers(0, 30))
+def test_any_slice_of_any_shards_is_that_of_the_whole(tmp_path_factory, lengths, start, stop):
+    folder = tmp_path_factory.mktemp("shards")
+    whole = np.arange(sum(lengths), dtype="<u2")
+    paths = [folder / str(number) for number in range(len(lengths))]
+    for path, part in zip(paths, np.split(whole, np.cumsum(lengths)[:-1]), strict=True):
+        part.tofile(path)
+    assert TokenFiles(paths, lengths, [""] * len(paths))[start:stop].tolist() == whole[start:stop].tolist()
 
 
 def test_truncated_token_files_are_detected(tokens):
-    path = tokens / "train.bin"
+    path = tokens / "train-00000.bin"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(FileError, match=r"train\.bin has \d+ tokens, not \d+; run the tokenize stage again"):
+    with pytest.raises(FileError, match=r"train-00000\.bin has \d+ tokens, not \d+; run the tokenize stage again"):
         open_tokens(tokens, "train")
-    path.write_bytes(b"")
-    with pytest.raises(FileError, match=r"cannot read .*train\.bin"):
+    path.unlink()
+    with pytest.raises(FileError, match=r"cannot read .*train-00000\.bin"):
         open_tokens(tokens, "train")
-    (tokens / "meta.json").write_text("{")
-    with pytest.raises(FileError, match=r"no readable meta\.json"):
+    (tokens / "index.json").write_text("{")
+    with pytest.raises(FileError, match=r"no readable index\.json"):
         open_tokens(tokens, "val")
+
+
+def test_an_index_cannot_name_other_files(tokens):
+    index = (tokens / "index.json").read_text()
+    (tokens / "index.json").write_text(index.replace("train-00000.bin", "../corpus.txt"))
+    with pytest.raises(FileError, match=r"no readable index\.json"):
+        open_tokens(tokens, "train")
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_shard_of_a_small_split_is_named_at_once(shards):
+    damage(shards / "train-00002.bin")
+    with pytest.raises(FileError, match=r"train-00002\.bin is damaged: .*; run the tokenize stage again"):
+        open_tokens(shards, "train")
+    open_tokens(shards, "val")
+
+
+def test_a_damaged_shard_of_a_large_split_is_named_at_a_later_read(shards, monkeypatch):
+    monkeypatch.setattr(token_files, "VERIFIED_AT_ONCE_BYTES", 100)
+    damage(shards / "train-00002.bin")
+    tokens = open_tokens(shards, "train", part=1, parts=2)
+    tokens.verify_in_background(1, 2).join()
+    assert len(tokens[:10]) == 10  # the others verify that one
+    tokens.verify_in_background(0, 2).join()
+    with pytest.raises(FileError, match=r"train-00002\.bin is damaged"):
+        tokens[:10]
+
+
+def test_a_file_that_becomes_shorter_is_noticed(shards):
+    tokens = open_tokens(shards, "train")
+    (shards / "train-00001.bin").write_bytes(b"")
+    with pytest.raises(FileError, match=r"train-00001\.bin became shorter"):
+        tokens[900:1100]
+
+
+def test_the_sum_of_a_split_changes_with_its_tokens(tmp_path):
+    sums = set()
+    for seed in (1, 1, 2):
+        write_documents(tmp_path, [our_text(50, seed)])
+        index = tokenize(tmp_path)
+        sums.add(token_files.split_sha256(index, "train"))
+    assert len(sums) == 2

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from gpt2.config import TrainConfig
-from gpt2.data.token_files import write_tokens
 from gpt2.errors import FileError, UserError
 from gpt2.training.checkpoints import CheckpointStore
-from tests.conftest import ROOT, our_text
+from tests.conftest import ROOT, our_text, tokenize, write_documents
 from tests.gpt2.distributed import ranks
 
 STEPS = 15
@@ -21,9 +20,9 @@ STEPS = 15
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
-    (folder / "corpus.txt").write_text(our_text(400))
-    write_tokens(folder / "corpus.txt", folder, 0.2)
-    return folder
+    write_documents(folder, [our_text(400)])
+    tokenize(folder, 0.2)
+    return folder / "tokens"
 
 
 @pytest.fixture(scope="module")
