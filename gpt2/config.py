@@ -241,6 +241,8 @@ class EvaluateConfig:
     batch_size: sequences in a batch. passage_tokens: length of the passage whose loss per token is plotted.
     prompts: the model generates a sample for each, with max_new_tokens, temperature (0 is greedy), top_k, top_p and
     seed. None uses the first words of three lines of the validation text.
+    tasks: "cloze", made from the validation text (`gpt2.evaluation.cloze`), and names of tasks of
+    lm-evaluation-harness (`gpt2.hub.harness`).
     """
 
     batch_size: PositiveInt
@@ -251,3 +253,4 @@ class EvaluateConfig:
     top_k: PositiveInt | None
     top_p: Annotated[float, Gt(0), Le(1)] | None
     seed: Seed
+    tasks: list[Annotated[str, MinLen(1)]]

@@ -75,6 +75,7 @@ def fill_card(template: str, facts: dict[str, Any]) -> str:
         "gradio": importlib.metadata.version("gradio"),
         "hardware": HARDWARE[facts["target"]],
         "fallback": f"\n\nThe corpus is a fallback: {facts['fallback_reason']}." if facts["fallback_reason"] else "",
+        "tasks": "".join(f"\n| {name} | {result} |" for name, result in facts["tasks"].items()),
         "losses": ", ".join(
             f"{name} {loss:.4f}" + (f" ({100 * (loss / losses['fp32'] - 1):+.2f} %)" if name != "fp32" else "")
             for name, loss in losses.items()

@@ -108,7 +108,8 @@ def collect_facts(params: Params, model: "GPT", run_id: str | None, stop: StopSi
         "tokens": training["tokens"],
         "validation_loss": round(evaluation["loss"], 4),
         "perplexity": round(evaluation["perplexity"], 2),
-        "bits_per_byte": round(evaluation["bits_per_byte"], 4),
+        **{name: round(evaluation[name], 4) for name in ("bits_per_byte", "bits_per_byte_low", "bits_per_byte_high")},
+        "tasks": task_results(evaluation),
         "mlflow_run_id": run_id,
         "target": params.export.target,
         "git_commit": tracking.git_tags().get("git.commit"),
@@ -138,6 +139,15 @@ def measure_losses(model: "GPT", tokens: Tokens, context_length: int, stop: Stop
             )
             losses[name] = round(scores.loss, 5)
     return losses
+
+
+def task_results(metrics: dict[str, float]) -> dict[str, str]:
+    """The results that have a standard error, as the cards show them: "hellaswag, acc_norm": "0.294 ± 0.005"."""
+    return {
+        key.removeprefix("task/").replace("/", ", "): f"{value:.3f} ± {metrics[f'{key}_stderr']:.3f}"
+        for key, value in metrics.items()
+        if key.startswith("task/") and f"{key}_stderr" in metrics
+    }
 
 
 def public_source(source: str) -> str:

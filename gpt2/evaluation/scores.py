@@ -1,7 +1,9 @@
 """Loss, perplexity, bits per byte and accuracy of a model on held-out text."""
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +16,15 @@ from gpt2.data.sampler import windows
 from gpt2.data.token_files import Tokens
 from gpt2.model.transformer import GPT
 from gpt2.progress import ProgressCallback, no_progress
-from gpt2.tokenizer import token_bytes
+from gpt2.tokenizer import END_OF_TEXT, token_bytes
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a model on a text. loss: nats per token. topk_accuracy: share of tokens among the k likeliest."""
+    """Scores of a model on a text. loss: nats per token. topk_accuracy: share of tokens among the k likeliest.
+
+    bits_per_byte and bytes leave `<|endoftext|>` out: it is no text.
+    """
 
     loss: float
     perplexity: float
@@ -30,43 +35,77 @@ class Scores:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicted for the targets of a batch; all (B, T).
+
+    losses: nats. ranks: number of tokens that are likelier than the target. confidences: probability of the likeliest
+    token.
+    """
+
+    targets: npt.NDArray[np.int64]
+    losses: npt.NDArray[np.float32]
+    ranks: npt.NDArray[np.int64]
+    confidences: npt.NDArray[np.float32]
+
+
 def bits_per_byte(total_nats: float, num_bytes: int) -> float:
     """Loss per byte of text, which is comparable across tokenizers."""
     return total_nats / math.log(2) / num_bytes
 
 
-def _on(device: torch.device, batch: npt.NDArray[np.int64]) -> Tensor:
-    return torch.from_numpy(batch).to(device)
+@cache
+def byte_lengths() -> npt.NDArray[np.int64]:
+    """The number of bytes of text of each token; 0 for `<|endoftext|>`."""
+    lengths = np.array([len(token_bytes(token)) for token in range(GPT2_VOCAB_SIZE)])
+    lengths[END_OF_TEXT] = 0
+    return lengths
 
 
-@torch.no_grad()
+def predictions(model: GPT, tokens: Tokens, *, sequence_length: int, batch_size: int) -> Iterator[Predictions]:
+    """The predictions of every token but the first, in windows of `sequence_length`, in the dtype of the model."""
+    for inputs, targets in windows(tokens, sequence_length, batch_size):
+        with torch.no_grad():
+            target = _on(model.device, targets)[:, :, None]  # (B, T, 1)
+            logits, _ = model(_on(model.device, inputs))  # (B, T, V)
+            log_probabilities = F.log_softmax(logits.float(), dim=2)
+            losses = -log_probabilities.gather(2, target)[:, :, 0]
+            ranks = (logits > logits.gather(2, target)).sum(dim=2)
+            confidences = log_probabilities.amax(dim=2).exp()
+        yield Predictions(targets, losses.cpu().numpy(), ranks.cpu().numpy(), confidences.cpu().numpy())
+
+
 def score(
     model: GPT,
     tokens: Tokens,
     *,
     sequence_length: int,
     batch_size: int,
+    observe: Callable[[Predictions], object] | None = None,
     progress: ProgressCallback = no_progress,
 ) -> Scores:
-    """The scores over every token but the first, in windows of `sequence_length`, in the dtype of the model."""
-    total_nats, top1, top5 = 0.0, 0, 0
-    counts = np.zeros(GPT2_VOCAB_SIZE, dtype=np.int64)  # of each token among the targets
-    for inputs, targets in windows(tokens, sequence_length, batch_size):
-        y = _on(model.device, targets)  # (B, T)
-        logits, loss = model(_on(model.device, inputs), y)  # (B, T, V)
-        likelier = (logits > logits.gather(2, y[:, :, None])).sum(dim=2)  # rank of the target
-        total_nats += loss.item() * targets.size
-        top1 += int((likelier < 1).sum())
-        top5 += int((likelier < 5).sum())
-        counts += np.bincount(targets.ravel(), minlength=len(counts))
-        progress(targets.size)
+    """The scores over every token but the first, in windows of `sequence_length`, in the dtype of the model.
+
+    observe: called with the predictions of each batch, in the order of the text.
+    """
+    total_nats, text_nats, num_bytes, top1, top5 = 0.0, 0.0, 0, 0, 0
+    for batch in predictions(model, tokens, sequence_length=sequence_length, batch_size=batch_size):
+        lengths = byte_lengths()[batch.targets]
+        losses = batch.losses.astype(np.float64)
+        total_nats += float(losses.sum())
+        text_nats += float(losses[lengths > 0].sum())
+        num_bytes += int(lengths.sum())
+        top1 += int((batch.ranks < 1).sum())
+        top5 += int((batch.ranks < 5).sum())
+        if observe is not None:
+            observe(batch)
+        progress(batch.targets.size)
     num_targets = len(tokens) - 1
-    num_bytes = sum(len(token_bytes(int(token))) * int(counts[token]) for token in np.flatnonzero(counts))
     loss = total_nats / num_targets
     return Scores(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),  # exp overflows above
-        bits_per_byte=bits_per_byte(total_nats, num_bytes),
+        bits_per_byte=bits_per_byte(text_nats, num_bytes),
         top1_accuracy=top1 / num_targets,
         top5_accuracy=top5 / num_targets,
         tokens=num_targets,
@@ -74,11 +113,11 @@ def score(
     )
 
 
-@torch.no_grad()
 def token_losses(model: GPT, tokens: Tokens, *, sequence_length: int) -> npt.NDArray[np.float32]:
     """The loss of each token of a passage but the first, in nats: (len(tokens) - 1,)."""
-    losses = []
-    for inputs, targets in windows(tokens, sequence_length, batch_size=1):
-        logits, _ = model(_on(model.device, inputs))
-        losses.append(F.cross_entropy(logits[0].float(), _on(model.device, targets)[0], reduction="none").cpu().numpy())
-    return np.concatenate(losses)
+    batches = predictions(model, tokens, sequence_length=sequence_length, batch_size=1)
+    return np.concatenate([batch.losses[0] for batch in batches])
+
+
+def _on(device: torch.device, batch: npt.NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(batch).to(device)

@@ -1,24 +1,57 @@
+import json
+import math
+import sys
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from ruamel.yaml import YAML
 
-from stages import evaluate
+from gpt2.data.token_files import write_tokens
+from gpt2.errors import UserError
+from gpt2.files import write_json
+from gpt2.model.storage import save_weights
+from stages import evaluate, paths
 from stages.params import load_params
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY, our_text
 
 
 @pytest.fixture
-def params():
-    return load_params(ROOT / "params.yaml")
+def trained(tmp_path, monkeypatch, tiny_model):
+    """A folder with the inputs of the stage; its params."""
+    monkeypatch.chdir(tmp_path)
+    save_weights(tiny_model.state_dict(), paths.MODELS / "model.safetensors")
+    write_json(paths.MODELS / "config.json", TINY.to_dict())
+    write_json(paths.RUN, {"mlflow_run_id": "abc", "sequence_length": 16})
+    paths.CORPUS.parent.mkdir()
+    paths.CORPUS.write_text(our_text(600))
+    write_tokens(paths.CORPUS, paths.TOKENS, 0.5)
+    params = load_params(ROOT / "params.yaml")
+    return replace(params, evaluate=replace(params.evaluate, max_new_tokens=5, passage_tokens=20))
 
 
-def test_samples_are_shown_with_prompts_and_verbatim_copies(params):
-    text = evaluate.describe_samples(
-        params.evaluate, ["ROMEO:\n", "a", ""], ["one\ntwo", "three", "four"], "by heart\nyes", 5.25
-    )
-    assert "Validation loss 5.2500" in text
-    assert "has 12 characters: `by heart ⏎ yes`" in text
-    assert "## **ROMEO:**\n\n    one\n    two\n" in text
-    assert text.count("\n## ") == 3
+def test_the_report_has_what_dvc_expects(trained, never_stops, monkeypatch):
+    monkeypatch.setattr("gpt2.device.configure_device", lambda *_: None)  # it changes the allocator of this process
+    with_cloze = replace(trained, evaluate=replace(trained.evaluate, tasks=["cloze"]))
+    metrics = evaluate.evaluate(with_cloze, never_stops)
+    assert json.loads((paths.EVALUATE_REPORT / "metrics.json").read_text()) == metrics
+    assert all(type(value) in (int, float) and math.isfinite(value) for value in metrics.values())
+    assert metrics["bits_per_byte_low"] < metrics["bits_per_byte"] < metrics["bits_per_byte_high"]
+    assert 0 < metrics["ece"] < 0.1  # a model without training is unsure of everything
+    assert 0 < metrics["contamination"] < 1  # the sentences are of few words
+    assert 0.1 < metrics["task/cloze/acc"] < 0.4
+    assert metrics["task/cloze/questions"] == 400
+    stage = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]["evaluate"]
+    expected = {path for kind in ("outs", "metrics", "plots") for entry in stage[kind] for path in entry}
+    assert {path.as_posix() for path in paths.EVALUATE_REPORT.iterdir()} == expected
+
+
+def test_without_lm_eval_a_task_is_an_error_before_the_model_is_loaded(trained, never_stops, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr("gpt2.model.storage.load_folder", lambda _: pytest.fail("the model was loaded"))
+    with_task = replace(trained, evaluate=replace(trained.evaluate, tasks=["hellaswag"]))
+    with pytest.raises(UserError, match=r"evaluate.tasks needs .* pip install"):
+        evaluate.evaluate(with_task, never_stops)
 
 
 def test_the_passage_is_from_the_middle():

@@ -22,6 +22,7 @@ def test_the_card_names_a_fallback_corpus():
         "parameters": 1_234_567,
         "dtype_losses": {"fp32": 2.0, "int8": 2.001},
         "target": "cpu",
+        "tasks": {},
     }
     card = export_folders.fill_card("t: {{title}}\n{{heading}} {{parameters}}.{{fallback}}", facts)
     assert card == 't: "A \\"title\\""\nA "title" 1,234,567.\n\nThe corpus is a fallback: cannot download x.'

@@ -19,6 +19,16 @@ CORPUS = {
     "licence": "unknown",
     "fallback_reason": None,
 }
+METRICS = {
+    "loss": 5.43219,
+    "perplexity": 228.7,
+    "bits_per_byte": 2.5,
+    "bits_per_byte_low": 2.41234,
+    "bits_per_byte_high": 2.6,
+    "task/cloze/acc": 0.31234,
+    "task/cloze/acc_stderr": 0.02345,
+    "task/cloze/questions": 400,
+}
 
 
 @pytest.fixture
@@ -35,7 +45,7 @@ def trained(tmp_path, monkeypatch, tiny_model):
     (paths.TRAIN_REPORT / "loss.png").write_bytes(b"a picture")
     write_documents(tmp_path / "data", [our_text(200)])
     tokenize(tmp_path / "data")
-    write_json(paths.EVALUATE_REPORT / "metrics.json", {"loss": 5.43219, "perplexity": 228.7, "bits_per_byte": 2.5})
+    write_json(paths.EVALUATE_REPORT / "metrics.json", METRICS)
     write_json(paths.EVALUATE_REPORT / "samples.json", [{"prompt": "The miller", "sample": " waits"}])
     return load_params(ROOT / "params.yaml")
 
@@ -53,6 +63,10 @@ def test_both_folders_are_written_and_verified(trained, capsys, never_stops):
     assert set(manifest["sha256"]) >= {"gpt_model.pt", "gpt_config.pt", "app.py", "gpt2/model/transformer.py"}
     card = (paths.SPACE / "README.md").read_text()
     assert "5.4322 nats per token" in card
+    assert (
+        "| bits per byte | 2.5 (95 % interval 2.4123 to 2.6) |\n| cloze, acc | 0.312 ± 0.023 |\n| loss by dtype |"
+        in card
+    )
     assert "/home/me" not in card
     losses = manifest["model"]["dtype_losses"]
     assert set(losses) == {"fp32", "bf16", "int8"}
@@ -63,6 +77,7 @@ def test_both_folders_are_written_and_verified(trained, capsys, never_stops):
     assert f", int8 {losses['int8']:.4f} ({change:+.2f} %)" in card
     model_card = (paths.HUGGING_FACE / "README.md").read_text()
     assert "{{" not in card + model_card
+    assert "to 2.6) |\n| cloze, acc | 0.312 ± 0.023 |\n| MLflow run |" in model_card
     assert YAML(typ="safe").load(model_card.split("---")[1])["pipeline_tag"] == "text-generation"
     front = YAML(typ="safe").load(card.split("---")[1])
     assert front["suggested_hardware"] == "cpu-basic"

@@ -42,7 +42,7 @@ def test_repro_writes_all_outputs(project):
     prompts = [sample["prompt"] for sample in project.read("reports/evaluate/samples.json")]
     assert (folder / "reports/evaluate/samples.md").read_text().count("## **") == len(prompts) > 0
     assert all(prompt in (folder / "mine.txt").read_text() for prompt in prompts)
-    for picture in ("train/loss.png", "train/schedule.png", "evaluate/passage.png"):
+    for picture in ("train/loss.png", "train/schedule.png", "evaluate/breakdown.png", "evaluate/passage.png"):
         assert (folder / "reports" / picture).stat().st_size > 5000
     names = {path.relative_to(folder / "dist/space").as_posix() for path in (folder / "dist/space").rglob("*.*")}
     assert names >= {

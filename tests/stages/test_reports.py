@@ -1,5 +1,4 @@
 import matplotlib as mpl
-import numpy as np
 import pytest
 
 from stages import reports
@@ -50,14 +49,3 @@ def test_the_same_numbers_give_the_same_file(tmp_path):
     for name in ("a.png", "b.png"):
         reports.draw_loss(table, tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
-def test_a_passage_is_redder_where_the_loss_is_higher(tmp_path):
-    tokens = ["The", " $miller", "\n", "\n\n", " for", "gets_", " it\tall" * 20, "\ufffd"]
-    redness = {}
-    for loss in (0.5, 9.0):
-        reports.draw_passage(tokens, np.full(len(tokens) - 1, loss, dtype=np.float32), tmp_path / "passage.png")
-        picture = mpl.image.imread(tmp_path / "passage.png")
-        upper = picture[: picture.shape[0] // 2]
-        redness[loss] = (upper[..., 0] - upper[..., 1]).mean()
-    assert redness[9.0] > 2 * redness[0.5]

@@ -43,11 +43,37 @@ def test_accuracies_count_the_right_token_among_the_likeliest(tiny_model, tokens
 
 
 def test_a_model_that_knows_the_text_is_always_right(tokens):
+    tokens = tokens[np.sort(np.unique(tokens, return_index=True)[1])][:50]  # each token once
+    following = dict(zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True))
+
     class Oracle(torch.nn.Module):
         device = torch.device("cpu")
 
-        def forward(self, idx, targets):
-            return F.one_hot(targets, 50257) * 30.0, torch.tensor(0.0)
+        def forward(self, idx):
+            return F.one_hot(idx.clone().apply_(following.__getitem__), 50257) * 30.0, None
 
-    scores = score(Oracle(), tokens[:50], sequence_length=16, batch_size=2)
+    scores = score(Oracle(), tokens, sequence_length=16, batch_size=2)
     assert (scores.loss, scores.top1_accuracy, scores.top5_accuracy) == (0, 1, 1)
+
+
+def test_predictions_are_those_of_the_logits(tiny_model, tokens):
+    seen = []
+    score(tiny_model, tokens[:40], sequence_length=16, batch_size=2, observe=seen.append)
+    assert [batch.losses.shape for batch in seen] == [(2, 16), (1, 7)]
+    inputs = torch.from_numpy(tokens[:33].astype(np.int64))
+    logits = tiny_model(inputs[:-1].view(2, 16))[0]
+    assert seen[0].targets.ravel().tolist() == tokens[1:33].tolist()
+    assert seen[0].confidences == pytest.approx(logits.softmax(2).amax(2).detach().numpy(), rel=1e-5)
+    order = logits.argsort(dim=2, descending=True)
+    ranks = (order == inputs[1:].view(2, 16, 1)).int().argmax(dim=2)
+    assert seen[0].ranks.tolist() == ranks.tolist()
+
+
+def test_the_end_of_a_document_counts_as_a_token_but_not_as_text(tiny_model, tokens):
+    tokens = np.insert(tokens[:100], 50, tokenizer.END_OF_TEXT)
+    scores = score(tiny_model, tokens, sequence_length=16, batch_size=2)
+    losses = np.array(expected_losses(tiny_model, tokens, 16))
+    num_bytes = len(tokenizer.decode(np.delete(tokens, 50)[1:].tolist()).encode())
+    assert scores.bytes == num_bytes
+    assert scores.loss == pytest.approx(losses.mean(), rel=1e-6)
+    assert scores.bits_per_byte == pytest.approx(np.delete(losses, 49).sum() / math.log(2) / num_bytes, rel=1e-6)
