@@ -22,12 +22,8 @@ PROGRAMS: tuple[dict[str, tuple[int, int]], ...] = (
     {"stages/": (0, 440), "space/": (456, 590), "python -m gpt2": (606, 766)},
 )
 LIBRARY: tuple[dict[str, tuple[int, int]], ...] = (
-    {
-        "gpt2/distributed/": (0, 166),
-        "gpt2/evaluation/": (182, 400),
-        "gpt2/hub/": (416, 516),
-        "gpt2/planning/": (664, 820),
-    },
+    {"gpt2/hub/": (416, 516)},
+    {"gpt2/distributed/": (0, 166), "gpt2/evaluation/": (182, 520), "gpt2/planning/": (664, 820)},
     {"gpt2/training/": (0, 340), "gpt2/inference/": (470, 770)},
     {"gpt2/kernels/": (540, 770)},
     {"gpt2/data/": (0, 408), "gpt2/model/": (424, 770)},
@@ -83,7 +79,7 @@ def package_of(path: Path) -> str | None:
     if path.as_posix() == "gpt2/__main__.py":
         return "python -m gpt2"
     if path.parts[0] == "gpt2":
-        return f"{path.parent.as_posix()}/"
+        return f"{Path(*path.parent.parts[:2]).as_posix()}/"
     return f"{path.parts[0]}/"
 
 

@@ -34,6 +34,8 @@ def test_each_preset_is_complete_and_valid(path):
 def test_the_presets_are_there_and_laptop_is_the_default():
     assert [path.stem for path in PRESETS] == [
         "colab-t4",
+        "fineweb-124m-muon",
+        "fineweb-124m",
         "gpt2-large-8gpu",
         "gpt2-medium-8gpu",
         "gpt2-xl-8gpu",
@@ -41,8 +43,19 @@ def test_the_presets_are_there_and_laptop_is_the_default():
         "kaggle-2xt4",
         "laptop",
         "seed",
+        "tinystories",
+        "wikitext",
     ]
     assert (ROOT / "presets/laptop.yaml").read_text() == COMMITTED
+
+
+@pytest.mark.parametrize(
+    ("preset", "tokens"),
+    [("fineweb-124m", 10e9), ("fineweb-124m-muon", 5e9), ("tinystories", 470e6), ("wikitext", 3 * 118e6)],
+)
+def test_presets_of_data_sets_train_on_as_many_tokens_as_they_say(preset, tokens):
+    train = load_params(ROOT / f"presets/{preset}.yaml").train
+    assert train.max_steps * train.tokens_per_step == pytest.approx(tokens, rel=0.02)
 
 
 def test_seed_has_the_settings_of_the_original_project():
