@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
@@ -60,6 +62,25 @@ def encoding() -> tiktoken.Encoding:
 def encode(text: str) -> list[int]:
     """Token ids of a text, in which `<|endoftext|>` is ordinary text. `decode(encode(text)) == text`."""
     return encoding().encode_ordinary(text)
+
+
+def encode_array(text: str) -> npt.NDArray[np.uint16]:
+    """The same as an array, without a Python integer for each token, of a text without lone surrogates.
+
+    A run of a million white spaces is split, which may change its tokens, but not its text.
+    """
+    try:
+        ids = encoding().encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+    except ValueError:  # the stack of tiktoken's regex engine is too small for such a run; encode_ordinary panics
+        return np.concatenate([encode_array(half) for half in _halves(text)])
+    return ids.astype(np.uint16)
+
+
+def _halves(text: str) -> tuple[str, str]:
+    """Two parts of a text, perhaps with a run of white space between them."""
+    middle = len(text) // 2
+    middle = last_cut(text[:middle]) or middle
+    return text[:middle], text[middle:]
 
 
 def last_cut(text: str) -> int:

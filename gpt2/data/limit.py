@@ -89,10 +89,10 @@ def _take_tokens(text: str, count: int) -> tuple[str, int]:
     """The text of its first `count` tokens without half a character at the end, and the number of tokens taken."""
     from gpt2 import tokenizer
 
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode_array(text)
     if len(ids) <= count:
         return text, len(ids)
-    return b"".join(map(tokenizer.token_bytes, ids[:count])).decode(errors="ignore"), count
+    return b"".join(map(tokenizer.token_bytes, ids[:count].tolist())).decode(errors="ignore"), count
 
 
 def _pieces(document: Document) -> Iterator[str]:

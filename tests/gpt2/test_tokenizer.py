@@ -2,6 +2,7 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,3 +69,22 @@ def test_a_changed_vocabulary_is_refused(monkeypatch):
     monkeypatch.setattr(tokenizer, "MERGES_SHA256", "0" * 64)
     with pytest.raises(FileError, match=r"vocab\.bpe is not OpenAI's file"):
         tokenizer.vocabulary_files()
+
+
+@given(st.text(alphabet=st.sampled_from(list("ab'1 s\n\t\r\x1c\u00a0é🙂.<|>")), max_size=80))
+def test_an_array_has_the_same_tokens(text):
+    tokens = tokenizer.encode_array(text)
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == tokenizer.encode(text)
+
+
+@given(st.text(alphabet=st.sampled_from(list("ab'1 s\n\t\r\x1c\u00a0é🙂.")), max_size=80))
+def test_a_text_can_be_cut_before_white_space(text):
+    cut = tokenizer.last_cut(text)
+    assert tokenizer.encode(text[:cut]) + tokenizer.encode(text[cut:]) == tokenizer.encode(text)
+    assert cut == 0 or (text[cut] in " \n" and not text[cut - 1].isspace())
+
+
+def test_millions_of_spaces_are_encoded():
+    text = "some words" + " " * 2_500_000 + "\n" * 10 + "more words"
+    assert tokenizer.decode(tokenizer.encode_array(text).tolist()) == text

@@ -118,9 +118,7 @@ class BlockEncoder:
         except UnicodeDecodeError as error:
             corpus = self._job.corpus
             raise UserError(f"{corpus} is not UTF-8: {error.reason}; run the fetch stage again") from None
-        # like encode_ordinary, without a Python integer for each token
-        ids = tokenizer.encoding().encode_to_numpy(text, allowed_special=set(), disallowed_special=())
-        return ids.astype(TOKEN_TYPE)
+        return tokenizer.encode_array(text)
 
     def _read(self, start: int, stop: int) -> bytes:
         self._corpus.seek(start)
