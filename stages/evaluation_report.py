@@ -1,5 +1,6 @@
 """Tables, pictures and samples in reports/evaluate/."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from gpt2.evaluation.breakdown import Breakdown, ConfidenceBin, FrequencyBin, Po
 from stages.reports import save_figure, write_csv
 
 LINE_COLOR, BAR_COLOR, MARK_COLOR = "#1d4ed8", "#9db4d6", "#c2410c"
-HISTOGRAM_BINS = 40
+MAX_HISTOGRAM_BINS = 40
 
 
 def write_tables(breakdown: Breakdown, folder: Path) -> None:
@@ -120,19 +121,18 @@ def _draw_frequencies(axes: Axes, bins: Sequence[FrequencyBin]) -> None:
 def _draw_histogram(axes: Axes, breakdown: Breakdown, bits_per_byte: float) -> None:
     low, high = breakdown.bits_per_byte_low, breakdown.bits_per_byte_high
     values = breakdown.bits_per_byte_of_units
-    lowest, highest = np.percentile(values, [0.5, 99.5])
     axes.set(
-        title=f"Bits per byte of the {len(values):,} {breakdown.units}",
-        xlabel="bits per byte",
+        title=f"Bits per byte: {bits_per_byte:.3f} (95 % interval {low:.3f} to {high:.3f})",
+        xlabel=f"bits per byte of each of the {len(values):,} {breakdown.units}",
         ylabel=breakdown.units,
     )
-    axes.hist(values, bins=HISTOGRAM_BINS, range=(float(lowest), float(max(highest, lowest + 1e-3))), color=BAR_COLOR)
-    axes.axvspan(low, high, color=MARK_COLOR, alpha=0.25, linewidth=0, label=f"95 % interval: {low:.3f} to {high:.3f}")
-    axes.axvline(bits_per_byte, color=MARK_COLOR, linewidth=1.4, label=f"all of them: {bits_per_byte:.3f}")
-    axes.grid(alpha=0.25)
+    lowest, highest = np.percentile(values, [0.5, 99.5])
+    bins = min(MAX_HISTOGRAM_BINS, math.ceil(len(values) ** 0.5))
+    axes.hist(values, bins=bins, range=(lowest, max(highest, lowest + 1e-3)), color=BAR_COLOR, edgecolor="white")
+    axes.axvspan(low, high, color=MARK_COLOR, alpha=0.3, linewidth=0)
+    axes.axvline(bits_per_byte, color=MARK_COLOR, linewidth=1.4)
     axes.set_axisbelow(True)
-    axes.margins(y=0.25)
-    axes.legend(frameon=False)
+    axes.grid(alpha=0.25, axis="y")
 
 
 def draw_passage(tokens: list[str], losses: npt.NDArray[np.float32], path: Path) -> None:

@@ -68,9 +68,9 @@ def predictions(model: GPT, tokens: Tokens, *, sequence_length: int, batch_size:
         with torch.no_grad():
             target = _on(model.device, targets)[:, :, None]  # (B, T, 1)
             logits, _ = model(_on(model.device, inputs))  # (B, T, V)
+            ranks = (logits > logits.gather(2, target)).sum(dim=2)
             log_probabilities = F.log_softmax(logits.float(), dim=2)
             losses = -log_probabilities.gather(2, target)[:, :, 0]
-            ranks = (logits > logits.gather(2, target)).sum(dim=2)
             confidences = log_probabilities.amax(dim=2).exp()
         yield Predictions(targets, losses.cpu().numpy(), ranks.cpu().numpy(), confidences.cpu().numpy())
 
