@@ -1,14 +1,20 @@
 """Memorization: passages of generated text that are copied from the training text."""
 
+from functools import cache
+
 import numpy as np
 import numpy.typing as npt
 
+from gpt2.config import GPT2_VOCAB_SIZE
 from gpt2.data.token_files import Tokens
 from gpt2.progress import ProgressCallback, no_progress
 from gpt2.tokenizer import token_bytes
 
 MIN_MATCH_BYTES = 8
 CHUNK_TOKENS = 1 << 20
+FILTER_BITS = 16
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+Grams = npt.NDArray[np.uint64]
 
 
 def longest_verbatim(samples: list[str], tokens: Tokens, *, progress: ProgressCallback = no_progress) -> str:
@@ -19,18 +25,22 @@ def longest_verbatim(samples: list[str], tokens: Tokens, *, progress: ProgressCa
     texts = [sample.encode() for sample in samples]
     places: dict[int, list[tuple[bytes, int]]] = {}
     for text in texts:
-        for start, gram in enumerate(_grams(np.frombuffer(text, dtype=np.uint8)).tolist()):
+        for start, gram in enumerate(_grams(text).tolist()):
             places.setdefault(gram, []).append((text, start))
     wanted = np.array(sorted(places), dtype=np.uint64)
+    may_occur = np.zeros(1 << FILTER_BITS, dtype=np.bool_)  # spares most of the searches
+    may_occur[_filter_places(wanted)] = True
+    text_of = _token_texts()
     max_match_bytes = max([1, *map(len, texts)])
     best = b""
     tail = b""
     for first in range(0, len(tokens), CHUNK_TOKENS):
         chunk = tokens[first : first + CHUNK_TOKENS]
-        training = tail + b"".join([token_bytes(int(token)) for token in chunk])
+        training = tail + b"".join([text_of[token] for token in chunk.tolist()])
         tail = training[-max_match_bytes:]
-        grams = _grams(np.frombuffer(training, dtype=np.uint8))
-        for place in np.flatnonzero(np.isin(grams, wanted)).tolist():
+        grams = _grams(training)
+        candidates = np.flatnonzero(may_occur[_filter_places(grams)])
+        for place in candidates[np.isin(grams[candidates], wanted)].tolist():
             for text, start in places[int(grams[place])]:
                 length = len(best) + 1
                 if len(text) - start < length or training[place : place + length] != text[start : start + length]:
@@ -45,10 +55,21 @@ def longest_verbatim(samples: list[str], tokens: Tokens, *, progress: ProgressCa
     return best.decode(errors="ignore") if len(best) >= MIN_MATCH_BYTES else ""
 
 
-def _grams(text: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+@cache
+def _token_texts() -> list[bytes]:
+    """The bytes of each token of the vocabulary."""
+    return [token_bytes(token) for token in range(GPT2_VOCAB_SIZE)]
+
+
+def _grams(text: bytes) -> Grams:
     """Every 8-gram of bytes as a number: (len(text) - 7,), empty for a shorter text."""
     count = max(0, len(text) - MIN_MATCH_BYTES + 1)
-    grams = np.zeros(count, dtype=np.uint64)
-    for i in range(MIN_MATCH_BYTES):
-        grams = (grams << np.uint64(8)) | text[i : i + count].astype(np.uint64)
+    grams = np.empty(count, dtype=np.uint64)
+    for i in range(min(MIN_MATCH_BYTES, count)):
+        grams[i::MIN_MATCH_BYTES] = np.frombuffer(text, "<u8", -(-(count - i) // MIN_MATCH_BYTES), i)
     return grams
+
+
+def _filter_places(grams: Grams) -> Grams:
+    """The place of each 8-gram in a table of bits, by the first bits of its hash."""
+    return (grams * MULTIPLIER) >> np.uint64(64 - FILTER_BITS)

@@ -21,7 +21,12 @@ from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
-RUN_DVC = ("tests/stages/test_pipeline.py", "tests/docs/test_commands.py", "tests/launch/test_results.py")
+RUN_DVC = (
+    "tests/stages/test_pipeline.py",
+    "tests/stages/test_links.py",
+    "tests/docs/test_commands.py",
+    "tests/launch/test_results.py",
+)
 RUN_GPT2 = ("tests/gpt2/test_main.py", "tests/gpt2/hub/test_publish.py", "tests/gpt2/planning/test_command.py")
 RUN_STAGES = ("tests/stages/test_pipeline.py", "tests/stages/test_tracking.py")
 GROUPS = ("exp", "metrics", "plots", "queue")
