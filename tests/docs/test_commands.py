@@ -212,5 +212,5 @@ def test_a_preset_becomes_the_params(tmp_path):
     assert (tmp_path / "params.yaml").read_bytes() == (ROOT / "presets/seed.yaml").read_bytes()
     wrong = subprocess.run([*make, "NAME=large"], cwd=tmp_path, capture_output=True, text=True)
     assert wrong.returncode == 2
-    names = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))
+    names = [path.stem for path in sorted((ROOT / "presets").glob("*.yaml"))]
     assert f"There is no preset 'large'; there are: {' '.join(names)}" in wrong.stdout

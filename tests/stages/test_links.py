@@ -40,3 +40,5 @@ def test_links_spare_the_second_copy(tmp_path):
     project.run("dvc", "repro")
     assert project.read("reports/evaluate/samples.json") == samples
     assert "up to date" in project.run("dvc", "status")
+    project.run("dvc", "unprotect", "models")
+    assert (folder / "models/model.safetensors").stat().st_nlink == 1

@@ -65,10 +65,8 @@ def write_tokens(
     Raises UserError if a split has no document or fewer than two tokens, or if the corpus is not UTF-8; FileError if
     the disk is too small or the files do not belong together; BusyError if another process works in `partial`.
     """
-    records = read_documents(documents)
-    size = corpus.stat().st_size
-    if int(records["end"][-1]) != size:
-        raise FileError(f"{documents} is not that of {corpus}; run the fetch stage again")
+    records = read_documents(documents, corpus)
+    size = int(records["end"][-1])
     splits, duplicates = split_documents(corpus, records, config, progress=progress)
     job = Job(corpus, documents, splits, block_bytes)
     with file_lock(partial / LOCK_FILE):

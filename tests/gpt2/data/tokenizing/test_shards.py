@@ -224,7 +224,7 @@ def test_a_corpus_that_is_not_utf8_is_refused(tmp_path, processes):
 def test_documents_of_another_corpus_are_refused(tmp_path):
     write_documents(tmp_path, ["Hello world. " * 100])
     (tmp_path / "corpus.txt").write_text("Another text")
-    with pytest.raises(FileError, match=r"documents\.bin is not that of .*; run the fetch stage again"):
+    with pytest.raises(FileError, match=r"documents\.bin is not of .*; run the fetch stage again"):
         tokenize(tmp_path)
 
 
