@@ -3,6 +3,8 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gpt2.data.token_files import TokenArray, Tokens, open_tokens
 from gpt2.files import write_json, write_text
 from stages import paths, tracking
@@ -142,14 +144,13 @@ def generate(
     stop: StopSignal,
 ) -> dict[str, float]:
     """Writes the samples, and measures what they copy from the training text."""
-    from gpt2 import tokenizer
     from gpt2.evaluation.memorization import longest_verbatim
     from gpt2.evaluation.samples import generate_samples, prompts_from
     from gpt2.inference.request import Sampling
     from stages import evaluation_report
 
     config = params.evaluate
-    prompts = config.prompts or prompts_from(tokenizer.decode(val_tokens[:PROMPTS_FROM_TOKENS].tolist()))
+    prompts = config.prompts or prompts_from(plain_text(val_tokens[:PROMPTS_FROM_TOKENS]))
     with _bar(len(prompts) * config.max_new_tokens, "generating samples") as progress:
         samples = generate_samples(
             model,
@@ -167,6 +168,14 @@ def generate(
     text = evaluation_report.describe_samples(config, prompts, samples, verbatim, loss)
     write_text(paths.EVALUATE_REPORT / "samples.md", text)
     return {"longest_verbatim_characters": len(verbatim)}
+
+
+def plain_text(tokens: TokenArray) -> str:
+    """The text of tokens, with documents on lines of their own."""
+    from gpt2 import tokenizer
+
+    documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.END_OF_TEXT))
+    return "\n".join(tokenizer.decode(part[part != tokenizer.END_OF_TEXT].tolist()) for part in documents)
 
 
 def middle(tokens: Tokens, length: int) -> TokenArray:

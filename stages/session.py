@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gpt2.data.sampler import Sampler
-from gpt2.data.token_files import Tokens, open_tokens
+from gpt2.data.token_files import TokenFiles, open_tokens
 from gpt2.device import choose_device, choose_precision, configure_device, peak_flops
 from gpt2.distributed import parts
 from gpt2.errors import DivergedError, Interrupted, MicroBatchError, UserError
@@ -43,7 +43,8 @@ class TrainingRun:
     model: MixedPrecisionModel
     optimizer: Optimizer
     sampler: Sampler
-    val_tokens: Tokens
+    train_tokens: TokenFiles
+    val_tokens: TokenFiles
     state: TrainState
     store: CheckpointStore
     writer: parts.Writer
@@ -106,7 +107,20 @@ def set_up(plan: Plan, stop: StopSignal, world: World) -> TrainingRun:
     ids = tracking.RunIds(run_id, None)
     resumed = checkpoint is not None
     return TrainingRun(
-        plan, world, strategy, model, optimizer, sampler, val_tokens, state, store, writer, peak, ids, resumed
+        plan,
+        world,
+        strategy,
+        model,
+        optimizer,
+        sampler,
+        train_tokens,
+        val_tokens,
+        state,
+        store,
+        writer,
+        peak,
+        ids,
+        resumed,
     )
 
 
@@ -188,6 +202,8 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
             f"interrupted; the checkpoint of step {state.step} is in {folder}; run the same command again to resume",
             world.max(stop.signal_number or 0),
         )
+    for tokens in (run.train_tokens, run.val_tokens):  # a short run ends before all shards are verified
+        tokens.finish_verification()
     check_stop(stop, world)
 
 

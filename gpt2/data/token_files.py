@@ -76,6 +76,7 @@ class TokenFiles:
         self._paths, self._sums = paths, sums
         self._starts = [0, *accumulate(lengths)]
         self._damage: FileError | None = None
+        self._thread: threading.Thread | None = None
         for path, length in zip(paths, lengths, strict=True):
             try:
                 found, odd = divmod(path.stat().st_size, TOKEN_TYPE.itemsize)
@@ -131,7 +132,7 @@ class TokenFiles:
             if found != expected:
                 raise FileError(f"{path} is damaged: its SHA-256 is not that of {INDEX_FILE}; {AGAIN}")
 
-    def verify_in_background(self, part: int = 0, parts: int = 1) -> threading.Thread:
+    def verify_in_background(self, part: int = 0, parts: int = 1) -> None:
         """Verifies in a thread, which only takes time that nothing else wants. The next slice raises its error."""
 
         def run() -> None:
@@ -143,9 +144,15 @@ class TokenFiles:
             except FileError as error:
                 self._damage = error
 
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        return thread
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def finish_verification(self) -> None:
+        """Waits for the thread, if there is one. Raises FileError if it found a damaged shard."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._damage is not None:
+            raise self._damage
 
 
 def open_tokens(folder: Path, split: str, *, part: int = 0, parts: int = 1) -> TokenFiles:

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from gpt2.data.token_files import write_tokens
+from gpt2 import tokenizer
 from gpt2.errors import UserError
 from gpt2.files import write_json
 from gpt2.model.storage import save_weights
 from stages import evaluate, paths
 from stages.params import load_params
-from tests.conftest import ROOT, TINY, our_text
+from tests.conftest import ROOT, TINY, our_text, tokenize, write_documents
 
 
 @pytest.fixture
@@ -23,9 +23,8 @@ def trained(tmp_path, monkeypatch, tiny_model):
     save_weights(tiny_model.state_dict(), paths.MODELS / "model.safetensors")
     write_json(paths.MODELS / "config.json", TINY.to_dict())
     write_json(paths.RUN, {"mlflow_run_id": "abc", "sequence_length": 16})
-    paths.CORPUS.parent.mkdir()
-    paths.CORPUS.write_text(our_text(600))
-    write_tokens(paths.CORPUS, paths.TOKENS, 0.5)
+    write_documents(tmp_path / "data", [our_text(600)])
+    tokenize(tmp_path / "data", 0.5)
     params = load_params(ROOT / "params.yaml")
     return replace(params, evaluate=replace(params.evaluate, max_new_tokens=5, passage_tokens=20))
 
@@ -52,6 +51,11 @@ def test_without_lm_eval_a_task_is_an_error_before_the_model_is_loaded(trained, 
     with_task = replace(trained, evaluate=replace(trained.evaluate, tasks=["hellaswag"]))
     with pytest.raises(UserError, match=r"evaluate.tasks needs .* pip install"):
         evaluate.evaluate(with_task, never_stops)
+
+
+def test_documents_begin_on_lines_of_their_own():
+    ids = [*tokenizer.encode("One."), tokenizer.END_OF_TEXT, *tokenizer.encode("Two.")]
+    assert evaluate.plain_text(np.array(ids, dtype=np.uint16)) == "One.\nTwo."
 
 
 def test_the_passage_is_from_the_middle():

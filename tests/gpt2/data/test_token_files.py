@@ -84,9 +84,11 @@ def test_a_damaged_shard_of_a_large_split_is_named_at_a_later_read(shards, monke
     monkeypatch.setattr(token_files, "VERIFIED_AT_ONCE_BYTES", 100)
     damage(shards / "train-00002.bin")
     tokens = open_tokens(shards, "train", part=1, parts=2)
-    tokens.verify_in_background(1, 2).join()
+    tokens.finish_verification()
     assert len(tokens[:10]) == 10  # the others verify that one
-    tokens.verify_in_background(0, 2).join()
+    tokens.verify_in_background(0, 2)
+    with pytest.raises(FileError, match=r"train-00002\.bin is damaged"):
+        tokens.finish_verification()
     with pytest.raises(FileError, match=r"train-00002\.bin is damaged"):
         tokens[:10]
 
