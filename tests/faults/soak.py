@@ -11,9 +11,10 @@ from pathlib import Path
 from tests.faults.commands import PHASES, Trained, kills, orphaned_processes, signals
 from tests.faults.corruption import corruption
 from tests.faults.crash_points import crash_points
-from tests.faults.fuzz import corpora, params_files
+from tests.faults.fuzz import corpora, params_files, source_files
 from tests.faults.non_finite import non_finite
 from tests.faults.result import Result
+from tests.faults.tokenizing import killed_tokenizing
 from tests.faults.tracking import tracking_faults
 from tests.faults.workers import killed_workers, stopped_workers, training_in
 
@@ -37,7 +38,9 @@ def main() -> int:
             lambda: corruption(folder / "corruption", 500, arguments.seed),
             lambda: non_finite(folder / "non-finite", 150, arguments.seed),
             lambda: corpora(folder / "corpora", 300, arguments.seed),
+            lambda: source_files(folder / "sources", 1000, arguments.seed),
             lambda: params_files(folder / "params", 500, arguments.seed),
+            lambda: killed_tokenizing(folder / "tokenizing", 50, arguments.seed),
             lambda: signals(folder, trained, both, within_s=2.0),
             lambda: tracking_faults(folder, trained),
             lambda: orphaned_processes(folder, trained, arguments.orphaned_processes, arguments.seed, within_s=5.0),

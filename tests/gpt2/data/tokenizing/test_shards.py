@@ -1,10 +1,6 @@
-import hashlib
-import os
 import random
 import signal
-import subprocess
 import sys
-import time
 import tracemalloc
 from contextlib import suppress
 from types import SimpleNamespace
@@ -26,14 +22,10 @@ from gpt2.data.tokenizing.splits import split_documents
 from gpt2.errors import BusyError, FileError, Interrupted, OutOfMemoryError, UserError
 from gpt2.files import file_lock
 from gpt2.progress import no_progress
-from tests.conftest import ROOT, our_text, tokenize, write_documents
+from tests.conftest import our_text, tokenize, write_documents
+from tests.faults.tokenizing import killed_tokenizing, sums_of
 
 STRANGE = st.text(alphabet=st.sampled_from(list("ab'1 s\n\t\r\x1c\u00a0é🙂.")), max_size=60)
-
-
-def shards(folder):
-    """The sums of all files of the tokens, by name."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / "tokens").iterdir())}
 
 
 def expected_tokens(documents):
@@ -97,15 +89,15 @@ def test_bytes_and_shards_do_not_depend_on_processes_or_blocks(tmp_path, split):
     write_many(tmp_path)
     options = {"split": split, "shard_tokens": 3000}
     tokenize(tmp_path, 0.2, **options)
-    expected = shards(tmp_path)
+    expected = sums_of(tmp_path)
     assert len(expected) > 5
     for changes in ({"processes": 2}, {"processes": 3, "block_bytes": 777}, {"block_bytes": 10_000}):
         tokenize(tmp_path, 0.2, **options, **{"block_bytes": 5000, **changes})
-        assert shards(tmp_path) == expected
+        assert sums_of(tmp_path) == expected
     assert not (tmp_path / "tokens.partial").exists()
     # the shards of a longer text go away
     tokenize(tmp_path, 0.2, split=split)
-    assert sorted(shards(tmp_path)) == ["index.json", "train-00000.bin", "val-00000.bin"]
+    assert sorted(sums_of(tmp_path)) == ["index.json", "train-00000.bin", "val-00000.bin"]
 
 
 def test_shards_are_full_but_for_the_last(tmp_path):
@@ -119,7 +111,7 @@ def test_an_interrupted_run_goes_on_after_the_last_finished_shard(tmp_path):
     write_many(tmp_path)
     options = {"shard_tokens": 2000, "block_bytes": 4000}
     tokenize(tmp_path, **options)
-    expected = shards(tmp_path)
+    expected = sums_of(tmp_path)
     size = (tmp_path / "corpus.txt").stat().st_size
     done, skipped = 0, []
 
@@ -139,7 +131,7 @@ def test_an_interrupted_run_goes_on_after_the_last_finished_shard(tmp_path):
         done = 0
     counts = []
     tokenize(tmp_path, **options, progress=counts.append, resumed=skipped.append)
-    assert shards(tmp_path) == expected
+    assert sums_of(tmp_path) == expected
     assert len(skipped) == 2
     assert sum(counts) == size - skipped[-1]
     assert skipped[-1] > size // 3
@@ -159,9 +151,9 @@ def test_unfinished_work_on_another_text_is_not_used(tmp_path):
     with pytest.raises(Interrupted):
         tokenize(tmp_path, **options, progress=stop)
     tokenize(tmp_path, **options, resumed=lambda count: None)
-    found = shards(tmp_path)
+    found = sums_of(tmp_path)
     tokenize(tmp_path, **options)
-    assert shards(tmp_path) == found
+    assert sums_of(tmp_path) == found
 
 
 def test_a_full_disk_keeps_the_finished_shards(tmp_path, monkeypatch):
@@ -191,14 +183,14 @@ def test_a_disk_that_will_be_too_small_is_told_before_the_work(tmp_path, monkeyp
 def test_without_hard_links_the_shards_are_copied(tmp_path, monkeypatch):
     write_many(tmp_path)
     tokenize(tmp_path)
-    expected = shards(tmp_path)
+    expected = sums_of(tmp_path)
 
     def fail(*_):
         raise OSError("no links here")
 
     monkeypatch.setattr(shards_module.os, "link", fail)
     tokenize(tmp_path)
-    assert shards(tmp_path) == expected
+    assert sums_of(tmp_path) == expected
 
 
 def test_two_at_once_are_refused(tmp_path):
@@ -247,72 +239,13 @@ def test_the_number_of_processes_follows_the_blocks():
     assert shards_module.count_processes(12_000_000, 8) == 3
 
 
-PROGRAM = """
-import sys
-from pathlib import Path
-from tests.conftest import tokenize
-
-def progress(count):
-    print("block", flush=True)
-
-if __name__ == "__main__":
-    tokenize(Path(sys.argv[1]), processes=2, shard_tokens=2000, block_bytes=2000, progress=progress)
-    print("done", flush=True)
-"""
-
-
-def start(folder):
-    """Tokenizes in another process, which has two more."""
-    (folder / "program.py").write_text(PROGRAM)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, folder / "program.py", folder]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def wait_for_blocks(process, count):
-    for _ in range(count):
-        process.stdout.readline()
-
-
-def killed(folder, kills, seed=0):
-    """Kills runs at random moments until one ends; returns how many were killed."""
-    draw = random.Random(seed)
-    for number in range(kills):
-        process = start(folder)
-        wait_for_blocks(process, draw.randrange(1, 40))
-        time.sleep(draw.random() / 20)
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        finished = "done" in process.stdout.read()
-        process.wait()
-        assert psutil.wait_procs(children, timeout=5)[1] == []
-        if finished:
-            return number
-    return kills
-
-
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
-    write_many(tmp_path, 100)
-    tokenize(tmp_path, shard_tokens=2000, block_bytes=2000)
-    expected = shards(tmp_path)
-    assert killed(tmp_path, 2) > 0
-    tokenize(tmp_path, shard_tokens=2000, block_bytes=2000)
-    assert shards(tmp_path) == expected
+    killed_tokenizing(tmp_path, 2).check(at_least=3)
 
 
 @pytest.mark.slow
-def test_killed_fifty_times_it_ends_with_the_same_bytes(tmp_path):
-    write_many(tmp_path, 400)
-    tokenize(tmp_path, shard_tokens=2000, block_bytes=2000)
-    expected = shards(tmp_path)
-    done = 0
-    while done < 50:
-        (tmp_path / "tokens/index.json").unlink(missing_ok=True)
-        done += killed(tmp_path, 50 - done, seed=done)
-    tokenize(tmp_path, shard_tokens=2000, block_bytes=2000)
-    assert shards(tmp_path) == expected
+def test_killed_many_times_it_ends_with_the_same_bytes(tmp_path):
+    killed_tokenizing(tmp_path, 10, seed=1).check(at_least=11)
 
 
 def workers():
