@@ -2,10 +2,10 @@
 
 import json
 import re
-import threading
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from tests.gpt2.data.sources.server import serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "me/texts"
@@ -82,18 +82,10 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
 def hub_of(files):
     """A Hub with the data set me/texts of these files, by path. `refusal`: status and code of all answers."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.requests, server.refusal, server.is_cut = files, [], None, False
     server.revisions = {"main", "v1", "refs/convert/parquet"}
     server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return serving(server)

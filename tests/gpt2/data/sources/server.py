@@ -17,11 +17,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def web_server():
-    """A web server; `reply` is what it does for the next requests."""
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.reply = 0, ok
-    server.url = f"http://127.0.0.1:{server.server_port}/text.txt"
+def serving(server):
+    """Serves in a thread for the block."""
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -30,6 +27,14 @@ def web_server():
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def web_server():
+    """A web server; `reply` is what it does for the next requests."""
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.requests, server.reply = 0, ok
+    server.url = f"http://127.0.0.1:{server.server_port}/text.txt"
+    return serving(server)
 
 
 def send(content, length=None):
