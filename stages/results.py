@@ -3,8 +3,10 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gpt2.data.token_files import split_sha256
@@ -14,6 +16,7 @@ from gpt2.model.storage import CONFIG_FILE, MODEL_FILE, save_weights
 from gpt2.training.state import Weights
 from gpt2.world import World, full_tensor
 from stages import paths, reports, tracking
+from stages.environment import ENVIRONMENT_FILE, continued, machine
 from stages.process import echo
 from stages.session import TrainingRun
 
@@ -33,6 +36,7 @@ def write_results(run: TrainingRun, tracker: tracking.Run) -> None:
     folder = paths.TRAIN_REPORT
     history = reports.write_history(state.history, folder)
     write_json(folder / "metrics.json", final_metrics(run))
+    write_json(folder / ENVIRONMENT_FILE, final_environment(run, tracker.ids()))
     reports.draw_loss(history, folder / "loss.png")
     reports.draw_schedule(history, folder / "schedule.png")
     tracker.tags({"model.sha256": sha256_of(paths.MODELS / MODEL_FILE)})
@@ -79,9 +83,69 @@ def final_metrics(run: TrainingRun) -> dict[str, Any]:
     }
 
 
+def remember_environment(run: TrainingRun) -> None:
+    """Notes beside the checkpoints where this session trains: a later session may only take its results from there."""
+    if run.world.rank or run.state.step == run.plan.params.train.max_steps:
+        return
+    path = run.plan.folder / ENVIRONMENT_FILE
+    earlier = _read_json(path) if run.resumed else {}
+    write_json(path, continued(earlier, session_environment(run)))
+
+
+def session_environment(run: TrainingRun) -> dict[str, Any]:
+    """The commit, the versions and the machine of this session, and how it computes."""
+    tags, device = tracking.git_tags(), run.model.device
+    return {
+        "commit": tags.get("git.commit"),
+        "dirty": tags["git.dirty"] == "true" if "git.dirty" in tags else None,
+        "experiment": tags.get("dvc.experiment"),
+        **machine(),
+        "device": device.type,
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "processes": run.world.size,
+        "strategy": str(run.strategy) if run.world.size > 1 else None,
+        "gradient_checkpointing": run.plan.params.runtime.gradient_checkpointing,
+        **_how(run),
+    }
+
+
+def _how(run: TrainingRun) -> dict[str, Any]:
+    """What the session decides while it starts."""
+    state = run.state
+    return {"precision": state.precision, "compiled": state.compiled, "micro_batch_size": state.micro_batch_size}
+
+
+def final_environment(run: TrainingRun, ids: tracking.RunIds) -> dict[str, Any]:
+    """The content of reports/train/environment.json: where the run was trained, its ids, and SHA-256 sums.
+
+    A file cannot name the commit that will contain it: `commit` is what was checked out during the training, and
+    `dirty` whether more than params and results differed from it. `changed` has all values of what differed between
+    the sessions of a run that was interrupted. A token sum is that of `split_sha256`.
+    """
+    index = run.plan.tokens_index
+    sums = {
+        "corpus": _read_json(paths.CORPUS_FACTS).get("sha256"),
+        "train_tokens": split_sha256(index, "train"),
+        "val_tokens": split_sha256(index, "val"),
+        "model": sha256_of(paths.MODELS / MODEL_FILE),
+        "last_model": sha256_of(paths.MODELS / "last.safetensors"),
+    }
+    return {**_read_json(run.plan.folder / ENVIRONMENT_FILE), **_how(run), **asdict(ids), "sha256": sums}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def run_tags(run: TrainingRun) -> dict[str, str]:
     """Tags for MLflow: where the text comes from, checksums, and what computes."""
-    corpus = json.loads(paths.CORPUS_FACTS.read_text(encoding="utf-8")) if paths.CORPUS_FACTS.is_file() else {}
+    corpus = _read_json(paths.CORPUS_FACTS)
     tags = {
         "corpus.sha256": corpus.get("sha256", "unknown"),
         "tokens.sha256": split_sha256(run.plan.tokens_index, "train"),

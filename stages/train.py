@@ -58,6 +58,7 @@ def train(plan: preflight.Plan, stop: StopSignal, world: "World | None" = None) 
     run = session.set_up(plan, stop, world or ALONE)
     with session.start_tracking(run, stop) as tracker:
         tracker.tags(results.run_tags(run))
+        results.remember_environment(run)
         session.train(run, tracker, stop)
         results.write_results(run, tracker)
 

