@@ -1,0 +1,197 @@
+"""A temporary checkout of a commit, a git worktree in .dvc/tmp/reproduce/, and programs that run in it.
+
+The user's own tree is not touched. The checkout shares DVC's cache with it. It is deleted at the end, also after an
+error or a signal; that of a process that was killed is deleted by the next one.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.files import git
+from gpt2.errors import BusyError, UserError
+from gpt2.files import file_lock, write_text
+from stages.process import StopSignal, echo
+
+PLACE = Path(".dvc/tmp/reproduce")
+POLL_S = 0.1
+PATIENCE_S = 30.0
+"""How long a program may live after a signal: a stage saves a checkpoint."""
+NOT_PASSED_ON = ("DVC_", "MLFLOW_", "GIT_", "GPT2_PARENT", "TORCHELASTIC_", "PYTHONPATH")
+"""Environment variables that say where a program runs or reports to."""
+NO_TRACKING = "cannot write the record for MLflow"
+
+
+@dataclass(frozen=True)
+class Worktree:
+    """The checkout. root: the user's repository. folder: the project in the checkout. base: what is deleted."""
+
+    root: Path
+    base: Path
+    folder: Path
+    stop: StopSignal
+
+    def get(self, path: str) -> bool:
+        """Takes an output of DVC from the cache. Returns whether it was there."""
+        return self._dvc("checkout", "--quiet", "--force", path)[0] == 0
+
+    def pull(self, path: str) -> bool:
+        """Takes an output of DVC from the default remote. Returns whether it was there."""
+        return self._dvc("pull", "--quiet", "--force", path)[0] == 0
+
+    def remotes(self) -> list[str]:
+        """The names of DVC's remotes. Makes their paths those of the user's repository."""
+        code, output = self._dvc("remote", "list", folder=self.root)
+        names = []
+        for line in output.splitlines() if code == 0 else ():
+            name, _, address = line.removesuffix("(default)").strip().partition("\t")
+            names.append(name)
+            if "://" not in address:  # relative to another folder here
+                self._dvc("remote", "modify", "--local", name, "url", address.strip())
+        return names
+
+    def changed(self, stage: str) -> list[str]:
+        """What a stage depends on and differs from dvc.lock: files, and sections of params.yaml."""
+        code, output = self._dvc("status", "--json", stage)
+        try:
+            found = json.loads(output)[stage] if code == 0 and output.strip() != "{}" else []
+        except (ValueError, KeyError):
+            raise UserError(f"`dvc status {stage}` does not work in that commit") from None
+        names: list[str] = ["cmd in dvc.yaml"] if "changed command" in found else []
+        for each in found:
+            for path, state in (each.get("changed deps", {}) if isinstance(each, dict) else {}).items():
+                names += [f"{path}: {key}" for key in state] if isinstance(state, dict) else [path]
+        return names
+
+    def run_stage(self, name: str, *, sees_root: bool = False) -> int:
+        """Runs a stage, whose lines are printed, without MLflow. Returns its exit code.
+
+        sees_root: it finds the user's own texts and downloads, as in `dvc exp run --temp`.
+        """
+        # a file in the place of the folder of records switches tracking off, also in earlier versions of the code
+        outbox = self.folder / "mlflow-outbox"
+        outbox.touch()
+        variables = {"DVC_STAGE": name, **({"DVC_ROOT": str(self.root)} if sees_root else {})}
+        return self._run([sys.executable, "-m", f"stages.{name}"], self.folder, _print_line, variables)
+
+    def _dvc(self, *arguments: str, folder: Path | None = None) -> tuple[int, str]:
+        lines: list[str] = []
+        # whose caches of the checkout would stay behind otherwise
+        variables = {"DVC_SITE_CACHE_DIR": str(self.base / "dvc"), "DVC_NO_ANALYTICS": "1"}
+        command = [sys.executable, "-m", "dvc", *arguments]
+        code = self._run(command, folder or self.folder, lines.append, {} if folder else variables)
+        return code, "\n".join(lines)
+
+    def _run(
+        self, command: list[str], folder: Path, read: Callable[[str], object], variables: Mapping[str, str]
+    ) -> int:
+        """Runs a program, and passes each line of its output to a function. Raises Interrupted after a signal."""
+        self.stop.check()
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_PASSED_ON)}
+        is_stage = "DVC_STAGE" in variables
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**kept, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL if is_stage else subprocess.PIPE,
+            stderr=subprocess.PIPE if is_stage else subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+        )
+        output = process.stderr if is_stage else process.stdout
+        assert output is not None
+        reader = threading.Thread(target=lambda: [read(line.rstrip("\n")) for line in output], daemon=True)
+        reader.start()
+        try:
+            while process.poll() is None and not self.stop:
+                time.sleep(POLL_S)
+        finally:
+            _end(process)
+        self.stop.check()
+        reader.join(PATIENCE_S)
+        return process.returncode
+
+
+@contextmanager
+def temporary_worktree(root: Path, commit: str, stop: StopSignal) -> Iterator[Worktree]:
+    """A checkout of a commit, for the block. Raises UserError if git cannot make it."""
+    _delete_leftovers(root)
+    base = (root / PLACE / uuid.uuid4().hex[:12]).absolute()
+
+    def delete() -> None:
+        git(root, "worktree", "remove", "--force", "--force", str(base / "tree"))
+        shutil.rmtree(base, ignore_errors=True)
+        git(root, "worktree", "prune")
+        with suppress(OSError):  # others are in it
+            base.parent.rmdir()
+
+    def delete_and_end(number: int) -> int:
+        delete()
+        return 128 + number
+
+    stop.end = delete_and_end
+    try:
+        with file_lock(base / "lock"):
+            # hooks are for the user's own checkouts
+            command = ["-c", "core.hooksPath=/dev/null", "worktree", "add", "--detach", str(base / "tree"), commit]
+            if git(root, *command) is None:
+                raise UserError(f"git cannot check out {commit[:7]} in {base}; try `git worktree add` for its message")
+            folder = base / "tree" / (git(root, "rev-parse", "--show-prefix") or "")
+            if not (folder / ".dvc").is_dir():
+                raise UserError(f"commit {commit[:7]} has no DVC pipeline")
+            worktree = Worktree(root, base, folder, stop)
+            _share_cache(worktree)
+            yield worktree
+    finally:
+        delete()
+
+
+def _share_cache(worktree: Worktree) -> None:
+    """Writes the checkout's .dvc/config.local: the user's own, which may hold credentials, and the cache."""
+    own, copy = (folder / ".dvc/config.local" for folder in (worktree.root, worktree.folder))
+    if own.is_file():
+        shutil.copy(own, copy)
+    else:
+        write_text(copy, "")
+    code, cache = worktree._dvc("cache", "dir", folder=worktree.root)
+    if code == 0 and worktree._dvc("config", "--local", "cache.dir", cache.strip())[0] == 0:
+        return
+    raise UserError(f"DVC does not work in {worktree.root}; `dvc cache dir` says why")
+
+
+def _delete_leftovers(root: Path) -> None:
+    """Deletes checkouts of processes that were killed."""
+    for folder in (root / PLACE).glob("*/"):
+        try:
+            with file_lock(folder / "lock"):
+                shutil.rmtree(folder, ignore_errors=True)
+        except BusyError:
+            continue
+    git(root, "worktree", "prune")
+
+
+def _print_line(line: str) -> None:
+    if NO_TRACKING not in line:
+        echo(f"  {line}")
+
+
+def _end(process: "subprocess.Popen[Any]") -> None:
+    """Ends a program that still runs."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
