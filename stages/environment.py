@@ -31,7 +31,7 @@ NOT_OF_THE_NUMBERS = ("commit", "dirty", "experiment", "run_id", "mlflow_run_id"
 def machine() -> dict[str, Any]:
     """Versions, system, processor and its instruction sets here.
 
-    compiler: what torch.compile uses on a CPU; None if there is none. variables: those of `VARIABLES` that are set.
+    compiler: what torch.compile uses on a CPU; None if there is none. variables: the values of `VARIABLES`.
     """
     processor = _processor()
     flags = processor.get("flags", processor.get("Features", "")).split()
@@ -42,7 +42,7 @@ def machine() -> dict[str, Any]:
         "compiler": _compiler(),
         "cpu": processor.get("model name") or platform.processor() or platform.machine(),
         "instruction_sets": sorted({flag for flag in flags if INSTRUCTION_SETS.fullmatch(flag)}),
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "variables": {name: os.environ.get(name) for name in VARIABLES},
     }
 
 
@@ -72,14 +72,19 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = []
     for key, value in left.items():
         if key in right and right[key] != value:
-            name = key.rpartition(".")[2].replace("_", " ")
+            section, _, name = key.rpartition(".")
+            name = name if section else name.replace("_", " ")
             if isinstance(value, list) and isinstance(right[key], list):
                 without = [f"without {each}" for each in value if each not in right[key]]
                 extra = [f"with {each}" for each in right[key] if each not in value]
                 found.append(f"{name} {', '.join(without + extra)}")
             else:
-                found.append(f"{name} {right[key]} instead of {value}")
+                found.append(f"{name} {_shown(right[key])} instead of {_shown(value)}")
     return found
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else str(value)
 
 
 def flatten(environment: Mapping[str, Any]) -> dict[str, Any]:

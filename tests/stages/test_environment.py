@@ -11,6 +11,8 @@ HERE = {
     "commit": "abc",
     "versions": {"python": "3.11.7", "torch": "2.13.0"},
     "instruction_sets": ["avx2", "avx512f"],
+    "variables": {"ONEDNN_MAX_CPU_ISA": None},
+    "gradient_checkpointing": False,
     "threads": 2,
     "compiled": True,
 }
@@ -41,6 +43,8 @@ def test_the_machine_is_described_without_torch_and_without_names():
         ({"threads": 1}, ["threads 1 instead of 2"]),
         ({"versions": {"python": "3.11.7", "torch": "2.14.0"}}, ["torch 2.14.0 instead of 2.13.0"]),
         ({"instruction_sets": ["avx2", "amx_bf16"]}, ["instruction sets without avx512f, with amx_bf16"]),
+        ({"variables": {"ONEDNN_MAX_CPU_ISA": "AVX2"}}, ["ONEDNN_MAX_CPU_ISA AVX2 instead of unset"]),
+        ({"gradient_checkpointing": True}, ["gradient checkpointing True instead of False"]),
         ({"new fact": 1}, []),
     ],
 )
