@@ -103,8 +103,8 @@ def write_params(path: Path, recorded: Recorded) -> None:
 
     Keys that the commit does not know are left out. Checkpoints go to the checkout, so training starts from scratch.
     """
-    yaml = YAML()
-    content = yaml.load(path.read_text(encoding="utf-8"))
+    editor = YAML()
+    content = editor.load(path.read_text(encoding="utf-8"))
     for section, values in recorded.params.items():
         content.setdefault(section, {}).update(values)
     then = recorded.environment
@@ -123,7 +123,7 @@ def write_params(path: Path, recorded: Recorded) -> None:
         chosen["threads"] = None if then["threads"] == available() else then["threads"]
     content["runtime"].update({key: value for key, value in chosen.items() if key in content["runtime"]})
     with path.open("w", encoding="utf-8") as file:
-        yaml.dump(content, file)
+        editor.dump(content, file)
 
 
 def _explain(recorded: Recorded) -> None:
