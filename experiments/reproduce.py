@@ -73,6 +73,7 @@ def _reproduce(recorded: Recorded, worktree: Worktree, arguments: argparse.Names
         )
     _explain(recorded)
     has_tokens = worktree.get(paths.TOKENS.as_posix())
+    _check_code(recorded, worktree, has_tokens)
     if arguments.dry_run:
         where = "are in DVC's cache" if has_tokens else "will be pulled or made"
         minutes = recorded.run.train_metrics.get("elapsed_s", 0) / 60
@@ -80,12 +81,8 @@ def _reproduce(recorded: Recorded, worktree: Worktree, arguments: argparse.Names
         return SAME
     if not has_tokens:
         _get_tokens(worktree, sums)
+        _check_code(recorded, worktree)
     _check_tokens(worktree, sums)
-    if recorded.has_lock and (changed := worktree.changed("train")):
-        raise UserError(
-            f"cannot reproduce {recorded.run.name}: its results were made by other files than commit "
-            f"{recorded.commit[:7]} has ({', '.join(changed)}); run `dvc repro` there, and commit the results"
-        )
     shutil.rmtree(worktree.folder / paths.TRAIN_REPORT, ignore_errors=True)
     with _turn(recorded, worktree):
         code = worktree.run_stage("train")
@@ -138,18 +135,29 @@ def _explain(recorded: Recorded) -> None:
 def _sums_of_outputs(worktree: Worktree) -> dict[str, str]:
     """The sums of the weights that DVC has of a run, whose reports do not name them."""
     folder = worktree.folder / paths.MODELS
-    if not worktree.get(folder.name) and not (worktree.remotes() and worktree.pull(folder.name)):
+    if not worktree.get(folder.name) and not (worktree.remotes and worktree.pull(folder.name)):
         return {}
     sums = {name: sha256_of(folder / file) for name, file in WEIGHTS.items() if (folder / file).is_file()}
     shutil.rmtree(folder)
     return sums
 
 
+def _check_code(recorded: Recorded, worktree: Worktree, has_tokens: bool = True) -> None:
+    """Raises UserError if the commit's dvc.lock says that the results were made by something else than is in it."""
+    changed = worktree.changed("train") if recorded.has_lock else []
+    if not has_tokens:
+        changed = [name for name in changed if name != paths.TOKENS.as_posix()]
+    if changed:
+        raise UserError(
+            f"cannot reproduce {recorded.run.name}: its results were made by other files than commit "
+            f"{recorded.commit[:7]} has ({', '.join(changed)}); run `dvc repro` there, and commit the results"
+        )
+
+
 def _get_tokens(worktree: Worktree, sums: dict[str, str]) -> None:
     """Pulls the tokens, or makes them from the text. Raises UserError if that is gone, or not the run's."""
-    remotes = worktree.remotes()
-    if remotes and worktree.pull(paths.TOKENS.as_posix()):
-        echo(f"pulled the tokens from {' or '.join(remotes)}")
+    if worktree.remotes and worktree.pull(paths.TOKENS.as_posix()):
+        echo(f"pulled the tokens from {' or '.join(worktree.remotes)}")
         return
     expected = sums.get("corpus")
     echo("making the tokens from the text; neither DVC's cache nor a remote has them")

@@ -14,13 +14,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from experiments.files import git
 from gpt2.errors import BusyError, UserError
-from gpt2.files import file_lock, write_text
+from gpt2.files import file_lock
 from stages.process import StopSignal, echo
 
 PLACE = Path(".dvc/tmp/reproduce")
@@ -34,12 +34,16 @@ NO_TRACKING = "cannot write the record for MLflow"
 
 @dataclass(frozen=True)
 class Worktree:
-    """The checkout. root: the user's repository. folder: the project in the checkout. base: what is deleted."""
+    """The checkout.
+
+    root: the user's repository. base: the folder that is deleted. folder: the project in the checkout. remotes: DVC's.
+    """
 
     root: Path
     base: Path
     folder: Path
     stop: StopSignal
+    remotes: tuple[str, ...] = ()
 
     def get(self, path: str) -> bool:
         """Takes an output of DVC from the cache. Returns whether it was there."""
@@ -48,17 +52,6 @@ class Worktree:
     def pull(self, path: str) -> bool:
         """Takes an output of DVC from the default remote. Returns whether it was there."""
         return self._dvc("pull", "--quiet", "--force", path)[0] == 0
-
-    def remotes(self) -> list[str]:
-        """The names of DVC's remotes. Makes their paths those of the user's repository."""
-        code, output = self._dvc("remote", "list", folder=self.root)
-        names = []
-        for line in output.splitlines() if code == 0 else ():
-            name, _, address = line.removesuffix("(default)").strip().partition("\t")
-            names.append(name)
-            if "://" not in address:  # relative to another folder here
-                self._dvc("remote", "modify", "--local", name, "url", address.strip())
-        return names
 
     def changed(self, stage: str) -> list[str]:
         """What a stage depends on and differs from dvc.lock: files, and sections of params.yaml."""
@@ -150,24 +143,40 @@ def temporary_worktree(root: Path, commit: str, stop: StopSignal) -> Iterator[Wo
             folder = base / "tree" / (git(root, "rev-parse", "--show-prefix") or "")
             if not (folder / ".dvc").is_dir():
                 raise UserError(f"commit {commit[:7]} has no DVC pipeline")
-            worktree = Worktree(root, base, folder, stop)
-            _share_cache(worktree)
-            yield worktree
+            yield _with_users_settings(Worktree(root, base, folder, stop))
     finally:
         delete()
 
 
-def _share_cache(worktree: Worktree) -> None:
-    """Writes the checkout's .dvc/config.local: the user's own, which may hold credentials, and the cache."""
-    own, copy = (folder / ".dvc/config.local" for folder in (worktree.root, worktree.folder))
-    if own.is_file():
-        shutil.copy(own, copy)
-    else:
-        write_text(copy, "")
-    code, cache = worktree._dvc("cache", "dir", folder=worktree.root)
-    if code == 0 and worktree._dvc("config", "--local", "cache.dir", cache.strip())[0] == 0:
-        return
-    raise UserError(f"DVC does not work in {worktree.root}; `dvc cache dir` says why")
+def _with_users_settings(worktree: Worktree) -> Worktree:
+    """Gives the checkout the user's cache and remotes, which its commit may not know, by a .dvc/config.local.
+
+    DVC lists settings with absolute paths. They may hold credentials; the file is deleted with the checkout.
+    """
+    (code, listed), (other, cache) = (
+        worktree._dvc(*command, folder=worktree.root) for command in (("config", "--list"), ("cache", "dir"))
+    )
+    if code or other:
+        raise UserError(f"DVC does not work in {worktree.root}; `dvc config --list` says why")
+    sections: dict[str, dict[str, str]] = {"cache": {"dir": cache.strip()}}
+    for line in listed.splitlines():
+        name, _, value = line.partition("=")
+        section, _, key = name.rpartition(".")
+        if section.startswith("remote."):
+            section = f"'remote \"{section.removeprefix('remote.')}\"'"
+        elif name not in ("core.remote", "cache.type"):
+            continue
+        sections.setdefault(section, {})[key] = value
+    lines = (
+        line
+        for section, values in sections.items()
+        for line in (f"[{section}]", *(f'{key} = "{value}"' for key, value in values.items()))
+    )
+    path = worktree.folder / ".dvc/config.local"
+    path.touch(mode=0o600)
+    path.write_text("\n".join(lines), encoding="utf-8")
+    names = tuple(section.split('"')[1] for section in sections if section.startswith("'remote"))
+    return replace(worktree, remotes=names)
 
 
 def _delete_leftovers(root: Path) -> None:

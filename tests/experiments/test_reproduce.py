@@ -97,7 +97,7 @@ def test_results_that_other_code_made_are_refused(project):
     project.run("git", "checkout", "-qb", "changed")
     project.run("git", "commit", "-qam", "changed")
     project.run("git", "checkout", "-q", "main")
-    output = reproduce(project, "changed", code=2)
+    output = reproduce(project, "changed", "--dry-run", code=2)
     assert "made by other files than commit" in output
     assert "(gpt2/training)" in output
 
