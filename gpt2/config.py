@@ -15,6 +15,8 @@ from gpt2.errors import UserError
 
 GPT2_VOCAB_SIZE = 50257
 """Number of tokens of GPT-2's encoding: 256 bytes, 50,000 merges and `<|endoftext|>`."""
+END_OF_TEXT = 50256
+"""The token `<|endoftext|>`."""
 DTYPES = ("fp32", "bf16", "int8", "int4")
 """Dtypes for inference; int8 is quantized."""
 PositiveInt = Annotated[int, Gt(0)]
@@ -168,7 +170,7 @@ class TrainConfig:
     schedule: after warmup_steps, learning_rate decays to min_learning_rate at max_steps: along a cosine, linearly, or
     ("wsd": warm-up, stable, decay) linearly over the last decay_fraction of the steps. muon_learning_rate follows the
     same schedule. label_smoothing: fraction of each target's probability that is spread over all tokens.
-    eval_interval: in steps.
+    mask_documents: whether attention stops at the borders of documents. eval_interval: in steps.
     """
 
     init_from: Annotated[str, MinLen(1)]
@@ -189,6 +191,7 @@ class TrainConfig:
     beta2: Annotated[float, Ge(0), Lt(1)]
     max_grad_norm: Annotated[float, Gt(0)]
     label_smoothing: Annotated[float, Ge(0), Lt(1)]
+    mask_documents: bool
     eval_interval: PositiveInt
 
     RULES: ClassVar = (

@@ -16,10 +16,10 @@ import numpy.typing as npt
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
+from gpt2.config import END_OF_TEXT as END_OF_TEXT
 from gpt2.config import GPT2_VOCAB_SIZE
 from gpt2.errors import FileError
 
-END_OF_TEXT = 50256
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 VOCABULARY_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 # The pattern of GPT-2's release, in the equivalent form that tiktoken uses for its possessive, faster matching.

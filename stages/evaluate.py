@@ -41,7 +41,7 @@ def evaluate(params: Params, stop: StopSignal) -> dict[str, float]:
     with stop.exit_immediately():
         from gpt2.device import choose_device, configure_device
         from gpt2.evaluation.cloze import cloze_questions
-        from gpt2.model.storage import load_folder, trained_context_length
+        from gpt2.model.storage import load_folder, masked_documents, trained_context_length
 
         harness_tasks = load_harness_tasks(params)
     device = choose_device(params.runtime.device)
@@ -49,6 +49,7 @@ def evaluate(params: Params, stop: StopSignal) -> dict[str, float]:
     train_tokens, val_tokens = open_tokens(paths.TOKENS, "train"), open_tokens(paths.TOKENS, "val")
     questions = cloze_questions(val_tokens, params.evaluate.seed) if CLOZE in params.evaluate.tasks else []
     model = load_folder(paths.MODELS).to(device)
+    model.mask_documents = masked_documents(paths.MODELS)
     context_length = trained_context_length(paths.MODELS) or model.config.block_size
 
     metrics = measure_loss(params, model, train_tokens, val_tokens, context_length, stop)

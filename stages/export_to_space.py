@@ -124,14 +124,17 @@ def measure_losses(model: "GPT", tokens: Tokens, context_length: int, stop: Stop
 
     from gpt2.evaluation.scores import score
     from gpt2.inference.quantization import has_dtype, quantize
+    from gpt2.model.storage import masked_documents
 
     losses = {}
     names = [name for name in DTYPES if has_dtype(model, name)]
     total = len(names) * (len(tokens) - 1)
     with tqdm(total=total, desc="measuring the loss of each dtype", unit="token", disable=None, leave=False) as bar:
         for name in names:
+            quantized = quantize(model, name)
+            quantized.mask_documents = masked_documents(paths.MODELS)
             scores = score(
-                quantize(model, name),
+                quantized,
                 tokens,
                 sequence_length=context_length,
                 batch_size=MEASURED_BATCH,

@@ -132,6 +132,8 @@ def load_params(path: Path) -> Params:
                 if problems and text.partition(EXPECTED)[0] == problems[-1][1].partition(EXPECTED)[0]:
                     # the value is none of several types
                     text = f"{problems.pop()[1]} or {text.partition(EXPECTED)[2]}"
+                elif problems and _is_inside(text, *problems[-1]):
+                    problems.pop()  # of several types, the value has this one
                 problems.append((place, text))
     wrong = {place for place, _ in problems}
     # a misspelled key is one problem, not also a missing key
@@ -179,11 +181,20 @@ def _describe(problem: Any) -> tuple[tuple[str, ...], str]:
     expected = (
         problem["msg"]
         .removeprefix("Input should be ")
+        .replace("String should have ", "")
+        .replace("List should have ", "a list with ")
+        .replace(" after validation, not 0", "")
         .replace("a valid integer", "an integer")
         .replace("a valid array", "a list")
         .replace("a valid ", "a ")
     )
     return place[:2], f"{name} is {value}{EXPECTED}{expected}"
+
+
+def _is_inside(text: str, place: tuple[str, ...], other: str) -> bool:
+    """Whether a message is about an element of the list that another one, of this place, is about."""
+    name = ".".join(place)
+    return text.startswith(f"{name}.") and other.startswith(f"{name} is ")
 
 
 def _shortened(value: Any) -> str:

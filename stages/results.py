@@ -32,7 +32,9 @@ def write_results(run: TrainingRun, tracker: tracking.Run) -> None:
     save_weights(last, paths.MODELS / LAST_FILE)
     save_weights(best, paths.MODELS / MODEL_FILE)
     write_json(paths.MODELS / CONFIG_FILE, master.config.to_dict())
-    write_json(paths.RUN, {**asdict(tracker.ids()), "sequence_length": run.plan.params.train.sequence_length})
+    config = run.plan.params.train
+    facts = {"sequence_length": config.sequence_length, "mask_documents": config.mask_documents}
+    write_json(paths.RUN, {**asdict(tracker.ids()), **facts})
 
     folder = paths.TRAIN_REPORT
     history = reports.write_history(state.history, folder)

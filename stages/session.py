@@ -72,6 +72,7 @@ def set_up(plan: Plan, stop: StopSignal, world: World) -> TrainingRun:
     checkpoint = store.load_newest(warn)
     check_stop(stop, world)
     master = (initial_model(plan.params) if checkpoint is None else GPT(plan.params.model)).to(device)
+    master.mask_documents = config.mask_documents
     if checkpoint is None:
         precision = world.from_first(world.rank == 0 and choose_precision(device, runtime.precision))
         state = TrainState.initial(precision, plan.micro_batch_size)

@@ -1,5 +1,6 @@
 """tokenize: encodes data/corpus.txt into the token files of the training and validation splits."""
 
+import subprocess
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -9,6 +10,9 @@ from gpt2.data.tokenizing.shards import count_processes, write_tokens
 from stages import cores, paths
 from stages.params import load_params
 from stages.process import StopSignal, echo, run_stage
+
+LARGE_BYTES = 1_000_000_000
+LINK = "dvc config --local cache.type hardlink,symlink,copy"
 
 
 def main(stop: StopSignal) -> None:
@@ -43,6 +47,21 @@ def main(stop: StopSignal) -> None:
     if duplicates["across"]:
         told += f"; {duplicates['across']:,} validation documents are also in training: set tokenize.deduplicate"
     echo(told)
+    if sum(split["tokens"] for split in index["splits"].values()) * 2 > LARGE_BYTES:
+        tell_about_links()
+
+
+def tell_about_links() -> None:
+    """Says how to avoid a second copy of the tokens, unless DVC is configured for it."""
+    try:
+        configured = subprocess.run(["dvc", "config", "cache.type"], capture_output=True, text=True).stdout
+    except OSError:  # there is no DVC
+        return
+    if "link" not in configured:
+        echo(
+            "on most file systems DVC now copies the tokens into its cache; to link them instead: "
+            f"{LINK}, then dvc checkout --relink"
+        )
 
 
 if __name__ == "__main__":

@@ -68,6 +68,11 @@ def trained_context_length(folder: Path) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
+def masked_documents(folder: Path) -> bool:
+    """Whether attention stopped at the borders of documents when the model in a folder was trained."""
+    return _read_json(folder / RUN_FILE).get("mask_documents") is True
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if the file is missing or contains anything else."""
     try:

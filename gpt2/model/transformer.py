@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt2.config import GPTConfig
+from gpt2.config import END_OF_TEXT, GPTConfig
 
 INIT_STD = 0.02
 SHORT_SEQUENCE = 256
@@ -47,19 +47,33 @@ class Linear(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def within_documents(idx: Tensor) -> Tensor:
+    """Which tokens a token may attend to, if not to those of other documents: itself, and earlier ones of its own.
+
+    `<|endoftext|>` is the first token of the document that it begins. idx: token ids, (B, T). Returns (B, 1, T, T),
+    True for a query (third dimension) and a key (fourth) that it may attend to.
+    """
+    document = (idx == END_OF_TEXT).cumsum(1)
+    return (document[:, None, :, None] == document[:, None, None, :]).tril()
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """Attention of each token to itself and to earlier tokens; all (B, n_head, T, head_size).
 
-    Uses PyTorch's kernel, except to train in bf16 on short sequences on a CPU: the backward pass of that kernel then
-    takes several times as long as plain matrix products (benchmarks/train.py).
+    visible: which of these, from `within_documents`; None is all. Uses PyTorch's kernel, except to train in bf16 on
+    short sequences on a CPU: the backward pass of that kernel then takes several times as long as plain matrix products
+    (benchmarks/train.py).
     """
     T, head_size = q.shape[2:]
     is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT_SEQUENCE and q.requires_grad
     if not is_slow:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    future = torch.full((T, T), -torch.inf, device=q.device).triu(1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
+    if visible is None:
+        bias = torch.full((T, T), -torch.inf, device=q.device).triu(1)
+    else:
+        bias = torch.zeros(visible.shape, device=q.device).masked_fill(~visible, -torch.inf)
     scores = (q * head_size**-0.5) @ k.transpose(2, 3)  # (B, n_head, T, T)
-    return cast(Tensor, (scores.float() + future).softmax(3).to(v.dtype) @ v)
+    return cast(Tensor, (scores.float() + bias).softmax(3).to(v.dtype) @ v)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -80,11 +94,15 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, visible: Tensor | None = None) -> Tensor:
         """(B, T, C) to (B, T, C)."""
         B, T, C = x.size()
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        y = causal_attention(*qkv.unbind(0)) if cache is None else cache.attend(qkv)  # (B, n_head, T, head_size)
+        if cache is None:
+            q, k, v = qkv.unbind(0)  # (B, n_head, T, head_size)
+            y = causal_attention(q, k, v, visible)
+        else:
+            y = cache.attend(qkv)
         y = y.transpose(1, 2).reshape(B, T, C)  # concatenates the heads
         return cast(Tensor, self.c_proj(y))
 
@@ -112,14 +130,18 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, visible: Tensor | None = None) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), cache)
+        x = x + self.attn(self.ln_1(x), cache, visible)
         return cast(Tensor, x + self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
-    """The language model; its input embedding and its output head are one matrix."""
+    """The language model; its input embedding and its output head are one matrix.
+
+    mask_documents: whether attention stops at the borders of documents, where no KV cache is used.
+    gradient_checkpointing: whether the inside of each block is recomputed in the backward pass.
+    """
 
     def __init__(self, config: GPTConfig | dict[str, Any]) -> None:
         """A freshly initialised model of these sizes, given as a GPTConfig or a dict of its five keys."""
@@ -136,6 +158,7 @@ class GPT(nn.Module):
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer["wte"].weight = self.lm_head.weight  # tied
+        self.mask_documents = False
         self.gradient_checkpointing = False
         self.init_weights()
 
@@ -186,7 +209,7 @@ class GPT(nn.Module):
         caches: the KV cache of each layer, if idx follows cached tokens. positions: those of idx then, (B, T).
         Raises ValueError if the tokens do not fit the context.
         """
-        return self.blocks(self.embed(idx, positions), caches)
+        return self.blocks(self.embed(idx, positions), caches, self.visible(idx) if caches is None else None)
 
     def embed(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
         """The embeddings of token ids idx, (B, T), at positions, (B, T), or from 0 on: (B, T, C), in fp32."""
@@ -198,13 +221,17 @@ class GPT(nn.Module):
         # the residual stream is fp32, whatever the dtype of the matrix products
         return cast(Tensor, self.transformer["wte"](idx).float() + self.transformer["wpe"](positions))
 
-    def blocks(self, x: Tensor, caches: Sequence[LayerCache] | None = None) -> Tensor:
+    def visible(self, idx: Tensor) -> Tensor | None:
+        """Which tokens each token may attend to, for `blocks`; None is all earlier ones. idx: token ids, (B, T)."""
+        return within_documents(idx) if self.mask_documents else None
+
+    def blocks(self, x: Tensor, caches: Sequence[LayerCache] | None = None, visible: Tensor | None = None) -> Tensor:
         """All layers and the last LayerNorm, on embeddings x, (B, T, C)."""
         for layer, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, None, visible, use_reentrant=False)
             else:
-                x = block(x, caches[layer] if caches is not None else None)
+                x = block(x, caches[layer] if caches is not None else None, visible)
         return cast(Tensor, self.transformer["ln_f"](x))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

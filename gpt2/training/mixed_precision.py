@@ -47,7 +47,7 @@ class MixedPrecisionModel:
         self.compute.gradient_checkpointing = gradient_checkpointing
         self.compiled = False
         self._compiled_shape: tuple[int, ...] | None = None
-        self._blocks: Callable[[Tensor], Tensor] = self.compute.blocks
+        self._blocks: Callable[..., Tensor] = self.compute.blocks
         self._add: Callable[[Tensor, Tensor], Tensor] = add_in_place
         self._pairs = [
             (master_weight, copy)
@@ -150,7 +150,8 @@ class MixedPrecisionModel:
 
     def _loss(self, inputs: Tensor, targets: Tensor, label_smoothing: float, compiled: bool) -> Tensor:
         embedded = self.compute.embed(inputs)
-        hidden = self._blocks(embedded) if compiled else self.compute.blocks(embedded)  # (B, T, C)
+        blocks = self._blocks if compiled else self.compute.blocks
+        hidden = blocks(embedded, None, self.compute.visible(inputs))  # (B, T, C)
         weight = self.compute.lm_head.weight
         return linear_cross_entropy(
             hidden.to(weight.dtype).view(-1, hidden.size(-1)),

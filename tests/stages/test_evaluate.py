@@ -8,7 +8,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from gpt2 import tokenizer
+from gpt2.data.token_files import open_tokens
 from gpt2.errors import UserError
+from gpt2.evaluation.scores import score
 from gpt2.files import write_json
 from gpt2.model.storage import save_weights
 from stages import evaluate, paths
@@ -43,6 +45,20 @@ def test_the_report_has_what_dvc_expects(trained, never_stops, monkeypatch):
     stage = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]["evaluate"]
     expected = {path for kind in ("outs", "metrics", "plots") for entry in stage[kind] for path in entry}
     assert {path.as_posix() for path in paths.EVALUATE_REPORT.iterdir()} == expected
+
+
+def test_attention_stops_at_documents_if_it_did_in_training(trained, never_stops, monkeypatch, tiny_model):
+    monkeypatch.setattr("gpt2.device.configure_device", lambda *_: None)
+    write_documents(paths.CORPUS.parent, [our_text(20, seed) for seed in range(20)])
+    tokenize(paths.CORPUS.parent, 0.5)
+    losses = []
+    for mask_documents in (False, True):
+        write_json(paths.RUN, {"sequence_length": 16, "mask_documents": mask_documents})
+        tiny_model.mask_documents = mask_documents
+        expected = score(tiny_model, open_tokens(paths.TOKENS, "val"), sequence_length=16, batch_size=8).loss
+        losses.append(evaluate.evaluate(trained, never_stops)["loss"])
+        assert losses[-1] == pytest.approx(expected, rel=1e-7)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-7)
 
 
 def test_without_lm_eval_a_task_is_an_error_before_the_model_is_loaded(trained, never_stops, monkeypatch):

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
+from stages import tokenize
 from tests.conftest import ROOT, our_text, write_documents
 
 
@@ -79,3 +81,18 @@ def test_a_killed_worker_is_one_line(folder):
     assert output.startswith("error: a process that encodes text was killed")
     assert output.count("\n") == 1
     assert psutil.wait_procs(children, timeout=5)[1] == []
+
+
+def test_large_data_comes_with_advice_about_links(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    subprocess.run(["dvc", "init", "--no-scm", "-q"], check=True)
+    tokenize.tell_about_links()
+    advice = capsys.readouterr().err
+    assert tokenize.LINK in advice
+    assert advice.count("\n") == 1
+    subprocess.run(tokenize.LINK.split(), check=True)
+    tokenize.tell_about_links()
+    monkeypatch.setenv("PATH", "")
+    tokenize.tell_about_links()
+    assert capsys.readouterr().err == ""

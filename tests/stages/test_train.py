@@ -7,9 +7,11 @@ from gpt2.errors import DivergedError, UserError
 from gpt2.hub.export import save_pretrained
 from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel
 from gpt2.training.state import TrainState, environment
-from stages import session, train
+from gpt2.world import ALONE
+from stages import paths, session, train
 from stages.params import load_params
-from tests.conftest import ROOT, TINY, TINY_TRAIN
+from stages.preflight import Plan
+from tests.conftest import ROOT, TINY, TINY_TRAIN, our_text, tokenize, write_documents
 
 
 @pytest.fixture
@@ -35,6 +37,17 @@ def test_weights_of_other_sizes_are_refused_with_the_right_ones(params, tiny_mod
     other = replace(params, model=replace(TINY, n_layer=3, block_size=64))
     with pytest.raises(UserError, match="has other sizes; set in the section model: block_size: 32, n_layer: 2"):
         session.initial_model(starting_from(other, str(tmp_path)))
+
+
+@pytest.mark.parametrize("mask_documents", [False, True])
+def test_documents_are_masked_if_the_params_say_so(params, tmp_path, monkeypatch, never_stops, mask_documents):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session, "configure_device", lambda *_: None)  # it changes the allocator of this process
+    write_documents(paths.CORPUS.parent, [our_text(20, seed) for seed in range(10)])
+    tokenize(paths.CORPUS.parent)
+    chosen = replace(params, train=replace(params.train, mask_documents=mask_documents))
+    run = session.set_up(Plan(chosen, {}, tmp_path / "checkpoints/a", 2, {}), never_stops, ALONE)
+    assert run.model.compute.mask_documents == mask_documents
 
 
 def test_the_fingerprint_changes_with_each_input(tmp_path):

@@ -50,7 +50,9 @@ class Run:
         torch.set_num_threads(1)
         torch.manual_seed(config.seed)
         self.tokens, self.config, self.world = tokens, config, world
-        self.model = parts.make_model(GPT(TINY), precision, world, strategy, gradient_checkpointing=checkpointing)
+        master = GPT(TINY)
+        master.mask_documents = config.mask_documents
+        self.model = parts.make_model(master, precision, world, strategy, gradient_checkpointing=checkpointing)
         self.optimizer = parts.make_optimizer(self.model, config, world)
         self.state = TrainState.initial(precision, config.share(world.size).batch_size)
 
@@ -168,7 +170,7 @@ def parts_of(world, tokens, folder, steps):
         dtypes = {p.dtype for p in run.model.master.parameters()}
         found[f"{strategy} dtypes"] = sorted(map(str, dtypes))
         for precision, checkpointing in ((torch.bfloat16, False), (torch.bfloat16, True)):
-            small = recipe(max_steps=6, optimizer="muon", label_smoothing=0.1)
+            small = recipe(max_steps=6, optimizer="muon", label_smoothing=0.1, mask_documents=True)
             name = f"{strategy} bf16{' checkpointing' if checkpointing else ''}"
             found[name] = Run(tokens, small, world, strategy, precision, checkpointing).go()
     run = Run(tokens, recipe(optimizer="adamw"), world, "fsdp")

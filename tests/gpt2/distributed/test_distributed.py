@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ STEPS = 15
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
-    write_documents(folder, [our_text(400)])
+    write_documents(folder, [our_text(4, seed) for seed in range(100)])
     tokenize(folder, 0.2)
     return folder / "tokens"
 
@@ -97,9 +98,11 @@ def test_weights_are_not_left_in_the_compute_dtype_after_validation(of_four):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_mixed_precision_checkpointing_and_smoothing_work_in_several_processes(of_four, tokens, strategy):
-    config = ranks.recipe(max_steps=6, optimizer="muon", label_smoothing=0.1)
+def test_mixed_precision_checkpointing_smoothing_and_masks_work_in_several_processes(of_four, tokens, strategy):
+    config = ranks.recipe(max_steps=6, optimizer="muon", label_smoothing=0.1, mask_documents=True)
     expected = ranks.Run(tokens, config, precision=torch.bfloat16).go()
+    unmasked = ranks.Run(tokens, replace(config, mask_documents=False), precision=torch.bfloat16).go()
+    assert expected != pytest.approx(unmasked, rel=1e-5)
     assert of_four[f"{strategy} bf16"] == pytest.approx(expected, rel=3e-3)
     assert of_four[f"{strategy} bf16 checkpointing"] == pytest.approx(of_four[f"{strategy} bf16"], rel=1e-6)
 

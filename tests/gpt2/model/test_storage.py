@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from gpt2.errors import FileError
 from gpt2.files import write_json
 from gpt2.model import storage
-from gpt2.model.storage import load_folder, load_model, save_weights, trained_context_length
+from gpt2.model.storage import load_folder, load_model, masked_documents, save_weights, trained_context_length
 from tests.conftest import TINY
 
 
@@ -27,6 +27,13 @@ def test_a_model_folder_may_contain_its_trained_context_length(tmp_path, content
     assert trained_context_length(tmp_path) is None
     (tmp_path / "run.json").write_text(content)
     assert trained_context_length(tmp_path) == length
+
+
+def test_a_model_folder_says_whether_documents_were_masked(tmp_path):
+    assert not masked_documents(tmp_path)
+    for value in (False, True, "yes"):
+        write_json(tmp_path / "run.json", {"mask_documents": value})
+        assert masked_documents(tmp_path) is (value is True)
 
 
 def test_a_damaged_model_folder_is_a_one_line_error(tiny_model, tmp_path):

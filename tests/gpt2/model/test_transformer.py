@@ -1,10 +1,11 @@
+import itertools
 import math
 import sys
 
 import pytest
 import torch
 
-from gpt2.config import GPTConfig
+from gpt2.config import END_OF_TEXT, GPTConfig
 from gpt2.errors import UserError
 from gpt2.model.hugging_face import from_pretrained, swap_conv1d_layout
 from gpt2.model.transformer import GPT
@@ -64,6 +65,21 @@ def test_attention_is_causal(tiny_model):
     before, after = tiny_model(idx)[0], tiny_model(changed)[0]
     assert torch.allclose(before[:, :12], after[:, :12], atol=1e-6)
     assert not torch.allclose(before[:, 12:], after[:, 12:], atol=1e-3)
+
+
+def test_masked_documents_are_computed_as_if_each_were_alone(tiny_model):
+    idx = torch.randint(1000, (2, 20))
+    idx[0, 7] = idx[1, 0] = idx[1, 18] = END_OF_TEXT  # it begins a document
+    unmasked = tiny_model(idx)[0]
+    tiny_model.mask_documents = True
+    masked = tiny_model(idx)[0]
+    for row, documents in enumerate([[0, 7, 20], [0, 18, 20]]):
+        for begin, end in itertools.pairwise(documents):
+            positions = torch.arange(begin, end)[None]  # those of the window
+            alone = tiny_model.lm_head(tiny_model.blocks(tiny_model.embed(idx[row : row + 1, begin:end], positions)))
+            assert torch.allclose(masked[row, begin:end], alone[0], atol=1e-5)
+    assert torch.allclose(masked[1, :18], unmasked[1, :18], atol=1e-5)
+    assert not torch.allclose(masked[0, 7:], unmasked[0, 7:], atol=1e-3)
 
 
 def test_the_original_projects_code_loads_our_weights(tiny_model, tmp_path):

@@ -1,15 +1,20 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from gpt2.config import END_OF_TEXT
 from gpt2.model.transformer import GPT, GPTConfig, causal_attention
 from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel
 from tests.conftest import ROOT, TINY, needs_compiler
 
 SMALL = GPTConfig(block_size=32, vocab_size=1000, n_layer=2, n_head=2, n_embd=64)
+DOCUMENTS = replace(SMALL, vocab_size=50257)
 
 
 def batch(config, size=(16, 32)):
@@ -64,6 +69,62 @@ def test_every_dtype_matches_loss_and_gradients_of_plain_fp32(
         ours, found = gradients(compute, inputs, targets, parts)
         assert ours == pytest.approx(loss, rel=loss_tolerance)
         assert worst_error(found, expected) < gradient_tolerance
+
+
+def documents(size=(16, 32)):
+    """Inputs with a border of documents every nine tokens or so, and their targets."""
+    tokens = torch.randint(0, 1000, (size[0], size[1] + 1), generator=torch.Generator().manual_seed(5))
+    tokens[torch.rand(tokens.shape, generator=torch.Generator().manual_seed(6)) < 1 / 9] = END_OF_TEXT
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def masked(config, precision, **options):
+    model = model_of(config)
+    model.mask_documents = True
+    return MixedPrecisionModel(model, precision, **options)
+
+
+def one_by_one(config, inputs, targets):
+    """Loss and gradients if each document of each window is computed alone."""
+    model, total = model_of(config), 0.0
+    for row, row_targets in zip(inputs, targets, strict=True):
+        borders = [0, *(row == END_OF_TEXT).nonzero().flatten().tolist(), len(row)]
+        for begin, end in pairwise(borders):
+            if begin < end:
+                embedded = model.embed(row[None, begin:end], torch.arange(begin, end)[None])
+                logits = model.lm_head(model.blocks(embedded))[0]
+                total = total + F.cross_entropy(logits, row_targets[begin:end], reduction="sum")
+    loss = total / targets.numel()
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "loss_tolerance", "gradient_tolerance"), [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 2e-3, 0.03)]
+)
+def test_masked_documents_train_as_if_each_were_alone(precision, loss_tolerance, gradient_tolerance, checkpointing):
+    inputs, targets = documents()
+    loss, expected = one_by_one(DOCUMENTS, inputs, targets)
+    compute = masked(DOCUMENTS, precision, gradient_checkpointing=checkpointing)
+    ours, found = gradients(compute, inputs, targets)
+    assert ours == pytest.approx(loss, rel=loss_tolerance)
+    assert worst_error(found, expected) < gradient_tolerance
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [32, 300])  # with bf16 on a CPU, attention over more than 256 tokens is PyTorch's
+def test_masked_documents_compile(precision, length):
+    config = replace(DOCUMENTS, block_size=length)
+    inputs, targets = documents((2, length))
+    loss, expected = one_by_one(config, inputs, targets)
+    compute = masked(config, precision)
+    compute.compile(*inputs.shape)
+    ours, found = gradients(compute, inputs, targets)
+    assert ours == pytest.approx(loss, rel=1e-5 if precision == torch.float32 else 2e-3)
+    assert worst_error(found, expected) < (1e-4 if precision == torch.float32 else 0.03)
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
