@@ -27,7 +27,7 @@ PLACE = Path(".dvc/tmp/reproduce")
 POLL_S = 0.1
 PATIENCE_S = 30.0
 """How long a program may live after a signal: a stage saves a checkpoint."""
-NOT_PASSED_ON = ("DVC_", "MLFLOW_", "GIT_", "GPT2_PARENT", "TORCHELASTIC_", "PYTHONPATH")
+NOT_PASSED_ON = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_", "MLFLOW_", "GIT_", "GPT2_PARENT_", "TORCHELASTIC_", "PYTHONPATH")
 """Environment variables that say where a program runs or reports to."""
 NO_TRACKING = "cannot write the record for MLflow"
 
@@ -47,15 +47,15 @@ class Worktree:
 
     def get(self, path: str) -> bool:
         """Takes an output of DVC from the cache. Returns whether it was there."""
-        return self._dvc("checkout", "--quiet", "--force", path)[0] == 0
+        return self.dvc("checkout", "--quiet", "--force", path)[0] == 0
 
     def pull(self, path: str) -> bool:
         """Takes an output of DVC from the default remote. Returns whether it was there."""
-        return self._dvc("pull", "--quiet", "--force", path)[0] == 0
+        return self.dvc("pull", "--quiet", "--force", path)[0] == 0
 
     def changed(self, stage: str) -> list[str]:
         """What a stage depends on and differs from dvc.lock: files, and sections of params.yaml."""
-        code, output = self._dvc("status", "--json", stage)
+        code, output = self.dvc("status", "--json", stage)
         try:
             found = json.loads(output)[stage] if code == 0 and output.strip() != "{}" else []
         except (ValueError, KeyError):
@@ -75,34 +75,42 @@ class Worktree:
         outbox = self.folder / "mlflow-outbox"
         outbox.touch()
         variables = {"DVC_STAGE": name, **({"DVC_ROOT": str(self.root)} if sees_root else {})}
-        return self._run([sys.executable, "-m", f"stages.{name}"], self.folder, _print_line, variables)
+        command = [sys.executable, "-m", f"stages.{name}"]
+        return self._run(command, self.folder, variables, _print_line, stderr=subprocess.PIPE)
 
-    def _dvc(self, *arguments: str, folder: Path | None = None) -> tuple[int, str]:
+    def dvc(self, *arguments: str, folder: Path | None = None) -> tuple[int, str]:
+        """Runs a command of DVC in the checkout, or in another folder. Returns its exit code and output."""
         lines: list[str] = []
-        # whose caches of the checkout would stay behind otherwise
-        variables = {"DVC_SITE_CACHE_DIR": str(self.base / "dvc"), "DVC_NO_ANALYTICS": "1"}
+        # DVC keeps a cache for each folder; that of the checkout would stay behind
+        variables = {} if folder else {"DVC_SITE_CACHE_DIR": str(self.base / "dvc")}
         command = [sys.executable, "-m", "dvc", *arguments]
-        code = self._run(command, folder or self.folder, lines.append, {} if folder else variables)
+        code = self._run(command, folder or self.folder, variables, lines.append, stdout=subprocess.PIPE)
         return code, "\n".join(lines)
 
     def _run(
-        self, command: list[str], folder: Path, read: Callable[[str], object], variables: Mapping[str, str]
+        self,
+        command: list[str],
+        folder: Path,
+        variables: Mapping[str, str],
+        read: Callable[[str], object],
+        *,
+        stdout: int = subprocess.DEVNULL,
+        stderr: int = subprocess.DEVNULL,
     ) -> int:
-        """Runs a program, and passes each line of its output to a function. Raises Interrupted after a signal."""
+        """Runs a program, and passes each line of its pipe to a function. Raises Interrupted after a signal."""
         self.stop.check()
         kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_PASSED_ON)}
-        is_stage = "DVC_STAGE" in variables
         process = subprocess.Popen(
             command,
             cwd=folder,
             env={**kept, **variables},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL if is_stage else subprocess.PIPE,
-            stderr=subprocess.PIPE if is_stage else subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
             text=True,
             errors="replace",
         )
-        output = process.stderr if is_stage else process.stdout
+        output = process.stdout or process.stderr
         assert output is not None
         reader = threading.Thread(target=lambda: [read(line.rstrip("\n")) for line in output], daemon=True)
         reader.start()
@@ -154,7 +162,7 @@ def _with_users_settings(worktree: Worktree) -> Worktree:
     DVC lists settings with absolute paths. They may hold credentials; the file is deleted with the checkout.
     """
     (code, listed), (other, cache) = (
-        worktree._dvc(*command, folder=worktree.root) for command in (("config", "--list"), ("cache", "dir"))
+        worktree.dvc(*command, folder=worktree.root) for command in (("config", "--list"), ("cache", "dir"))
     )
     if code or other:
         raise UserError(f"DVC does not work in {worktree.root}; `dvc config --list` says why")

@@ -66,9 +66,11 @@ def read_sessions(content: str | bytes) -> list[dict[str, Any]]:
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What can change the bits and differs between two environments, as "torch 2.12.0 instead of 2.13.0".
 
-    Facts that only one of them has do not count.
+    Facts that only one of them has do not count, nor the compiler of a run that did not compile.
     """
     left, right = flatten(then), flatten(now)
+    if left.get("compiled") is False:
+        left.pop("compiler", None)
     found = []
     for key, value in left.items():
         if key in right and right[key] != value:

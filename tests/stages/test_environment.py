@@ -52,6 +52,12 @@ def test_differences_that_can_change_bits(changes, expected):
     assert environment.differences(HERE, {**HERE, **changes}) == expected
 
 
+def test_the_compiler_matters_only_to_a_run_that_compiled():
+    then, now = {**HERE, "compiler": "c++ 12"}, {**HERE, "compiler": None}
+    assert environment.differences(then, now) == ["compiler unset instead of c++ 12"]
+    assert environment.differences({**then, "compiled": False}, {**now, "compiled": False}) == []
+
+
 def test_sessions_in_equal_environments_are_one():
     assert environment.continued([], HERE) == [HERE]
     later = {**HERE, "commit": "def"}

@@ -124,7 +124,9 @@ def test_a_second_repro_does_nothing(project):
 
 def test_a_complete_run_is_taken_from_its_checkpoint(project):
     before = (project.folder / "models/model.safetensors").read_bytes()
+    environment = project.read("reports/train/environment.json")
     output = project.run("dvc", "repro", "--force", "--single-item", "train")
+    assert project.read("reports/train/environment.json") == environment  # where it was trained, not where it is now
     assert "this run is complete in" in output
     assert (project.folder / "models/model.safetensors").read_bytes() == before
     assert len(project.runs()) == 1
