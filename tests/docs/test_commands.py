@@ -32,6 +32,7 @@ RUN_GPT2 = (
     "tests/gpt2/test_main.py",
     "tests/gpt2/hub/test_publish.py",
     "tests/gpt2/planning/test_command.py",
+    "tests/experiments/test_compare.py",
     "tests/experiments/test_reproduce.py",
 )
 RUN_STAGES = ("tests/stages/test_pipeline.py", "tests/stages/test_tracking.py")
