@@ -67,7 +67,10 @@ def _of_mlflow(run: Run, files: MlflowFiles, root: Path) -> Recorded:
     """The commit that holds the run's results, or the one that it started from, with MLflow's params."""
     tags, run_id = files.run.data.tags, files.run_id
     if "model.sha256" not in tags:
-        raise UserError(f"MLflow's run {run_id} has no trained model: it has not ended, or its training was another's")
+        raise UserError(
+            f"MLflow's run {run_id} has no trained model (tag model.sha256): it has not ended, it trained nothing, or "
+            "`make sync` has to deliver the rest of it"
+        )
     for commit in _commits_with_environment(root):
         at = Run(run.name, commit, GitFiles(root, commit))
         if at.environment.get("mlflow_run_id") == run_id or at.environment.get("run_id") == tags.get("pipeline.run_id"):
