@@ -1,1 +1,1 @@
-"""Programs over runs of the pipeline: compare, report, sweep, reproduce. May import `gpt2` and `stages`."""
+"""Programs over finished runs: `python -m gpt2 compare` and others. May import `gpt2`, `stages`, and other programs."""
