@@ -12,7 +12,13 @@ from gpt2.errors import UserError
 from stages.params import Params, check_params, did_you_mean, read_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-LOSSES = ("train.best_val_loss", "train.last_val_loss", "evaluate.loss", "evaluate.perplexity", "evaluate.bits_per_byte")
+LOSSES = (
+    "train.best_val_loss",
+    "train.last_val_loss",
+    "evaluate.loss",
+    "evaluate.perplexity",
+    "evaluate.bits_per_byte",
+)
 """Objectives that the validation loss during training foretells, so that a pruner may follow it."""
 METRICS = {
     "train": (
@@ -142,12 +148,16 @@ def load_sweep(path: Path, params_path: Path) -> tuple[SweepConfig, Any]:
     """The checked sweep, and the content of params.yaml. Raises UserError, one line, for whatever is wrong."""
     base = read_yaml(params_path, "create it from a preset: make preset NAME=laptop")
     check_params(base, str(params_path))
-    top = _Section(path, "", read_yaml(path, "the project has one to start from; docs/experiments.md describes it"), KEYS)
+    top = _Section(
+        path, "", read_yaml(path, "the project has one to start from; docs/experiments.md describes it"), KEYS
+    )
     name = top.content["name"]
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise top.error("name", f"is {name!r}; expected letters, digits, - and _, as in names of experiments")
     sampler = _Section(path, "sampler", top.content["sampler"], ("name", "seed", "startup_trials"))
-    pruner = _Section(path, "pruner", top.content["pruner"], ("name", "startup_trials", "min_steps", "reduction_factor"))
+    pruner = _Section(
+        path, "pruner", top.content["pruner"], ("name", "startup_trials", "min_steps", "reduction_factor")
+    )
     budget = _Section(path, "budget", top.content["budget"], ("trials", "minutes"))
     fixed = top.content["set"] or {}
     if not isinstance(fixed, dict):
@@ -198,7 +208,9 @@ def _check(config: SweepConfig, base: Any, path: Path) -> None:
     if config.sampler.name == "grid":
         for name, param in config.space.items():
             if param.grid() is None:
-                raise UserError(f"{path}: sampler.name is 'grid', but space.{name} is continuous; give it a step or a list")
+                raise UserError(
+                    f"{path}: sampler.name is 'grid', but space.{name} is continuous; give it a step or a list"
+                )
     elif config.trials is None and config.minutes is None:
         raise UserError(f"{path}: budget has neither trials nor minutes; set one of them")
     both = sorted(set(config.fixed) & set(config.space))

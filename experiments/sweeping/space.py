@@ -140,7 +140,9 @@ def _read_param(where: str, value: Any) -> Param:
             raise UserError(f"{where}: unknown key {key!r}{did_you_mean(str(key), RANGE_KEYS)}")
     for key in ("low", "high"):
         if type(value.get(key)) not in (int, float) or not math.isfinite(value[key]):
-            raise UserError(f"{where}: {key} is {value.get(key)!r}; expected a number, written like 3.0e-4 without quotes")
+            raise UserError(
+                f"{where}: {key} is {value.get(key)!r}; expected a number, written like 3.0e-4 without quotes"
+            )
     low, high, log, step = value["low"], value["high"], value.get("log", False), value.get("step")
     if low >= high:
         raise UserError(f"{where}: low {low} is not below high {high}; swap them, or put a fixed value into set")

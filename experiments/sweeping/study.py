@@ -104,10 +104,10 @@ class SweepStudy:
                 raise UserError(f"the study {name!r} was not made by a sweep; give sweep.yaml another name")
             now = json.loads(json.dumps(self.config.identity()))
             for key, value in now.items():
-                if stored["identity"].get(key) != value:
+                if (then := stored["identity"].get(key)) != value:
                     raise UserError(
-                        f"the study {name!r} was started with another {key} ({json.dumps(stored['identity'].get(key))}); "
-                        "give sweep.yaml another name, or restore it"
+                        f"the study {name!r} was started with another {key}, {json.dumps(then)}; give sweep.yaml another "
+                        "name, or restore it"
                     )
         self.study = study
         return stored
@@ -115,13 +115,14 @@ class SweepStudy:
     def create(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Creates the study with facts beside its definition, which it returns. Raises UserError."""
         import optuna
+        from optuna.study import StudyDirection
 
         definition = {"identity": self.config.identity(), **facts}
         with storage_errors(self.root):
             study = optuna.create_study(
                 study_name=self.config.name,
                 storage=self.storage,
-                direction=self.config.direction,
+                direction=StudyDirection[self.config.direction.upper()],
                 pruner=make_pruner(self.config.pruner),
             )
             study.set_user_attr(DEFINITION, definition)
@@ -148,37 +149,33 @@ class SweepStudy:
     def next_trial(self, held: ExitStack) -> "Trial | None":
         """A trial to run: one whose worker was killed, or a new one; None if the budget is spent.
 
-        held: takes the lock of the trial. Raises UserError if the space has no values that fit together.
+        A trial with the values of an earlier one gets its numbers at once. held: takes the lock of the trial. Raises
+        UserError if the space has no values that fit together.
         """
-        import optuna
+        from optuna.trial import TrialState
 
+        problem: Any = "others run with the same values"
         with storage_errors(self.root), study_lock(self.root, self.config.name):
             if trial := self._take_over(held):
                 return trial
-            rejected = 0
-            while True:
-                trials = self.counted()
-                budget = self.budget()
+            for _ in range(MAX_REJECTED):
+                trials, budget = self.counted(), self.budget()
                 if budget is not None and len(trials) >= budget:
                     return None
-                everything = self.optuna.get_trials(deepcopy=False)
-                self.optuna.sampler = make_sampler(self.config, len(everything))
+                self.optuna.sampler = make_sampler(self.config, len(self.optuna.get_trials(deepcopy=False)))
                 trial = self.optuna.ask({name: param.distribution() for name, param in self.config.space.items()})
-                twin = next((other for other in trials if other.params == trial.params and other.number != trial.number), None)
-                problem = try_params(self.config, self.base, trial.params)
-                if isinstance(problem, str):
+                twin = next((other for other in trials if other.params == trial.params), None)
+                if isinstance(problem := try_params(self.config, self.base, trial.params), str):
                     trial.set_user_attr(INVALID, problem)
-                elif twin is not None and twin.state.name != "RUNNING":
-                    trial.set_user_attr(SAME_AS, twin.number)
-                    self.optuna.tell(trial, twin.value, state=twin.state if twin.value is not None else optuna.trial.TrialState.PRUNED)
-                    continue
                 elif twin is None:
                     self._claim(trial, held)
                     return trial
-                self.optuna.tell(trial, state=optuna.trial.TrialState.FAIL)
-                rejected += 1
-                if rejected == MAX_REJECTED:
-                    raise UserError(f"no values of the space fit together: {problem}")
+                elif twin.state.is_finished():
+                    trial.set_user_attr(SAME_AS, twin.user_attrs.get(SAME_AS, twin.number))
+                    self.optuna.tell(trial, twin.value if twin.state.name == "COMPLETE" else None, twin.state)
+                    continue
+                self.optuna.tell(trial, state=TrialState.FAIL)
+        raise UserError(f"the sampler found no values to try in {MAX_REJECTED} attempts: {problem}")
 
     def _take_over(self, held: ExitStack) -> "Trial | None":
         import optuna
@@ -212,9 +209,10 @@ def make_sampler(config: SweepConfig, asked: int) -> "optuna.samplers.BaseSample
 
     A sampler knows all trials of the study, but its random numbers would repeat in each worker.
     """
+    import numpy as np
     from optuna import samplers
 
-    seed = (config.sampler.seed * 100_003 + asked) % 2**32
+    seed = int(np.random.SeedSequence([config.sampler.seed, asked]).generate_state(1)[0])  # adjacent seeds are alike
     startup = config.sampler.startup_trials
     match config.sampler.name:
         case "tpe":
