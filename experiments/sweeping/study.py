@@ -106,8 +106,8 @@ class SweepStudy:
             for key, value in now.items():
                 if (then := stored["identity"].get(key)) != value:
                     raise UserError(
-                        f"the study {name!r} was started with another {key}, {json.dumps(then)}; give sweep.yaml another "
-                        "name, or restore it"
+                        f"the study {name!r} was started with another {key}, {json.dumps(then)}; give sweep.yaml "
+                        "another name, or restore it"
                     )
         self.study = study
         return stored

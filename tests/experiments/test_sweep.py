@@ -1,0 +1,158 @@
+"""`python -m gpt2 sweep` with real runs: DVC, MLflow and Optuna have the same trials with the same numbers."""
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.project import Project
+
+SWEEP = """
+name: tiny
+objective: train.best_val_loss
+direction: minimize
+sampler: {{name: random, seed: 1, startup_trials: 4}}
+pruner: {pruner}
+budget: {{trials: {trials}, minutes: null}}
+set: {{train.max_steps: {steps}, train.eval_interval: 10, train.warmup_steps: 0}}
+space:
+  train.learning_rate: {{low: 1.0e-3, high: 1.0e-1, log: true}}
+  train.weight_decay: {{low: 0.0, high: 0.2}}
+"""
+NO_PRUNER = "{name: none, startup_trials: 2, min_steps: 10, reduction_factor: 2}"
+ASHA = "{name: asha, startup_trials: 2, min_steps: 10, reduction_factor: 2}"
+COMMAND = [sys.executable, "-m", "gpt2", "sweep"]
+
+
+@pytest.fixture
+def project(tmp_path):
+    project = Project(tmp_path)
+    project.run("dvc", "repro", "tokenize")
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-qm", "tokens")
+    return project
+
+
+def write(project, *, trials, steps=40, pruner=NO_PRUNER):
+    (project.folder / "sweep.yaml").write_text(SWEEP.format(trials=trials, steps=steps, pruner=pruner))
+
+
+def experiments(project):
+    """best_val_loss of each experiment that `dvc exp show` knows."""
+    table = csv.DictReader(io.StringIO(project.run("dvc", "exp", "show", "--csv")))
+    return {row["Experiment"]: float(row["best_val_loss"]) for row in table if row["typ"].startswith("branch")}
+
+
+def mlflow_runs(project):
+    """The lowest validation loss of each run in MLflow but the sweep's own."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")
+    found = {}
+    for run in project.runs():
+        if run.info.run_name != "sweep tiny":
+            assert run.info.run_name not in found
+            losses = client.get_metric_history(run.info.run_id, "val/loss")
+            found[run.info.run_name] = min(metric.value for metric in losses)
+    return found
+
+
+def trials(project):
+    import optuna
+
+    study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{project.folder / 'optuna.db'}")
+    return study.get_trials()
+
+
+def workers(sweep):
+    """The processes that run trials."""
+    children = psutil.Process(sweep.pid).children()
+    return [child for child in children if "experiments.sweeping.worker" in " ".join(child.cmdline())]
+
+
+def wait_until(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.slow
+def test_eight_trials_of_two_workers_are_the_same_in_dvc_mlflow_and_optuna_after_two_kills(project):
+    write(project, trials=8, steps=400)
+    sweep = subprocess.Popen(
+        [*COMMAND, "--workers", "2"], cwd=project.folder, env=project.environment, stderr=subprocess.PIPE, text=True
+    )
+    for killed in range(2):
+        # each time, one that trains, and has a checkpoint
+        wait_until(lambda: len(list(project.folder.glob("checkpoints/*/step-*"))) > 2 * killed, sweep)
+        wait_until(lambda: workers(sweep), sweep)[0].kill()
+        time.sleep(3)
+    output = sweep.stderr.read()
+    assert sweep.wait() == 0, output
+    assert "Traceback" not in output
+    assert output.count("a worker was killed") == 2
+
+    known = trials(project)
+    assert [trial.state.name for trial in known] == ["COMPLETE"] * 8
+    in_optuna = {f"tiny-{trial.number:03d}": trial.value for trial in known}
+    assert experiments(project) == pytest.approx(in_optuna, rel=1e-6)
+    project.run(sys.executable, "-m", "stages.sync")
+    assert mlflow_runs(project) == pytest.approx(in_optuna, rel=1e-12)
+    assert project.run("git", "status", "--porcelain").split() == ["??", "reports/sweep/", "??", "sweep.yaml"]
+    histories = [path.read_text().splitlines() for path in project.folder.glob("checkpoints/*/history.jsonl")]
+    assert [[json.loads(row)["step"] for row in rows] for rows in histories] == [list(range(10, 401, 10))] * 8
+
+    # the best one again, without what the trials share
+    best = min(in_optuna, key=in_optuna.get)
+    assert f"dvc exp apply {best}" in output
+    values = known[int(best[-3:])].params | {"train.max_steps": 400, "train.eval_interval": 10, "train.warmup_steps": 0}
+    (project.folder / "checkpoints").rename(project.folder / "before")
+    changes = [word for name, value in values.items() for word in ("-S", f"{name}={value}")]
+    project.run("dvc", "exp", "run", "--temp", "--force", "-n", "again", *changes, "train")
+    assert experiments(project)["again"] == in_optuna[best]  # to the bit
+
+
+@pytest.mark.slow
+def test_a_bad_trial_is_pruned_and_remains_an_experiment(project):
+    write(project, trials=6, steps=1500, pruner=ASHA)
+    output = project.run(*COMMAND)
+    known = trials(project)
+    pruned = [trial for trial in known if trial.state.name == "PRUNED"]
+    assert pruned
+    table = experiments(project)
+    assert len(table) == 6
+    for trial in pruned:
+        assert trial.last_step < 1500
+        assert f"trial {trial.number}: pruned at step {trial.last_step}" in output
+        assert table[f"tiny-{trial.number:03d}"] == pytest.approx(min(trial.intermediate_values.values()), rel=1e-6)
+    assert project.run(*COMMAND).count("trial ") <= 2  # nothing is run twice
+    assert (project.folder / "reports/sweep/tiny/trials.csv").read_text().count("PRUNED") == len(pruned)
+    page = (project.folder / "reports/sweep/tiny/plots.html").read_text()
+    assert "train.learning_rate" in page
+    assert not re.search(r"<script[^>]+src=", page)
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_goes_on_where_it_was(project):
+    write(project, trials=2, steps=3000)
+    sweep = subprocess.Popen(COMMAND, cwd=project.folder, env=project.environment, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: list(project.folder.glob("checkpoints/*/step-*")), sweep)
+    sweep.terminate()
+    output = sweep.stderr.read()
+    assert sweep.wait(60) == 143, output
+    assert "interrupted after 0 trials; the same command goes on" in output
+    assert [trial.state.name for trial in trials(project)] == ["RUNNING"]
+    output = project.run(*COMMAND, "--resume")
+    assert [trial.state.name for trial in trials(project)] == ["COMPLETE"] * 2
+    log = (project.folder / ".dvc/tmp/sweeps/tiny/trial-000.log").read_text()
+    assert "resuming from step" in log
+    assert len(experiments(project)) == len(mlflow_runs(project)) == 2
