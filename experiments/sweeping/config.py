@@ -148,9 +148,7 @@ def load_sweep(path: Path, params_path: Path) -> tuple[SweepConfig, Any]:
     """The checked sweep, and the content of params.yaml. Raises UserError, one line, for whatever is wrong."""
     base = read_yaml(params_path, "create it from a preset: make preset NAME=laptop")
     check_params(base, str(params_path))
-    top = _Section(
-        path, "", read_yaml(path, "the project has one to start from; docs/experiments.md describes it"), KEYS
-    )
+    top = _Section(path, "", read_yaml(path, "docs/experiments.md describes it"), KEYS)
     name = top.content["name"]
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise top.error("name", f"is {name!r}; expected letters, digits, - and _, as in names of experiments")
@@ -240,10 +238,9 @@ def _check_value(config: SweepConfig, base: Any, where: str, values: Mapping[str
         check_params(with_values(base, values), where)
     except UserError as error:
         (name,) = values
-        message = str(error).removeprefix(f"{where}: ")
-        if f"{name} is {values[name]!r}" in message or "unknown key" in message or "was renamed" in message:
-            line = next(line for line in message.splitlines() if name in line)
-            raise UserError(f"{where}{line.strip()}") from None
+        for line in str(error).removeprefix(f"{where}: ").splitlines():
+            if any(part in line for part in (f"{name} is {values[name]!r}", "unknown key", "was renamed")):
+                raise UserError(f"{where}{line.strip()}") from None
 
 
 def try_params(config: SweepConfig, base: Any, values: Mapping[str, Any]) -> Params | str:

@@ -41,6 +41,7 @@ MODULES = (
     "safetensors.torch",
     "tiktoken",
     "torch",
+    "torch._dynamo",
     "tqdm",
     "stages.evaluation_report",
     "stages.results",
