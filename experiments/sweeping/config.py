@@ -41,7 +41,7 @@ METRICS = {
     ),
 }
 """Numbers in reports/train/metrics.json and reports/evaluate/metrics.json that a sweep can optimize."""
-SAMPLERS = ("tpe", "random", "grid", "gp", "cmaes", "qmc")
+SAMPLERS = ("tpe", "random", "grid", "gp", "qmc")
 PRUNERS = ("asha", "median", "wilcoxon", "none")
 KEYS = ("name", "objective", "direction", "sampler", "pruner", "budget", "set", "space")
 

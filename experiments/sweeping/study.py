@@ -9,13 +9,14 @@ import json
 import os
 import socket
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.sweeping.config import PrunerConfig, SweepConfig, try_params
-from experiments.sweeping.space import grid_size
+from experiments.sweeping.space import grid, grid_size
 from gpt2.errors import BusyError, UserError, one_line
 from gpt2.files import file_lock
 
@@ -162,8 +163,9 @@ class SweepStudy:
                 trials, budget = self.counted(), self.budget()
                 if budget is not None and len(trials) >= budget:
                     return None
-                self.optuna.sampler = make_sampler(self.config, len(self.optuna.get_trials(deepcopy=False)))
-                trial = self.optuna.ask({name: param.distribution() for name, param in self.config.space.items()})
+                trial = self._ask()
+                if trial is None:
+                    return None
                 twin = next((other for other in trials if other.params == trial.params), None)
                 if isinstance(problem := try_params(self.config, self.base, trial.params), str):
                     trial.set_user_attr(INVALID, problem)
@@ -176,6 +178,21 @@ class SweepStudy:
                     continue
                 self.optuna.tell(trial, state=TrialState.FAIL)
         raise UserError(f"the sampler found no values to try in {MAX_REJECTED} attempts: {problem}")
+
+    def _ask(self) -> "Trial | None":
+        """A trial with the sampler's values, or with the next ones of a grid; None if the grid is complete."""
+        trials = self.optuna.get_trials(deepcopy=False)
+        if self.config.sampler.name == "grid":
+            tried = [trial.params for trial in trials]
+            fitting = (values for values in grid(self.config.space) if values not in tried)
+            values = next(
+                (each for each in fitting if not isinstance(try_params(self.config, self.base, each), str)), None
+            )
+            if values is None:
+                return None
+            self.optuna.enqueue_trial(values)
+        self.optuna.sampler = make_sampler(self.config, len(trials))
+        return self.optuna.ask({name: param.distribution() for name, param in self.config.space.items()})
 
     def _take_over(self, held: ExitStack) -> "Trial | None":
         import optuna
@@ -211,29 +228,27 @@ def make_sampler(config: SweepConfig, asked: int) -> "optuna.samplers.BaseSample
     """
     import numpy as np
     from optuna import samplers
+    from optuna.exceptions import ExperimentalWarning
 
     seed = int(np.random.SeedSequence([config.sampler.seed, asked]).generate_state(1)[0])  # adjacent seeds are alike
     startup = config.sampler.startup_trials
     match config.sampler.name:
         case "tpe":
             return samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
-        case "random":
-            return samplers.RandomSampler(seed=seed)
         case "gp":
             return samplers.GPSampler(seed=seed, n_startup_trials=startup)
-        case "cmaes":
-            return samplers.CmaEsSampler(seed=seed, n_startup_trials=startup)
-        case "qmc":  # numbers of its sequence, which the study counts
+        case "qmc":
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            # numbers of its sequence, which the study counts
             return samplers.QMCSampler(seed=config.sampler.seed, scramble=True, warn_independent_sampling=False)
         case _:
-            return samplers.GridSampler(
-                {name: list(param.grid() or ()) for name, param in config.space.items()}, seed=config.sampler.seed
-            )
+            return samplers.RandomSampler(seed=seed)  # "random"; a grid draws nothing
 
 
 def make_pruner(config: PrunerConfig) -> "optuna.pruners.BasePruner":
     """The pruner, which sees the validation loss by step."""
     from optuna import pruners
+    from optuna.exceptions import ExperimentalWarning
 
     match config.name:
         case "asha":  # https://arxiv.org/abs/1810.05934
@@ -243,6 +258,7 @@ def make_pruner(config: PrunerConfig) -> "optuna.pruners.BasePruner":
         case "median":
             return pruners.MedianPruner(n_startup_trials=config.startup_trials, n_warmup_steps=config.min_steps - 1)
         case "wilcoxon":  # pairs the losses of a trial with the best trial's at the same steps
+            warnings.simplefilter("ignore", ExperimentalWarning)  # it has kept its interface for years
             return pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=max(2, config.startup_trials))
         case _:
             return pruners.NopPruner()

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -76,7 +77,20 @@ def workers(sweep):
     return [child for child in children if "experiments.sweeping.worker" in " ".join(child.cmdline())]
 
 
-def wait_until(condition, process, seconds=120):
+@contextmanager
+def running(project, *options):
+    """A sweep in the background, which does not outlive the test."""
+    sweep = subprocess.Popen(
+        [*COMMAND, *options], cwd=project.folder, env=project.environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield sweep
+    finally:
+        sweep.terminate()
+        sweep.wait()
+
+
+def wait_until(condition, process, seconds=600):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert process.poll() is None
@@ -87,16 +101,14 @@ def wait_until(condition, process, seconds=120):
 
 @pytest.mark.slow
 def test_eight_trials_of_two_workers_are_the_same_in_dvc_mlflow_and_optuna_after_two_kills(project):
-    write(project, trials=8, steps=400)
-    sweep = subprocess.Popen(
-        [*COMMAND, "--workers", "2"], cwd=project.folder, env=project.environment, stderr=subprocess.PIPE, text=True
-    )
-    for number in (1, 3):  # when so many trainings have checkpoints
-        wait_until(lambda: len(set(project.folder.glob("checkpoints/*/step-*"))) >= number, sweep)  # noqa: B023
-        wait_until(lambda: workers(sweep), sweep)[0].kill()
-        time.sleep(3)
-    output = sweep.stderr.read()
-    assert sweep.wait() == 0, output
+    write(project, trials=8, steps=300)
+    with running(project, "--workers", "2") as sweep:
+        for number in (1, 3):  # when so many trainings have checkpoints
+            wait_until(lambda: len(set(project.folder.glob("checkpoints/*/step-*"))) >= number, sweep)  # noqa: B023
+            wait_until(lambda: workers(sweep), sweep)[0].kill()
+            time.sleep(3)
+        output = sweep.stderr.read()
+        assert sweep.wait() == 0, output
     assert "Traceback" not in output
     assert output.count("a worker was killed") == 2
 
@@ -108,12 +120,12 @@ def test_eight_trials_of_two_workers_are_the_same_in_dvc_mlflow_and_optuna_after
     assert mlflow_runs(project) == pytest.approx(in_optuna, rel=1e-12)
     assert project.run("git", "status", "--porcelain").split() == ["??", "reports/sweep/", "??", "sweep.yaml"]
     histories = [path.read_text().splitlines() for path in project.folder.glob("checkpoints/*/history.jsonl")]
-    assert [[json.loads(row)["step"] for row in rows] for rows in histories] == [list(range(10, 401, 10))] * 8
+    assert [[json.loads(row)["step"] for row in rows] for rows in histories] == [list(range(10, 301, 10))] * 8
 
     # the best one again, without what the trials share
     best = min(in_optuna, key=in_optuna.get)
     assert f"dvc exp apply {best}" in output
-    values = known[int(best[-3:])].params | {"train.max_steps": 400, "train.eval_interval": 10, "train.warmup_steps": 0}
+    values = known[int(best[-3:])].params | {"train.max_steps": 300, "train.eval_interval": 10, "train.warmup_steps": 0}
     (project.folder / "checkpoints").rename(project.folder / "before")
     changes = [word for name, value in values.items() for word in ("-S", f"{name}={value}")]
     project.run("dvc", "exp", "run", "--temp", "--force", "-n", "again", *changes, "train")
@@ -122,7 +134,7 @@ def test_eight_trials_of_two_workers_are_the_same_in_dvc_mlflow_and_optuna_after
 
 @pytest.mark.slow
 def test_a_bad_trial_is_pruned_and_remains_an_experiment(project):
-    write(project, trials=6, steps=1500, pruner=ASHA)
+    write(project, trials=6, steps=600, pruner=ASHA)
     output = project.run(*COMMAND)
     known = trials(project)
     pruned = [trial for trial in known if trial.state.name == "PRUNED"]
@@ -130,7 +142,7 @@ def test_a_bad_trial_is_pruned_and_remains_an_experiment(project):
     table = experiments(project)
     assert len(table) == 6
     for trial in pruned:
-        assert trial.last_step < 1500
+        assert trial.last_step < 600
         assert f"trial {trial.number}: pruned at step {trial.last_step}" in output
         assert table[f"tiny-{trial.number:03d}"] == pytest.approx(min(trial.intermediate_values.values()), rel=1e-6)
     assert project.run(*COMMAND).count("trial ") <= 2  # nothing is run twice
@@ -142,12 +154,12 @@ def test_a_bad_trial_is_pruned_and_remains_an_experiment(project):
 
 @pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_where_it_was(project):
-    write(project, trials=2, steps=3000)
-    sweep = subprocess.Popen(COMMAND, cwd=project.folder, env=project.environment, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: list(project.folder.glob("checkpoints/*/step-*")), sweep)
-    sweep.terminate()
-    output = sweep.stderr.read()
-    assert sweep.wait(60) == 143, output
+    write(project, trials=2, steps=2000)
+    with running(project) as sweep:
+        wait_until(lambda: list(project.folder.glob("checkpoints/*/step-*")), sweep)
+        sweep.terminate()
+        output = sweep.stderr.read()
+        assert sweep.wait() == 143, output
     assert "interrupted after 0 trials; the same command goes on" in output
     assert [trial.state.name for trial in trials(project)] == ["RUNNING"]
     output = project.run(*COMMAND, "--resume")
