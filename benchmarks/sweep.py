@@ -33,7 +33,7 @@ STEPS, EVAL_INTERVAL = 240, 24
 MIN_STEPS = 24
 """A tenth of a trial, before which none is pruned."""
 TRAIN_BYTES, VALIDATION_BYTES = 1_000_000, 2049
-BATCH = {"batch_size": 8, "sequence_length": 32, "gradient_accumulation_steps": 1}
+BATCH: dict[str, Any] = {"batch_size": 8, "sequence_length": 32, "gradient_accumulation_steps": 1}
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def search(seed: int, count: int, train: Callable[..., Any] | None = None) -> di
     import optuna
 
     from experiments.sweeping.config import PrunerConfig, load_sweep
-    from experiments.sweeping.study import make_pruner, make_sampler
+    from experiments.sweeping.study import best_of, make_pruner, make_sampler
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config, _ = load_sweep(Path("sweep.yaml"), Path("params.yaml"))
@@ -83,8 +83,8 @@ def search(seed: int, count: int, train: Callable[..., Any] | None = None) -> di
             spent_s += time.process_time() - start_s
             state = optuna.trial.TrialState.PRUNED if loss is None else optuna.trial.TrialState.COMPLETE
             study.tell(trial, loss, state)
-            best = min((each.value for each in study.trials if each.state.name == "COMPLETE"), default=None)
-            bests.append((round(spent_s, 2), best))
+            best = best_of(study.trials, "minimize")
+            bests.append((round(spent_s, 2), best and best.value))
         steps = sum(each.last_step or 0 for each in study.trials)
         pruned = sum(each.state.name == "PRUNED" for each in study.trials)
         result[way] = {"seconds": spent_s, "steps": steps, "pruned": pruned, "best": study.best_value, "bests": bests}

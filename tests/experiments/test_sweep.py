@@ -4,14 +4,18 @@ import csv
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
 
+from gpt2.__main__ import main
+from tests.conftest import ROOT
 from tests.project import Project
 
 SWEEP = """
@@ -97,6 +101,88 @@ def wait_until(condition, process, seconds=600):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return found
+
+
+@pytest.fixture
+def sweep_here(tmp_path, monkeypatch, capsys):
+    """Runs the command in a copy of the project's params and reports; returns its exit code and what it says."""
+    for name in ("params.yaml", "dvc.yaml", "dvc.lock", "sweep.yaml", "reports/train/metrics.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    (tmp_path / ".dvc").mkdir()
+    for command in (["init", "-q", "-b", "main"], ["add", "-A"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    author = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+    subprocess.run(["git", *author, "commit", "-qm", "start"], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPTUNA_STORAGE", raising=False)
+
+    def run(*options):
+        code = main(["sweep", *options])
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def edit(old, new):
+    text = Path("sweep.yaml").read_text()
+    assert old in text
+    Path("sweep.yaml").write_text(text.replace(old, new))
+
+
+def test_a_dry_run_shows_the_space_and_the_expected_minutes_and_leaves_nothing(sweep_here, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    code, told = sweep_here("--dry-run")
+    assert code == 0
+    assert "train.learning_rate: 0.001 to 0.02, log (now 0.006)" in told
+    assert re.search(r"24 trials, about [0-9.]+ minutes of training for each trial", told)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_lists_a_grid(sweep_here):
+    text = Path("sweep.yaml").read_text().partition("space:")[0].replace("name: tpe", "name: grid")
+    Path("sweep.yaml").write_text(text + "space:\n  train.seed: [1, 2, 3]\n  train.schedule: [linear, cosine]\n")
+    code, told = sweep_here("--dry-run")
+    assert code == 0
+    assert "grid of 6 trials" in told
+    assert told.count("train.seed ") == 6
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "options", "expected"),
+    [
+        ("train.beta2:", "train.beta_2:", [], "unknown key train.beta_2; did you mean 'beta2'?"),
+        ("low: 0.9, high: 0.99", "low: 0.99, high: 0.9", [], "low 0.99 is not below high 0.9"),
+        ("objective: train.best_val_loss", "objective: train.loss", [], "'train.loss', which no stage writes"),
+        ("name: sweep", "name: sweep", ["--resume"], "there is no study 'sweep' to resume"),
+        ("name: sweep", "name: sweep", ["--workers", "0"], "--workers is 0; expected 1 to 64"),
+        ("name: sweep", "name: sweep", ["--file", "none.yaml"], "none.yaml is missing; docs/experiments.md"),
+    ],
+)
+def test_what_is_wrong_ends_with_one_line_and_nothing_started(sweep_here, old, new, options, expected):
+    edit(old, new)
+    code, told = sweep_here(*options)
+    assert code == 2
+    assert expected in told
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+
+
+def test_experiments_of_an_earlier_sweep_are_not_overwritten(sweep_here):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    ref = f"refs/exps/{head[:2]}/{head[2:]}/sweep-004"
+    subprocess.run(["git", "update-ref", ref, head], check=True)
+    code, told = sweep_here()
+    assert code == 2
+    assert "give sweep.yaml another name, or remove them: dvc exp remove sweep-004" in told
+
+
+def test_it_needs_the_root_of_the_repository(sweep_here, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, told = sweep_here()
+    assert code == 2
+    assert "elsewhere is not the root of the project's repository: change to its folder" in told
 
 
 @pytest.mark.slow
