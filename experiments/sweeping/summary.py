@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 REPORT = Path("reports/sweep")
+OBJECTIVE_METRIC = "sweep/objective"
+"""The metric in MLflow: Optuna's value of the trial."""
 PLOTS = (
     "plot_optimization_history",
     "plot_param_importances",
@@ -56,7 +58,7 @@ def write(study: SweepStudy, definition: Mapping[str, Any]) -> None:
         name = best.user_attrs.get("experiment") or f"{config.name}-{best.user_attrs.get(SAME_AS, best.number):03d}"
         echo(f"adopt it: dvc exp apply {name} && dvc repro")
     echo(f"{folder}/ has all trials, and plots in plots.html")
-    end_parent(definition.get("mlflow_run_id"), config, best, folder, is_done=_is_done(study))
+    end_parent(definition.get("mlflow_run_id"), config, trials, folder, is_done=_is_done(study))
 
 
 def _is_done(study: SweepStudy) -> bool:
@@ -161,15 +163,22 @@ def start_parent(config: SweepConfig, base: str) -> str | None:
 
 
 def end_parent(
-    run_id: str | None, config: SweepConfig, best: "FrozenTrial | None", folder: Path, *, is_done: bool
+    run_id: str | None, config: SweepConfig, trials: "list[FrozenTrial]", folder: Path, *, is_done: bool
 ) -> None:
-    """Logs the result to MLflow's run of the sweep."""
+    """Logs the result to MLflow's run of the sweep, and the objective to the runs of its trials."""
     if run_id is None:
         return
+    best = best_of(trials, config.direction)
     try:
         from stages.tracking.uploader import MlflowStore
 
-        client = MlflowStore().client
+        store = MlflowStore()
+        client = store.client
+        known = {experiment(config, trial): trial for trial in trials if SAME_AS not in trial.user_attrs}
+        for run in client.search_runs([store.experiment_id], f"tags.`dvc.experiment` LIKE '{config.name}-%'"):
+            trial = known.get(run.data.tags["dvc.experiment"])
+            if trial is not None and trial.value is not None and OBJECTIVE_METRIC not in run.data.metrics:
+                client.log_metric(run.info.run_id, OBJECTIVE_METRIC, trial.value)
         if best is not None and best.value is not None:
             client.log_metric(run_id, f"best {config.objective}".replace(".", "/"), best.value)
             client.set_tag(run_id, "sweep.best", experiment(config, best))

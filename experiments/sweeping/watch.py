@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from experiments.sweeping.study import SweepStudy
+from gpt2.errors import GPT2Error
 from gpt2.files import read_json_lines
 from stages import paths
 from stages.callbacks import HISTORY_FILE
@@ -40,7 +41,10 @@ class Watch:
             self.study.show_alive(self.trial)
             self.alive_at = time.monotonic()
         if self.folder is None:
-            self.folder = check(load_params(paths.PARAMS)).folder
+            try:
+                self.folder = check(load_params(paths.PARAMS)).folder
+            except GPT2Error:  # the stage says what is wrong
+                return
         if self.pruned_at is not None:
             return
         for row in read_history(self.folder):

@@ -62,9 +62,10 @@ def mlflow_runs(project):
     found = {}
     for run in project.runs():
         if run.info.run_name != "sweep tiny":
-            assert run.info.run_name not in found
+            assert run.data.tags["dvc.experiment"] not in found
             losses = client.get_metric_history(run.info.run_id, "val/loss")
-            found[run.info.run_name] = min(metric.value for metric in losses)
+            lowest = found[run.data.tags["dvc.experiment"]] = min(metric.value for metric in losses)
+            assert run.data.metrics["sweep/objective"] == lowest
     return found
 
 

@@ -65,5 +65,5 @@ def test_a_sweep_without_trials_leaves_nothing(study, tmp_path):
 def test_mlflow_that_does_not_answer_is_a_warning(study, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert summary.start_parent(study.config, "0" * 40) is None
-    summary.end_parent("0" * 32, study.config, None, tmp_path, is_done=True)
+    summary.end_parent("0" * 32, study.config, [], tmp_path, is_done=True)
     assert capsys.readouterr().err.count("WARNING: MLflow does not answer") == 2
