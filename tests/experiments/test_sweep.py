@@ -226,6 +226,7 @@ def test_a_bad_trial_is_pruned_and_remains_an_experiment(project):
     known = trials(project)
     pruned = [trial for trial in known if trial.state.name == "PRUNED"]
     assert pruned
+    assert "WARNING" not in output  # the stages forked
     table = experiments(project)
     assert len(table) == 6
     for trial in pruned:

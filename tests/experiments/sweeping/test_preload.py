@@ -1,5 +1,6 @@
 """The program `python` that a worker puts on the path: a stage runs in a fork as it would in a process of its own."""
 
+import importlib.util
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.sweeping.preload import write_client
+from experiments.sweeping.preload import MODULES, write_client
 from tests.conftest import ROOT
 
 SERVER = """
@@ -67,3 +68,8 @@ def test_without_its_process_the_real_python_runs(tmp_path):
     done = run(client, "-c", "import sys; print(sys.executable)")
     assert done.stdout.strip() == sys.executable
     assert run(client, "-m", "stages.sync", "--help").returncode == 0
+
+
+def test_what_is_imported_beforehand_is_there():
+    missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
+    assert not missing
