@@ -3,6 +3,7 @@
 import argparse
 import math
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -147,6 +148,9 @@ class Workers:
                     running.remove(worker)
                     failed = failed or (code if code > 0 else 0 if code == 0 else 128 - code)
                 time.sleep(POLL_S)
+            if not failed and not self.stop:
+                for clone in clones:  # with its copy of the tokens
+                    shutil.rmtree(clone.folder, ignore_errors=True)
         return failed
 
     def _clone(self, held: ExitStack) -> Clone:

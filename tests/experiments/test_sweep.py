@@ -242,7 +242,7 @@ def test_a_bad_trial_is_pruned_and_remains_an_experiment(project):
 
 @pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_where_it_was(project):
-    write(project, trials=2, steps=2000)
+    write(project, trials=2, steps=500)
     with running(project) as sweep:
         wait_until(lambda: list(project.folder.glob("checkpoints/*/step-*")), sweep)
         sweep.terminate()
