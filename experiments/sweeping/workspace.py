@@ -119,13 +119,13 @@ class Clone:
 
     def write_params(self, values: Mapping[str, Any]) -> None:
         """params.yaml with other values. values: by `section.key`. Comments stay."""
-        yaml = YAML()
-        content = yaml.load((self.folder / PARAMS).read_text(encoding="utf-8"))
+        round_trip = YAML()
+        content = round_trip.load((self.folder / PARAMS).read_text(encoding="utf-8"))
         for name, value in values.items():
             section, _, key = name.partition(".")
             content[section][key] = value
         with atomic_path(self.folder / PARAMS) as temporary, temporary.open("w", encoding="utf-8") as file:
-            yaml.dump(content, file)
+            round_trip.dump(content, file)
 
     def forget_reports(self, stage: str) -> None:
         """Deletes the reports of the snapshot that the trial does not write: they tell of another model."""
