@@ -43,6 +43,8 @@ MODULES = (
     "torch",
     "torch._dynamo",
     "tqdm",
+    "gpt2.evaluation.breakdown",
+    "gpt2.inference.engine",
     "stages.evaluation_report",
     "stages.results",
     "stages.session",

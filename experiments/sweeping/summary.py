@@ -1,5 +1,6 @@
 """What a sweep leaves behind: reports/sweep/NAME/, the best trial, and MLflow's run of the whole sweep."""
 
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 REPORT = Path("reports/sweep")
+FEWEST_TRIALS = 4
+"""Complete ones, from which importances are computed."""
 OBJECTIVE_METRIC = "sweep/objective"
 """The metric in MLflow: Optuna's value of the trial."""
 PLOTS = (
@@ -56,7 +59,7 @@ def write(study: SweepStudy, definition: Mapping[str, Any]) -> None:
         for name, value in best.params.items():
             echo(f"  {name}: {value}")
         name = best.user_attrs.get("experiment") or f"{config.name}-{best.user_attrs.get(SAME_AS, best.number):03d}"
-        echo(f"adopt it: dvc exp apply {name} && dvc repro")
+        echo(f"adopt it: dvc exp apply {name}, then dvc repro")
     echo(f"{folder}/ has all trials, and plots in plots.html")
     end_parent(definition.get("mlflow_run_id"), config, trials, folder, is_done=_is_done(study))
 
@@ -70,6 +73,8 @@ def param_importances(study: SweepStudy) -> dict[str, float]:
     """How much of the differences in the objective each param explains; empty if too few trials say so."""
     import optuna
 
+    if sum(trial.state.name == "COMPLETE" for trial in finished(study)) < FEWEST_TRIALS:
+        return {}
     try:
         with storage_errors(study.root):
             return dict(optuna.importance.get_param_importances(study.optuna))
@@ -139,7 +144,8 @@ def to_html(study: SweepStudy) -> str:
 
     figures = []
     for name in PLOTS:
-        with suppress(ValueError, RuntimeError):  # too few trials
+        with suppress(ValueError, RuntimeError), warnings.catch_warnings():  # too few trials
+            warnings.simplefilter("ignore")
             figure = getattr(visualization, name)(study.optuna)
             figures.append(figure.to_html(full_html=False, include_plotlyjs=False, default_height="32rem"))
     title = html.escape(f"Sweep {study.config.name}")
