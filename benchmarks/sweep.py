@@ -45,13 +45,13 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=40, help="of each search (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=4, help="trials of each way (default: %(default)s)")
     arguments = parser.parse_args()
-    path = REPORT / "sweep.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
+    new: dict[str, Any] = {"machine": cpu()}
     if arguments.search:
-        results["search"] = [search(seed, arguments.trials) for seed in range(arguments.seeds)]
+        new["search"] = [search(seed, arguments.trials) for seed in range(arguments.seeds)]
     if arguments.overhead:
-        results["overhead"] = overhead(arguments.rounds)
-    results["machine"] = cpu()
+        new["overhead"] = overhead(arguments.rounds)
+    path = REPORT / "sweep.json"
+    results = {**(json.loads(path.read_text()) if path.is_file() else {}), **new}
     REPORT.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     (REPORT / "sweep.md").write_text(table(results))

@@ -176,8 +176,12 @@ def end_parent(
         return
     best = best_of(trials, config.direction)
     try:
+        from stages.sync import sync
+        from stages.tracking.protocol import records
         from stages.tracking.uploader import MlflowStore
 
+        if records():  # of trials that ended before MLflow had all of them
+            sync()
         store = MlflowStore()
         client = store.client
         known = {experiment(config, trial): trial for trial in trials if SAME_AS not in trial.user_attrs}

@@ -205,7 +205,7 @@ def test_eight_trials_of_two_workers_are_the_same_in_dvc_mlflow_and_optuna_after
     assert experiments(project) == pytest.approx(in_optuna, rel=1e-6)
     project.run(sys.executable, "-m", "stages.sync")
     assert mlflow_runs(project) == pytest.approx(in_optuna, rel=1e-12)
-    assert project.run("git", "status", "--porcelain").split() == ["??", "reports/sweep/", "??", "sweep.yaml"]
+    assert project.run("git", "status", "--porcelain").split() == ["??", "reports/", "??", "sweep.yaml"]
     histories = [path.read_text().splitlines() for path in project.folder.glob("checkpoints/*/history.jsonl")]
     assert [[json.loads(row)["step"] for row in rows] for rows in histories] == [list(range(10, 301, 10))] * 8
 
