@@ -101,7 +101,7 @@ class SweepStudy:
                 return None
             stored = study.user_attrs.get(DEFINITION)
             name = self.config.name
-            if not isinstance(stored, dict):
+            if not isinstance(stored, dict) or "identity" not in stored:
                 raise UserError(f"the study {name!r} was not made by a sweep; give sweep.yaml another name")
             now = json.loads(json.dumps(self.config.identity()))
             for key, value in now.items():
