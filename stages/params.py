@@ -111,16 +111,27 @@ def load_params(path: Path) -> Params:
 
     Raises UserError that names all problems, each with section, key, value and what is allowed.
     """
+    return check_params(read_yaml(path, "create it from a preset: make preset NAME=laptop"), str(path))
+
+
+def read_yaml(path: Path, remedy: str) -> Any:
+    """The content of a YAML file, read as DVC does. remedy: what to do if it is missing. Raises UserError."""
     try:
         content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-        # through JSON, because only there strict checks accept a dict for a dataclass
-        as_json = json.dumps(content, default=str)
+        json.dumps(content, default=str)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; create it from a preset: make preset NAME=laptop") from None
+        raise UserError(f"{path} is missing; {remedy}") from None
     except DuplicateKeyError as error:
         raise UserError(f"{path}: {error.problem} on line {error.problem_mark.line + 1}; delete one of them") from None
     except Exception as error:  # a YAML parser raises many types of errors
         raise UserError(f"cannot read {path}: {one_line(error)}") from None
+    return content
+
+
+def check_params(content: Any, name: str) -> Params:
+    """The parameters of a params file that is read already. name: of the file, for messages. Raises UserError."""
+    # through JSON, because only there strict checks accept a dict for a dataclass
+    as_json = json.dumps(content, default=str)
     problems: list[tuple[tuple[str, ...], str]] = []
     params = None
     try:
@@ -142,8 +153,8 @@ def load_params(path: Path) -> Params:
     if params is not None and not messages:
         return params
     if len(messages) == 1:
-        raise UserError(f"{path}: {messages[0]}")
-    raise UserError(f"{path} has {len(messages)} problems:\n  " + "\n  ".join(messages))
+        raise UserError(f"{name}: {messages[0]}")
+    raise UserError(f"{name} has {len(messages)} problems:\n  " + "\n  ".join(messages))
 
 
 def _broken_rules(content: Any, wrong: set[tuple[str, ...]]) -> list[str]:
@@ -171,7 +182,7 @@ def _describe(problem: Any) -> tuple[tuple[str, ...], str]:
         case "unexpected_keyword_argument" if name in RENAMED:
             return place, f"{name} was renamed to {RENAMED[name]}"
         case "unexpected_keyword_argument":
-            return place, f"unknown key {name}{_did_you_mean(key, _keys(section))}"
+            return place, f"unknown key {name}{did_you_mean(key, _keys(section))}"
         case "missing":
             return place, f"{name} is missing" if section else f"the section {name} is missing"
         case "dataclass_type" | "dataclass_exact_type":
@@ -216,6 +227,7 @@ def _keys(section: list[str]) -> list[str]:
     return [field.name for field in fields(config)] if isinstance(config, type) and is_dataclass(config) else []
 
 
-def _did_you_mean(word: str, known: Any) -> str:
+def did_you_mean(word: str, known: Any) -> str:
+    """The end of a message about an unknown word: the known word that is meant, if one is close."""
     close = difflib.get_close_matches(word, [str(k) for k in known], n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

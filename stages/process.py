@@ -201,5 +201,11 @@ def run_stage(main: Callable[[StopSignal], None]) -> None:
 
 def die_with_parent() -> None:
     """Requests a SIGTERM from Linux when DVC or the agent is killed; `StopSignal` detects it only when checked."""
-    if sys.platform == "linux" and (is_worker() or "DVC_STAGE" in os.environ):
+    if is_worker() or "DVC_STAGE" in os.environ:
+        request_sigterm_with_parent()
+
+
+def request_sigterm_with_parent() -> None:
+    """Requests a SIGTERM from Linux when the parent process ends; does nothing on other systems."""
+    if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -34,6 +34,7 @@ RUN_GPT2 = (
     "tests/gpt2/planning/test_command.py",
     "tests/experiments/test_compare.py",
     "tests/experiments/test_reproduce.py",
+    "tests/experiments/test_sweep.py",
 )
 RUN_STAGES = ("tests/stages/test_pipeline.py", "tests/stages/test_tracking.py")
 GROUPS = ("exp", "metrics", "plots", "queue", "remote")
