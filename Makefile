@@ -9,7 +9,7 @@ INSTALLED := .venv/installed
 TEST := OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow coverage mutants docs check format lock ui space preset bench tuning screenshots soak soak-space sweep sync
+.PHONY: help setup repro test test-slow coverage mutants docs check format lock ui space preset bench tuning screenshots soak soak-space sweep ladder sync
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -88,6 +88,9 @@ bench: setup ## measure speed and learning beside other implementations and othe
 
 sweep: setup ## search the params that sweep.yaml names; each trial is an experiment
 	python -m gpt2 sweep
+
+ladder: setup ## train several sizes, and predict the loss and the cost of a larger run
+	python -m gpt2 ladder
 
 tuning: setup ## reports/tuning.md from MLflow's records of the experiments tune-...
 	python -m tools.tuning

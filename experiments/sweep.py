@@ -15,7 +15,7 @@ from typing import Any
 
 from experiments.sweeping import summary
 from experiments.sweeping.config import SweepConfig, load_sweep, try_params
-from experiments.sweeping.space import grid, grid_size
+from experiments.sweeping.space import LINK, grid, grid_size
 from experiments.sweeping.study import SweepStudy, study_lock
 from experiments.sweeping.workspace import (
     Clone,
@@ -187,8 +187,8 @@ def describe(config: SweepConfig, base: Any, possible: list[Params], workers: in
             echo("  " + ", ".join(f"{name} {value}" for name, value in values.items()))
     else:
         for name, param in config.space.items():
-            section, _, key = name.partition(".")
-            echo(f"  {name}: {param} (now {base[section][key]})")
+            now = (base[section][key] for section, _, key in (each.partition(".") for each in name.split(LINK)))
+            echo(f"  {name}: {param} (now {', '.join(map(str, now))})")
     if len(possible) < (total := len(samples(config))):
         echo(f"{total - len(possible)} of {total} samples do not fit together and would be left out")
     echo(f"{config.direction} {config.objective} with {config.sampler.name}; pruner {config.pruner.name}")

@@ -24,6 +24,7 @@ SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 PROJECT_COMMANDS = {
     "compare": "which experiment, commit or MLflow run is better, and is the difference more than luck?",
     "reproduce": "train a finished run again, and compare the bits",
+    "ladder": "train several sizes, and predict the loss and the cost of a larger run",
     "sweep": "search params with Optuna; each trial is a DVC experiment and an MLflow run",
 }
 """Commands of the project's repository, with their help: modules of `experiments`, imported when they are called."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.sweeping.space import Choices, Param, Range, read_space, with_values
+from experiments.sweeping.space import LINK, Choices, Param, Range, expanded, read_space, with_values
 from gpt2.errors import UserError
 from stages.params import Params, check_params, did_you_mean, read_yaml
 
@@ -211,11 +211,11 @@ def _check(config: SweepConfig, base: Any, path: Path) -> None:
                 )
     elif config.trials is None and config.minutes is None:
         raise UserError(f"{path}: budget has neither trials nor minutes; set one of them")
-    both = sorted(set(config.fixed) & set(config.space))
-    if both:
-        raise UserError(f"{path}: {both[0]} is in set and in space; delete one of them")
+    names = [*config.fixed, *(name for linked in config.space for name in linked.split(LINK))]
+    if both := sorted(name for name in set(names) if names.count(name) > 1):
+        raise UserError(f"{path}: {both[0]} stands twice in set and space; delete one of them")
     known = [f"{section}.{key}" for section, values in base.items() for key in values]
-    for name in (*config.fixed, *config.space):
+    for name in names:
         if "." not in str(name):
             meant = [each for each in known if each.partition(".")[2] == name]
             hint = f"; did you mean {meant[0]!r}?" if meant else did_you_mean(str(name), known)
@@ -226,7 +226,8 @@ def _check(config: SweepConfig, base: Any, path: Path) -> None:
         _check_value(config, base, f"{path}: set: ", {name: value})
     for name, param in config.space.items():
         for value in param.ends():
-            _check_value(config, base, f"{path}: space: ", {name: value})
+            for single, part in expanded({name: value}).items():
+                _check_value(config, base, f"{path}: space: ", {single: part})
 
 
 def _check_value(config: SweepConfig, base: Any, where: str, values: Mapping[str, Any]) -> None:

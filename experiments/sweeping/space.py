@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 import random
 from collections.abc import Iterator, Mapping
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
 
 RANGE_KEYS = ("low", "high", "log", "step")
 GRID_LIMIT = 10_000
+LINK = ", "
+"""Between the names of params that change together."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """One of several values."""
+    """One of several values. Those of params that change together are JSON (`expanded`)."""
 
     values: tuple[Any, ...]
 
@@ -114,8 +117,12 @@ def read_space(path: Path, content: Any, base: Any) -> dict[str, Param]:
     """The params of the section `space`. base: the content of params.yaml. Raises UserError."""
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: space is {content!r}; expected params with their ranges or lists of values")
-    space = {}
+    space: dict[str, Param] = {}
     for name, value in content.items():
+        if "," in str(name):
+            names = [part.strip() for part in str(name).split(",")]
+            space[LINK.join(names)] = _read_linked(f"{path}: space.{name}", len(names), value)
+            continue
         param = _read_param(f"{path}: space.{name}", value)
         section, _, key = str(name).partition(".")
         values = base.get(section)
@@ -123,6 +130,28 @@ def read_space(path: Path, content: Any, base: Any) -> dict[str, Param]:
             param = replace(param, low=float(param.low), high=float(param.high))  # `high: 1` of a fraction means 1.0
         space[str(name)] = param
     return space
+
+
+def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by single params: {"model.n_layer, model.n_embd": "[4, 256]"} is {"model.n_layer": 4, ...}."""
+    single: dict[str, Any] = {}
+    for name, value in values.items():
+        if LINK in name:
+            single |= dict(zip(name.split(LINK), json.loads(value), strict=True))
+        else:
+            single[name] = value
+    return single
+
+
+def _read_linked(where: str, count: int, value: Any) -> Choices:
+    if not isinstance(value, list) or len(value) < 2:
+        raise UserError(f"{where} is {value!r}; expected at least two lists of {count} values")
+    for each in value:
+        if not isinstance(each, list) or len(each) != count or any(isinstance(part, list | dict) for part in each):
+            raise UserError(f"{where} contains {each!r}; expected a list of {count} values, one for each of its params")
+    if len(labels := {json.dumps(each) for each in value}) < len(value):
+        raise UserError(f"{where} has {len(value) - len(labels)} values twice")
+    return Choices(tuple(json.dumps(each) for each in value))
 
 
 def _read_param(where: str, value: Any) -> Param:
@@ -162,7 +191,7 @@ def _read_param(where: str, value: Any) -> Param:
 def with_values(base: Any, values: Mapping[str, Any]) -> Any:
     """A copy of the content of params.yaml with other values. values: by `section.key`."""
     content = copy.deepcopy(base)
-    for name, value in values.items():
+    for name, value in expanded(values).items():
         section, _, key = str(name).partition(".")
         part = content.setdefault(section, {})
         if isinstance(part, dict):

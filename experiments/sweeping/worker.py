@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.sweeping.config import load_sweep
 from experiments.sweeping.preload import write_client
+from experiments.sweeping.space import expanded
 from experiments.sweeping.study import SweepStudy, best_of, locks
 from experiments.sweeping.watch import Watch, partial_metrics, read_history, stop_stages
 from experiments.sweeping.workspace import Clone
@@ -80,7 +81,7 @@ class Worker:
         values = {**self.config.fixed, **trial.params}
         self.clone.reset()
         self.clone.forget_reports(self.config.stage)
-        self.clone.write_params(values)
+        self.clone.write_params(expanded(values))
         echo(f"trial {trial.number}: {', '.join(f'{key} {shown(value)}' for key, value in trial.params.items())}")
         trial.set_user_attr("experiment", name)
         ending, output = self._reproduce(trial, name)
@@ -123,7 +124,7 @@ class Worker:
         log = self.logs / f"trial-{trial.number:03d}.log"
         log.unlink(missing_ok=True)
         targets = [self.config.stage]
-        if any(key.startswith(("corpus.", "tokenize.")) for key in self.config.space):
+        if any(key.startswith(("corpus.", "tokenize.")) for key in expanded(trial.params)):
             targets.insert(0, "tokenize")  # the tokens decide where the history is
         deadline = time.monotonic() + BUSY_WAIT_S
         while targets:

@@ -7,6 +7,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from experiments.sweeping.config import LOSSES, METRICS, load_sweep, try_params
+from experiments.sweeping.space import grid
 from gpt2.errors import UserError
 from gpt2.evaluation.scores import Scores
 from tests.conftest import ROOT
@@ -41,6 +42,12 @@ def test_the_committed_sweep_is_valid(load):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        ({"space": {"model.n_layer, model.n_embd": [[2, 64], [4]]}}, "contains [4]; expected a list of 2 values"),
+        ({"space": {"model.n_layer, model.n_embd": [2, 4]}}, "contains 2; expected a list of 2 values"),
+        ({"space": {"model.n_layer, model.n_embd": [[2, 64], [2, 64]]}}, "has 1 values twice"),
+        ({"space": {"model.n_layer, model.n_embed": [[2, 64], [4, 64]]}}, "unknown key model.n_embed; did you mean"),
+        ({"space": {"model.n_layer, model.n_embd": [[2, 64], [4, "a"]]}}, "model.n_embd is 'a'"),
+        ({"space": {"model.n_layer, model.n_layer": [[2, 64], [4, 32]]}}, "model.n_layer stands twice"),
         ({"space": {"train.learing_rate": [0.1, 0.2]}}, "unknown key train.learing_rate; did you mean"),
         ({"space": {"trian.learning_rate": [1.0e-3, 2.0e-3]}}, "unknown key trian; did you mean 'train'?"),
         ({"space": {"learning_rate": [0.1, 0.2]}}, "'learning_rate' is no param; did you mean 'train.learning_rate'?"),
@@ -58,7 +65,7 @@ def test_the_committed_sweep_is_valid(load):
         ({"space": {"train.warmup_steps": {"low": 0, "high": 9, "step": 20}}}, "step is 20; expected an integer"),
         ({"space": {"runtime.threads": [1, 2]}}, "runtime.threads does not change the results"),
         ({"space": {}}, "expected params with their ranges"),
-        ({"set": {"train.schedule": "linear"}}, "train.schedule is in set and in space"),
+        ({"set": {"train.schedule": "linear"}}, "train.schedule stands twice in set and space"),
         ({"set": {"train.eval_interval": 0}}, "set: train.eval_interval is 0; expected"),
         ({"objective": "train.best_val_los"}, "no stage writes; did you mean 'train.best_val_loss'?"),
         ({"objective": "bits_per_byte"}, "did you mean 'evaluate.bits_per_byte'?"),
@@ -108,3 +115,12 @@ def test_objectives_are_numbers_that_the_reports_have():
     assert {type(evaluate[name]) for name in METRICS["evaluate"]} <= {int, float}
     assert {field.name for field in fields(Scores)} - {"tokens", "bytes"} <= set(METRICS["evaluate"])
     assert {name.partition(".")[2] for name in LOSSES} <= {*METRICS["train"], *METRICS["evaluate"]}
+
+
+def test_params_can_change_together(load):
+    config, base = load(space={"model.n_layer,  model.n_head, model.n_embd": [[2, 1, 64], [3, 3, 96]]})
+    (name,) = config.space
+    values = list(grid(config.space))
+    assert values == [{name: "[2, 1, 64]"}, {name: "[3, 3, 96]"}]
+    params = try_params(config, base, values[1])
+    assert (params.model.n_layer, params.model.n_head, params.model.n_embd) == (3, 3, 96)

@@ -1,0 +1,1 @@
+"""Scaling laws: how the loss falls with the size of the model and the tokens that it is trained on."""
