@@ -1,15 +1,18 @@
-"""`python -m gpt2`: generate text, show what a configuration costs, plan a training on many GPUs, publish.
+"""`python -m gpt2`: generate text, show what a configuration costs, plan a training on many GPUs, publish; and, in the
+project's repository, the commands of `experiments`.
 
 torch is imported only by the commands that compute, so that help and errors are immediate.
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from gpt2.config import DTYPES, PRESETS, GPTConfig
 from gpt2.errors import GPT2Error, UserError
@@ -18,14 +21,19 @@ from gpt2.planning.command import add_arguments, plan_lines
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 
+PROJECT_COMMANDS = {
+    "compare": "which experiment, commit or MLflow run is better, and is the difference more than luck?",
+}
+"""Commands of the project's repository, with their help: modules of `experiments`, imported when they are called."""
+
 COMPILE_WAIT_S = 120
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command. Returns the exit code."""
-    arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        return arguments.run(arguments) or 0
     except GPT2Error as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -33,10 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # for example, piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments of a command; `run` in them is its function."""
     parser = argparse.ArgumentParser(prog="python -m gpt2", description="Use GPT-2 from the command line.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -103,7 +112,24 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="memory, speed and cost of a training on several GPUs")
     add_arguments(plan)
     plan.set_defaults(run=_plan)
-    return parser
+
+    for name, text in PROJECT_COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        if argv[:1] == [name]:
+            module = _project_module(name)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser.parse_args(argv)
+
+
+def _project_module(name: str) -> Any:
+    """The module of a project command, which has `add_arguments(parser)` and `run(arguments)`."""
+    try:
+        return importlib.import_module(f"experiments.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("experiments", f"experiments.{name}"):
+            raise
+        raise UserError(f"`{name}` works in the project's repository: change to its folder, and try again") from None
 
 
 class _Renamed(argparse.Action):

@@ -19,6 +19,7 @@ COPIED = (
     ".dvc/.gitignore",
     "gpt2",
     "stages",
+    "experiments",
     "space",
     "data/linked/.gitkeep",
 )

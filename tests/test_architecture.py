@@ -145,6 +145,17 @@ def test_stages_are_short_and_do_not_import_each_other_in_circles():
             assert path not in closure(other), (path, other)
 
 
+def test_programs_over_finished_runs_are_small_and_nothing_imports_them():
+    for path in (ROOT / "experiments").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= MAX_LINES, path
+        for other in ours(path):
+            assert other.relative_to(ROOT).parts[0] in ("gpt2", "stages", "experiments"), f"{path} imports {other}"
+        assert not {name for name in imported(path) if name.partition(".")[0] == "dvc"}, path  # it is a program
+    for package in ("gpt2", "stages", "space"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert not {name for name in imported(path) if name.partition(".")[0] == "experiments"}, path
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_each_stage_depends_on_the_code_that_it_imports(name):
     stage = STAGES[name]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGES = ("gpt2", "stages", "space", "benchmarks", "tools")
+PACKAGES = ("gpt2", "stages", "experiments", "space", "benchmarks", "tools")
 FORBIDDEN_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "torch.hub.load"}
 ALLOWED_OF_PICKLE = {"UnpicklingError"}

@@ -134,3 +134,28 @@ def test_a_pipe_that_closes_is_no_traceback(model_folder):
     command = f"{sys.executable} -m gpt2 generate --model {model_folder} --max-new-tokens 30 | head -c 1"
     result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert "Traceback" not in result.stderr
+
+
+def test_commands_of_the_project_are_imported_when_they_are_called():
+    program = "import sys, runpy\ntry: runpy.run_module('gpt2', run_name='__main__')\n"
+    program += "except SystemExit as end: print(end.code, [name for name in sys.modules if 'experiments' in name])\n"
+    result = run("-c", program, "info", "--preset", "gpt2")
+    assert result.stdout.endswith("0 []\n")
+    result = run("-c", program, "compare", "no-such-run")
+    assert "experiments.compare" in result.stdout
+    assert "torch" not in result.stdout
+    assert result.stderr.startswith("error: there is no experiment, branch, tag, commit or MLflow run 'no-such-run'")
+
+
+def test_commands_of_the_project_need_its_repository(tmp_path):
+    program = f"import sys; sys.path[:] = [p for p in sys.path if p] ; sys.path.append({str(tmp_path)!r})\n"
+    program += "from gpt2.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    (tmp_path / "gpt2").symlink_to(ROOT / "gpt2")
+    for arguments in (["compare", "a", "b"], ["compare", "--help"]):
+        result = run("-c", program, *arguments, env={"PYTHONSAFEPATH": "1"})
+        assert result.returncode == 2
+        assert result.stderr == (
+            "error: `compare` works in the project's repository: change to its folder, and try again\n"
+        )
+    result = run("-c", program, "--help", env={"PYTHONSAFEPATH": "1"})
+    assert "compare" in result.stdout

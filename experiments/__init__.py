@@ -1,0 +1,1 @@
+"""Programs over finished runs: `python -m gpt2 compare` and others. May import `gpt2`, `stages`, and other programs."""
