@@ -23,6 +23,7 @@ SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 
 PROJECT_COMMANDS = {
     "compare": "which experiment, commit or MLflow run is better, and is the difference more than luck?",
+    "report": "a page that compares runs: leaderboard, curves, samples, token losses",
 }
 """Commands of the project's repository, with their help: modules of `experiments`, imported when they are called."""
 
