@@ -43,7 +43,7 @@ WORDS = (
 )
 OPTIMIZERS = ("muon", "adamw")
 GIT = ["git", "-c", "user.name=benchmark", "-c", "user.email=benchmark@example.org"]
-USABLE = "document.body.dataset.drawn"
+USABLE = "body[data-drawn]"
 
 
 def main() -> None:
@@ -91,7 +91,7 @@ def opening(page: Path, repeats: int) -> dict[str, Any]:
             tab = browser.new_page(viewport={"width": 1200, "height": 900}, offline=True)
             tab.on("request", lambda request: requests.append(request.url))
             tab.goto(page.as_uri(), wait_until="commit")
-            tab.wait_for_function(USABLE)
+            tab.wait_for_selector(USABLE)
             until_usable_ms.append(round(tab.evaluate("Number(document.body.dataset.drawnMs)")))
             tab.close()
         browser.close()

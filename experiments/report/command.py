@@ -6,6 +6,7 @@ from pathlib import Path
 
 from experiments.files import git
 from experiments.report.page import write_report
+from experiments.report.vega import write_template
 from experiments.runs import WORKSPACE, Run, experiments, find_run
 from gpt2.errors import UserError
 
@@ -22,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an experiment, branch, tag, commit, MLflow run, or workspace (default: all DVC experiments, the last "
         "commit and the workspace)",
     )
+    parser.add_argument(
+        "--dvc-plots",
+        action="store_true",
+        help="only make `dvc plots show` and `dvc plots diff` of this clone draw without a network",
+    )
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE", help="default: %(default)s")
 
 
@@ -29,6 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Writes the page, and prints what was written."""
     started = time.monotonic()
     root = Path.cwd()
+    if arguments.dvc_plots:
+        print(f"{write_template(root)}: DVC's plots draw without a network")
+        return
     runs = [find_run(name, root) for name in dict.fromkeys(arguments.runs)] or all_runs(root)
     if not runs:
         raise UserError("there are no runs to report: `dvc repro` or `dvc exp run` makes one")

@@ -1,7 +1,4 @@
-"""Vega, Vega-Lite and Vega-Embed as one script, so that pages draw without a network.
-
-`python -m experiments.report.vega` gives `dvc plots show` and `dvc plots diff` a template with it.
-"""
+"""Vega, Vega-Lite and Vega-Embed as one script, so that pages draw without a network: the report, and DVC's plots."""
 
 import contextlib
 import subprocess
@@ -9,7 +6,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from gpt2.errors import FileError, one_line
+from gpt2.errors import FileError, UserError, one_line
 from gpt2.files import write_text
 from gpt2.kernels.library import cache_folder
 
@@ -42,7 +39,7 @@ def vega_script() -> str:
 
     vl-convert takes a second or two to put it together; it is kept in the user's cache folder.
     """
-    path = cache_folder() / f"vega-{version('vl-convert-python')}.js"
+    path = cache_folder() / f"vega-of-vl-convert-{version('vl-convert-python')}.js"
     try:
         return path.read_text(encoding="utf-8")
     except OSError:
@@ -56,9 +53,16 @@ def vega_script() -> str:
 
 
 def write_template(root: Path) -> Path:
-    """Writes a page for DVC's plots with Vega in it, and makes it the template of this clone. Returns its path."""
+    """Writes a page for DVC's plots with Vega in it, and makes it the template of this clone. Returns its path.
+
+    Raises UserError outside of a DVC repository.
+    """
     path = root / TEMPLATE
-    write_text(path, PAGE.replace("SCRIPT", vega_script().replace("{plot_divs}", "").replace("{refresh_tag}", "")))
+    if not path.parent.is_dir():
+        raise UserError(f"{root} has no {TEMPLATE.parent}; run this in the project's repository")
+    script = vega_script()
+    assert "{plot_divs}" not in script  # DVC replaces it anywhere
+    write_text(path, PAGE.replace("SCRIPT", script))
     command = [sys.executable, "-m", "dvc", "config", "--local", "plots.html_template", TEMPLATE.name]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode:

@@ -88,6 +88,8 @@ function specification(values, runs, view, options) {
   };
 }
 
+// ast: Vega interprets its expressions, because the page forbids `eval`. logLevel 1: errors only.
+const OPTIONS = { actions: false, ast: true, logLevel: 1, renderer: "canvas", tooltip: { theme: "custom" } };
 const drawn = new Map();
 
 /** Draws a chart into an element. onZoom gets the range that a drag across the chart chose. */
@@ -100,7 +102,7 @@ async function draw(element, values, runs, view, options, onZoom) {
     return;
   }
   const chart = specification(values, runs, view, options);
-  const result = await vegaEmbed(element, chart, { actions: false, ast: true, renderer: "canvas", tooltip: { theme: "custom" } });
+  const result = await vegaEmbed(element, chart, OPTIONS);
   drawn.set(element, result);
   if (!onZoom) return;
   let range = null;

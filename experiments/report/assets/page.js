@@ -15,6 +15,35 @@ function make(tag, properties, ...children) {
   return element;
 }
 
+// ---- the leaderboard
+
+/** Sorts the rows of each group by a column; those without a value come last. */
+function sortLeaderboard(head, label, isAscending) {
+  const isText = head.dataset.sort === "text";
+  const valueOf = (row) => [...row.querySelectorAll("[data-value]")].find((cell) => cell.dataset.label === label)?.dataset.value;
+  for (const body of document.querySelectorAll(".leaderboard tbody")) {
+    const rows = [...body.querySelectorAll("tr[data-row]")];
+    const order = isAscending ? 1 : -1;
+    rows.sort((a, b) => {
+      const [x, y] = [valueOf(a), valueOf(b)];
+      if (x === "" || y === "") return (x === "") - (y === "");
+      return order * (isText ? x.localeCompare(y, undefined, { numeric: true }) : Number(x) - Number(y));
+    });
+    body.append(...rows);
+  }
+  for (const each of document.querySelectorAll(".leaderboard th[aria-sort]")) each.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", isAscending ? "ascending" : "descending");
+}
+
+const heads = [...document.querySelectorAll(".leaderboard th[data-sort]")];
+heads.forEach((head, column) => {
+  const label = String(column);
+  for (const row of document.querySelectorAll("tr[data-row]")) row.querySelectorAll("[data-value]")[column].dataset.label = label;
+  const button = make("button", { type: "button" }, ...head.childNodes);
+  button.addEventListener("click", () => sortLeaderboard(head, label, head.getAttribute("aria-sort") !== "ascending"));
+  head.append(button);
+});
+
 // ---- runs and curves
 
 const boxes = [...document.querySelectorAll("input[data-run]")];
@@ -177,7 +206,7 @@ function drawPassage() {
   const texts = DATA.passages[a.passage.number];
   const values = texts.map((_, i) => difference(a, b, i));
   byId("tokens").replaceChildren(...texts.map((text, i) => {
-    const span = make("span", { textContent: text });
+    const span = make("span", {}, text.replaceAll("\n", "⏎\n"));
     span.style.backgroundColor = colour(values[i], Boolean(b));
     span.dataset.i = i;
     return span;
@@ -230,7 +259,7 @@ function choose(i, isAnnounced = true) {
   position = i;
   if (i < 0) return;
   spans[i].classList.add("chosen");
-  const text = visible(spans[i].textContent);
+  const text = visible(DATA.passages[a.passage.number][i]);
   const [mine, theirs] = [a, b].map((run) => run && run.passage.losses[i]);
   const parts = mine === null ? ["the first token has no loss"] : [`A ${nats(mine)} nats`, ...(b ? [`B ${nats(theirs)} nats`, `difference ${nats(theirs - mine)}`] : [])];
   if (isAnnounced) byId("token").replaceChildren(make("bdi", { className: "strong" }, text), `: ${parts.join(", ")}`);
