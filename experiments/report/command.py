@@ -8,7 +8,7 @@ from experiments.files import git
 from experiments.report.page import write_report
 from experiments.report.vega import write_template
 from experiments.runs import WORKSPACE, Run, experiments, find_run
-from gpt2.errors import UserError
+from gpt2.errors import FileError, UserError, one_line
 
 OUTPUT = Path("reports/experiments.html")
 
@@ -38,10 +38,15 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dvc_plots:
         print(f"{write_template(root)}: DVC's plots draw without a network")
         return
+    if arguments.output.is_dir():
+        raise UserError(f"--output {arguments.output} is a folder; expected the path of a file")
     runs = [find_run(name, root) for name in dict.fromkeys(arguments.runs)] or all_runs(root)
     if not runs:
         raise UserError("there are no runs to report: `dvc repro` or `dvc exp run` makes one")
-    num_bytes = write_report(runs, arguments.output)
+    try:
+        num_bytes = write_report(runs, arguments.output)
+    except OSError as error:
+        raise FileError(f"cannot write {arguments.output}: {one_line(error)}") from None
     names = f"{len(runs)} runs" if len(runs) > 1 else f"the run {runs[0].name}"
     seconds = time.monotonic() - started
     print(f"{arguments.output}: {names}, {num_bytes / 1e6:.1f} MB, in {seconds:.1f} s. Open it in a browser.")

@@ -28,7 +28,8 @@ def curves(run: Run) -> dict[str, Any] | None:
     if table is None:
         return None
     evaluated = table.dropna(subset=["val_loss"])
-    evaluated = evaluated.iloc[np.unique(np.linspace(0, len(evaluated) - 1, MAX_POINTS).round().astype(int))]
+    if len(evaluated) > MAX_POINTS:
+        evaluated = evaluated.iloc[np.linspace(0, len(evaluated) - 1, MAX_POINTS).round().astype(int)]
     parts = min(MAX_POINTS, len(table))
     ends = np.linspace(0, len(table), parts + 1).astype(int)
     thinned = {name: _numbers(table[name].to_numpy()[ends[1:] - 1]) for name in BUDGETS}

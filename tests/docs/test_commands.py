@@ -26,8 +26,14 @@ RUN_DVC = (
     "tests/stages/test_links.py",
     "tests/docs/test_commands.py",
     "tests/launch/test_results.py",
+    "tests/experiments/test_report_in_browser.py",
 )
-RUN_GPT2 = ("tests/gpt2/test_main.py", "tests/gpt2/hub/test_publish.py", "tests/gpt2/planning/test_command.py")
+RUN_GPT2 = (
+    "tests/gpt2/test_main.py",
+    "tests/gpt2/hub/test_publish.py",
+    "tests/gpt2/planning/test_command.py",
+    "tests/experiments/test_report.py",
+)
 RUN_STAGES = ("tests/stages/test_pipeline.py", "tests/stages/test_tracking.py")
 GROUPS = ("exp", "metrics", "plots", "queue")
 LONG = {"-S": "--set-param", "-n": "--name", "-f": "--force", "-j": "--jobs"}

@@ -36,7 +36,7 @@ def invented(number=0, name=None, *, without=(), steps=200, **changes):
     return Run(name or f"run-{number:02}", f"{number:040x}", MemoryFiles(files))
 
 
-def open_page(path, what, **options):
+def open_page(path, what, ready="body[data-drawn]", **options):
     """Calls a function with the page in a browser without a network. Returns all requests but that for the page."""
     requests, failures = [], []
 
@@ -51,7 +51,7 @@ def open_page(path, what, **options):
                 page.on("pageerror", lambda error: failures.append(error))
                 page.on("console", lambda message: failures.append(message.text) if message.type == "error" else None)
                 page.goto(path.as_uri())
-                page.wait_for_selector("body[data-drawn]", state="attached")
+                page.wait_for_selector(ready, state="attached")
                 what(page)
                 browser.close()
         except BaseException as error:
@@ -60,5 +60,5 @@ def open_page(path, what, **options):
     thread = threading.Thread(target=guarded)
     thread.start()
     thread.join()
-    assert failures == []
+    assert not failures, failures
     return [url for url in requests if url != path.as_uri() and not url.startswith("data:")]

@@ -1,9 +1,16 @@
 """The report in a real browser, without a network."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 
 from experiments.report import write_report
 from experiments.runs import Run
+from tests.conftest import ROOT
 from tests.experiments.report_runs import CHROMIUM, HOSTILE, MemoryFiles, invented, open_page
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
@@ -71,9 +78,10 @@ def test_curves_hide_smooth_zoom_and_change_their_axis(tmp_path):
     def user(page):
         see(page, "loss")
         seen = [picture(page)]
-        box = page.locator("#chart-loss canvas").bounding_box()
 
         def drag():
+            page.locator("#chart-loss").scroll_into_view_if_needed()
+            box = page.locator("#chart-loss canvas").bounding_box()
             page.mouse.move(box["x"] + 200, box["y"] + 100)
             page.mouse.down()
             page.mouse.move(box["x"] + 400, box["y"] + 120, steps=4)
@@ -82,7 +90,7 @@ def test_curves_hide_smooth_zoom_and_change_their_axis(tmp_path):
         for change in (
             lambda: page.locator("input[data-run='1']").uncheck(),
             lambda: page.locator("#smoothing").fill("0.9"),
-            lambda: page.get_by_text("held-out text", exact=True).click(),
+            lambda: page.locator("input[value='held_out']").check(force=True),
             lambda: page.locator("input[value='flops']").check(force=True),
             lambda: page.get_by_label("log scale").check(),
             lambda: page.locator("input[value='step']").check(force=True),
@@ -139,3 +147,27 @@ def test_the_leaderboard_sorts_by_a_column(tmp_path):
         assert page.locator("th[aria-sort='descending']").inner_text().startswith("Peak memory")
 
     open_page(tmp_path / "page.html", user)
+
+
+def test_plots_of_dvc_draw_without_a_network_too(tmp_path):
+    for name in (".dvc/config", "params.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "reports/train", tmp_path / "reports/train")
+    plots = (ROOT / "dvc.yaml").read_text().partition("stages:")[0]
+    stage = {"cmd": "true", "plots": ["reports/train/history.csv", "reports/train/loss.png"]}
+    (tmp_path / "dvc.yaml").write_text(f"{plots}stages: {json.dumps({'train': stage})}")
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path), "DVC_NO_ANALYTICS": "1"}
+    for command in (["gpt2", "report", "--dvc-plots"], ["dvc", "plots", "show"]):
+        done = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr
+
+    def user(page):
+        page.wait_for_selector("canvas, svg.marks")
+        assert page.locator("canvas, svg.marks").count() >= 2
+        assert page.locator("img").evaluate("image => image.naturalWidth") > 100
+
+    page = tmp_path / "dvc_plots/index.html"
+    requests = open_page(page, user, ready="body")
+    assert all(url.startswith(page.parent.as_uri()) for url in requests)
