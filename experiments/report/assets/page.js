@@ -206,7 +206,8 @@ function drawPassage() {
   const texts = DATA.passages[a.passage.number];
   const values = texts.map((_, i) => difference(a, b, i));
   byId("tokens").replaceChildren(...texts.map((text, i) => {
-    const span = make("span", {}, text.replaceAll("\n", "⏎\n"));
+    const lines = text.split("\n").flatMap((line, n) => (n ? [make("i", {}, "⏎"), `\n${line}`] : [line]));
+    const span = make("span", {}, ...lines);
     span.style.backgroundColor = colour(values[i], Boolean(b));
     span.dataset.i = i;
     return span;
@@ -269,7 +270,8 @@ if (byId("tokens")) {
   byId("model-a").addEventListener("change", () => { offerOthers(); drawPassage(); });
   byId("model-b").addEventListener("change", drawPassage);
   byId("tokens").addEventListener("click", (event) => {
-    if (event.target.dataset.i !== undefined) choose(Number(event.target.dataset.i));
+    const token = event.target.closest("[data-i]");
+    if (token) choose(Number(token.dataset.i));
   });
   byId("tokens").addEventListener("keydown", (event) => {
     const move = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10 }[event.key];
