@@ -255,6 +255,39 @@ def test_twenty_runs_take_a_megabyte_or_two(tmp_path):
     assert num_bytes == (tmp_path / "new/page.html").stat().st_size < 1.5e6  # and 0.9 MB of Vega
 
 
+def luminance(red, green, blue):
+    """Relative luminance of sRGB from 0 to 255: https://www.w3.org/TR/WCAG22/#dfn-relative-luminance."""
+    linear = (
+        part / 255 / 12.92 if part <= 10 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in (red, green, blue)
+    )
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one, other):
+    low, high = sorted((luminance(*one), luminance(*other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_have_the_contrast_of_wcag_aa(scheme):
+    css = (ROOT / "experiments/report/assets/page.css").read_text()
+    light, dark = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    text = light if scheme == "light" else dark
+    hexes = re.findall(r"--([a-z0-9-]+): #([0-9a-f]{6})", text)
+    colours = {name: tuple(bytes.fromhex(value)) for name, value in hexes}
+    colours |= {name: tuple(map(int, value.split())) for name, value in re.findall(r"--([ab]): ([0-9 ]+);", text)}
+    for surface in ("page", "surface", "faint", "note", "other"):
+        assert contrast(colours["text"], colours[surface]) >= 7
+    for name in ("quiet", "accent"):
+        assert min(contrast(colours[name], colours[surface]) for surface in ("page", "surface", "faint")) >= 4.5
+    for hue in range(10):
+        assert contrast(colours[f"hue-{hue}"], colours["surface"]) >= 3
+    for side in ("a", "b"):  # behind text
+        pairs = zip(colours[side], colours["surface"], strict=True)
+        strongest = [0.62 * over + 0.38 * under for over, under in pairs]
+        assert contrast(colours["text"], strongest) >= 4.5
+
+
 # the command
 
 

@@ -58,13 +58,17 @@ def test_runs_of_all_kinds_need_no_network_and_no_sideways_scrolling(options, sc
     assert open_page(tmp_path / "page.html", user, color_scheme=scheme, **options) == []
 
 
-def test_one_run(tmp_path):
-    write_report([invented()], tmp_path / "page.html")
+@pytest.mark.parametrize("count", [1, 20])
+def test_one_run_and_twenty(count, tmp_path):
+    write_report([invented(number) for number in range(count)], tmp_path / "page.html")
 
     def user(page):
         for name in CHARTS:
             see(page, name)
-        assert "The mean loss of run-00" in page.inner_text("#passage-summary")
+        assert page.locator("tr[data-row]").count() == count
+        assert ("The mean loss of run-00" in page.inner_text("#passage-summary")) == (count == 1)
+        page.locator("#provenance summary").first.click()
+        assert page.locator("#provenance code.command:visible").inner_text().startswith("python -m gpt2 reproduce run-")
 
     assert open_page(tmp_path / "page.html", user) == []
 
