@@ -17,7 +17,7 @@ from experiments.report.page import content_security_policy, json_for_html, rend
 from experiments.runs import Run
 from gpt2.__main__ import main
 from gpt2.config import GPTConfig
-from stages import segment_losses
+from stages import paths
 from tests.conftest import ROOT
 from tests.experiments.report_runs import HOSTILE, MemoryFiles, invented
 
@@ -153,7 +153,7 @@ def test_runs_are_grouped_by_the_held_out_text():
             "bits_per_byte": [1],
             "bytes": [9],
         }
-        return with_file(run, segment_losses.FILE, json.dumps(losses))
+        return with_file(run, paths.SEGMENT_LOSSES.as_posix(), json.dumps(losses))
 
     same = [with_sum(invented(0), "aa"), invented(1)]  # the second is of an earlier version, which wrote no sum
     other = with_sum(invented(2, tokens=99), "bb")
