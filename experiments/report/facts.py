@@ -66,6 +66,8 @@ class Facts:
     def provenance(self) -> list[tuple[str, str]]:
         """The commit, and what was recorded of the environment, by dotted names."""
         rows = [("commit", self.run.commit)] if self.run.commit else []
+        if isinstance(self.run.files, MlflowFiles):
+            rows.append(("MLflow run", self.run.files.run_id))
         return [*rows, *((key, value) for key, value in _flat(self.run.environment) if value != self.run.commit)]
 
     @cached_property

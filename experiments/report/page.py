@@ -52,6 +52,7 @@ def render(runs: Sequence[Run], now: datetime) -> str:
         changed=[changed_params(params, each) for each in facts],
         measurements=[measurements(history(each.run)) for each in facts],
         prompts=samples_by_prompt(facts),
+        are_sampled_alike=not any(name.startswith("evaluate.") for name, _ in params),
         passages=[each for each in facts if each.passage],
         now=now,
         css=(ASSETS / "page.css").read_text(encoding="utf-8"),

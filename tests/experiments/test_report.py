@@ -179,6 +179,13 @@ def test_params_that_differ_mark_the_uncommon_values():
     assert params_table(collect([FAILED])) == []
 
 
+def test_samples_with_other_seeds_are_told():
+    runs = [invented(0), invented(1)]
+    assert "Of the same prompts and seeds, of" in text_of(render(runs, NOW))
+    changed = with_file(runs[1], "params.yaml", runs[1].files.content["params.yaml"].replace("top_k: 50", "top_k: 5"))
+    assert "Params of evaluate differ" in text_of(render([runs[0], changed], NOW))
+
+
 def test_samples_stand_by_their_prompt():
     run = with_file(
         invented(1), "reports/evaluate/samples.json", '[{"prompt": "Prompt 1", "sample": "x"}, {"sample": "y"}]'
