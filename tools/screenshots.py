@@ -112,13 +112,13 @@ def capture_report(browser: Browser, repository: Path, folder: Path) -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         write_report(runs, Path(temporary) / "report.html")
-        page = browser.new_page(viewport={"width": 1200, "height": 4000})
+        page = browser.new_page(viewport={"width": 1280, "height": 8000})
         page.goto((Path(temporary) / "report.html").as_uri())
         page.wait_for_selector("body[data-drawn]")
         page.wait_for_timeout(1000)
-        for section, name, height in (("leaderboard", "report.png", 1080), ("passage", "report-tokens.png", 720)):
+        for section, name, height in (("leaderboard", "report.png", 1260), ("passage", "report-tokens.png", 780)):
             top = page.locator(f"#{section}").evaluate("section => section.getBoundingClientRect().top")
-            page.screenshot(path=folder / name, clip={"x": 0, "y": top, "width": 1200, "height": height})
+            page.screenshot(path=folder / name, clip={"x": 0, "y": top, "width": 1280, "height": height})
 
 
 if __name__ == "__main__":
