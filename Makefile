@@ -9,7 +9,7 @@ INSTALLED := .venv/installed
 TEST := OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-slow coverage mutants docs check format lock ui space preset bench tuning screenshots soak soak-space sweep ladder sync
+.PHONY: help setup repro test test-slow coverage mutants docs check format lock ui space preset bench tuning screenshots soak soak-space sweep ladder sync report plots
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -85,6 +85,14 @@ bench: setup ## measure speed and learning beside other implementations and othe
 	python -m benchmarks.tokenizing
 	python -m benchmarks.distributed
 	python -m benchmarks.published
+	python -m benchmarks.report
+
+report: setup ## compare all experiments on one page, reports/experiments.html
+	python -m gpt2 report
+
+plots: setup ## DVC's page of curves and pictures, which draws without a network
+	python -m gpt2 report --dvc-plots
+	dvc plots show
 
 sweep: setup ## search the params that sweep.yaml names; each trial is an experiment
 	python -m gpt2 sweep

@@ -102,6 +102,7 @@ def measure_loss(
     losses = token_losses(model, passage, sequence_length=context_length)
     texts = [tokenizer.decode([int(token)]) for token in passage]
     evaluation_report.draw_passage(texts, losses, folder / "passage.png")
+    evaluation_report.write_passage(passage, losses, folder / "passage.json")
     names = ("bits_per_byte_low", "bits_per_byte_high", "ece", "contamination")
     return {**asdict(scores), **{name: getattr(breakdown, name) for name in names}}
 

@@ -14,7 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from gpt2.config import EvaluateConfig
+from gpt2.data.token_files import TokenArray
 from gpt2.evaluation.breakdown import Breakdown, ConfidenceBin, FrequencyBin, PositionBin
+from gpt2.files import write_json
+from gpt2.inference.detokenizer import Detokenizer
 from stages.reports import save_figure, write_csv
 
 LINE_COLOR, BAR_COLOR, MARK_COLOR = "#1d4ed8", "#9db4d6", "#c2410c"
@@ -177,6 +180,18 @@ def draw_passage(tokens: list[str], losses: npt.NDArray[np.float32], path: Path)
     bar.set_label(f"loss of each token, nats (mean of this passage: {losses.mean():.2f})", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     save_figure(figure, path)
+
+
+def write_passage(passage: TokenArray, losses: npt.NDArray[np.float32], path: Path) -> None:
+    """Writes the texts of the tokens of a passage, and the loss of each in nats: {"tokens": [...], "losses": [...]}.
+
+    The texts joined are the text of the passage: the tokens of a character that takes several have no text, but the
+    last of them. The first token has no loss: losses is (len(passage) - 1,), and the file has null there.
+    """
+    detokenizer, last = Detokenizer(), len(passage) - 1
+    texts = [detokenizer.push(int(token), last=position == last) for position, token in enumerate(passage)]
+    rounded = [round(float(loss), 4) for loss in losses]
+    write_json(path, {"tokens": texts, "losses": [None, *rounded]})
 
 
 def describe_samples(config: EvaluateConfig, prompts: list[str], samples: list[str], verbatim: str, loss: float) -> str:

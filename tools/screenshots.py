@@ -1,4 +1,4 @@
-"""Makes the pictures of README and docs: the architecture, and the Space and MLflow's page of the last run.
+"""Makes the pictures of README and docs: the architecture; the Space and MLflow's page of the last run; the report.
 
 The pages are taken in a real browser, a Chromium on the PATH (or its path in CHROMIUM). Run it from the repository's
 root: make screenshots
@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
 
+from experiments.report import write_report
+from experiments.report.command import all_runs
 from tools import architecture
 
 DOCS = Path("docs")
@@ -35,6 +38,7 @@ def main() -> None:
         )
         capture_space(browser)
         capture_mlflow(browser)
+        capture_report(browser, Path(), DOCS)
         browser.close()
 
 
@@ -98,6 +102,23 @@ def capture_mlflow(browser: Browser) -> None:
         page.wait_for_selector("text=val/loss", timeout=60_000)
         page.wait_for_timeout(3000)
         page.screenshot(path=DOCS / "mlflow.png")
+
+
+def capture_report(browser: Browser, repository: Path, folder: Path) -> None:
+    """report.png: leaderboard and curves of the experiments; report-tokens.png: a passage in two models."""
+    runs = all_runs(repository)
+    if not runs:
+        print("no picture of the report: there are no runs")
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        write_report(runs, Path(temporary) / "report.html")
+        page = browser.new_page(viewport={"width": 1280, "height": 8000})
+        page.goto((Path(temporary) / "report.html").as_uri())
+        page.wait_for_selector("body[data-drawn]")
+        page.wait_for_timeout(1000)
+        for section, name, height in (("leaderboard", "report.png", 1260), ("passage", "report-tokens.png", 780)):
+            top = page.locator(f"#{section}").evaluate("section => section.getBoundingClientRect().top")
+            page.screenshot(path=folder / name, clip={"x": 0, "y": top, "width": 1280, "height": height})
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ RUN_DVC = (
     "tests/docs/test_commands.py",
     "tests/launch/test_results.py",
     "tests/experiments/test_remotes.py",
+    "tests/experiments/test_report_in_browser.py",
 )
 RUN_GPT2 = (
     "tests/gpt2/test_main.py",
@@ -35,6 +36,7 @@ RUN_GPT2 = (
     "tests/experiments/test_compare.py",
     "tests/experiments/test_reproduce.py",
     "tests/experiments/test_sweep.py",
+    "tests/experiments/test_report.py",
 )
 RUN_STAGES = ("tests/stages/test_pipeline.py", "tests/stages/test_tracking.py")
 GROUPS = ("exp", "metrics", "plots", "queue", "remote")

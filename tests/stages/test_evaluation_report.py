@@ -1,7 +1,10 @@
+import json
+
 import matplotlib as mpl
 import numpy as np
 import pytest
 
+from gpt2 import tokenizer
 from gpt2.evaluation.bootstrap import SegmentSums
 from gpt2.evaluation.breakdown import Breakdown, ConfidenceBin, FrequencyBin, PositionBin
 from stages import evaluation_report
@@ -87,3 +90,22 @@ def test_samples_are_shown_with_prompts_and_verbatim_copies():
     assert "has 12 characters: `by heart ⏎ yes`" in text
     assert "## **ROMEO:**\n\n    one\n    two\n" in text
     assert text.count("\n## ") == 3
+
+
+@pytest.mark.parametrize("text", ["The miller", "naïve 🙂 日本語", "a"])
+def test_the_tokens_of_a_passage_join_to_its_text(text, tmp_path):
+    passage = np.array(tokenizer.encode(text), dtype=np.uint16)
+    losses = np.linspace(1, 2, len(passage) - 1, dtype=np.float32)
+    evaluation_report.write_passage(passage, losses, tmp_path / "passage.json")
+    written = json.loads((tmp_path / "passage.json").read_text())
+    assert "".join(written["tokens"]) == text
+    assert len(written["tokens"]) == len(written["losses"]) == len(passage)
+    assert written["losses"][0] is None
+    assert written["losses"][1:] == pytest.approx(losses, abs=1e-4)
+
+
+def test_a_passage_may_end_within_a_character(tmp_path):
+    passage = np.array(tokenizer.encode("🙂")[:-1], dtype=np.uint16)
+    losses = np.ones(len(passage) - 1, dtype=np.float32)
+    evaluation_report.write_passage(passage, losses, tmp_path / "passage.json")
+    assert "".join(json.loads((tmp_path / "passage.json").read_text())["tokens"]) == "\N{REPLACEMENT CHARACTER}"
