@@ -15,6 +15,7 @@ from stages.process import warn
 from stages.tracking.protocol import MODEL_STAGE, PATIENCE_S, RunIds, events_file
 from stages.tracking.run import new_record, start_uploader
 
+MODEL = paths.MODELS / "model.safetensors"
 CODE_FILE = Path(__file__).with_name("text_generator.py")
 FOLDER = "model"
 WEIGHTS = "gpt_model.pt"
@@ -25,7 +26,7 @@ NOT_NEEDED = ("gradio",)  # of the requirements of a Space
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The event of a model. sha256: of the weights. requirements: lines for pip. example: a prompt.
+    """The event of a model. sha256: of models/model.safetensors. requirements: lines for pip. example: a prompt.
 
     description: of the version in the registry.
     """
@@ -65,13 +66,13 @@ def copy_model(space: Path, code: Iterable[str], target: Path, facts: dict[str, 
     link(space / WEIGHTS, folder / WEIGHTS)
     requirements = (space / "requirements.txt").read_text(encoding="utf-8").splitlines()
     return ModelFacts(
-        sha256=sha256_of(space / WEIGHTS),
+        sha256=sha256_of(MODEL),
         requirements=[
             line for line in requirements if line and line[0] != "#" and line.partition("==")[0] not in NOT_NEEDED
         ],
         example=facts["examples"][0],
-        description=f"{facts['parameters']:,} parameters, trained on {facts['corpus']}: validation loss "
-        f"{facts['validation_loss']}, perplexity {facts['perplexity']}",
+        description=f"validation loss {facts['validation_loss']}, perplexity {facts['perplexity']}; "
+        f"{facts['parameters']:,} parameters, trained on {facts['corpus']}",
     )
 
 
