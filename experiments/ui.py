@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.registry import new_client, tracking_uri
 from gpt2.errors import GPT2Error
 from stages.process import redact_secrets
-from stages.tracking.uploader import EXPERIMENT
+from stages.tracking.uploader import EXPERIMENT, EXPERIMENT_TAGS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 HOST, PORT = "127.0.0.1", 5000
 VIEW = "gpt2"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
-KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"  # not the pages for LLM applications
 ORDER = "metrics.`evaluate/loss`"
 METRICS = ("evaluate/loss", "evaluate/bits_per_byte", "val/loss", "train/tokens_per_s")
 TAGS = ("dvc.experiment",)
@@ -78,7 +77,7 @@ def link(client: "MlflowClient") -> str:
     if experiment is None:
         return ""
     runs = client.search_runs([experiment.experiment_id], max_results=MAX_RUNS)
-    tags = {KIND_TAG: KIND, VIEW_TAG: json.dumps(view(run.data.params for run in runs))}
+    tags = {**EXPERIMENT_TAGS, VIEW_TAG: json.dumps(view(run.data.params for run in runs))}
     for name, value in tags.items():
         if experiment.tags.get(name) != value:
             client.set_experiment_tag(experiment.experiment_id, name, value)

@@ -5,6 +5,7 @@ The protocol is described in `stages.tracking.protocol`.
 
 import argparse
 import os
+import re
 import sys
 import threading
 import time
@@ -20,6 +21,8 @@ from stages.tracking.protocol import MODEL_STAGE, PATIENCE_S, PREPARATION_PATIEN
 from stages.tracking.uploader import MlflowStore, Uploader, monitor_system
 
 UNDELIVERED_EXIT_CODE = 74
+REFUSED = re.compile(r"error code 40[13]\b")
+"""HTTP's statuses of a missing or wrong password, and of a user who may not write, in errors of MLflow."""
 POLL_S = 1.0
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 
@@ -149,6 +152,8 @@ class Follower:
 
 def describe(error: Exception) -> str:
     """An error in one line, without secrets."""
+    if REFUSED.search(str(error)):
+        return "it refuses this user or password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     return redact_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 COMPILE_WAIT_S = 120
@@ -51,26 +52,30 @@ class TextGenerator(PythonModel):
         """Each prompt with its continuation. The texts do not depend on each other: each uses the seed.
 
         model_input: MLflow makes it of a list of prompts: one column. (With list[str] as its type, MLflow would run the
-        model each time that it saves one.) Raises UserError for a value out of range.
+        model each time that it saves one.) Raises MlflowException for a value out of range.
         """
         from gpt2 import tokenizer
+        from gpt2.errors import UserError
         from gpt2.inference.request import BLANK_PROMPT, Request, Sampling
 
         chosen = {**PARAMS, **(params or {})}
-        sampling = Sampling(
-            temperature=chosen["temperature"],
-            top_k=chosen["top_k"] or None,
-            top_p=chosen["top_p"],
-            repetition_penalty=chosen["repetition_penalty"],
-        )
-        with self._lock:
-            engine = self._engine(chosen["dtype"])
-            texts = []
-            for prompt in model_input.iloc[:, 0]:
-                tokens = tokenizer.encode(prompt or BLANK_PROMPT)
-                request = Request(tokens, chosen["max_new_tokens"], sampling, seed=chosen["seed"])
-                texts.append(prompt + "".join(token.text for token in engine.submit(request)))
-            return texts
+        try:
+            sampling = Sampling(
+                temperature=chosen["temperature"],
+                top_k=chosen["top_k"] or None,
+                top_p=chosen["top_p"],
+                repetition_penalty=chosen["repetition_penalty"],
+            )
+            with self._lock:
+                engine = self._engine(chosen["dtype"])
+                texts = []
+                for prompt in model_input.iloc[:, 0]:
+                    tokens = tokenizer.encode(prompt or BLANK_PROMPT)
+                    request = Request(tokens, chosen["max_new_tokens"], sampling, seed=chosen["seed"])
+                    texts.append(prompt + "".join(token.text for token in engine.submit(request)))
+                return texts
+        except UserError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from None
 
     def _engine(self, name: str) -> Any:
         from gpt2.inference.engine import Engine

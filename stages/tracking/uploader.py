@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Run
 
 EXPERIMENT = "gpt2"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""MLflow shows its pages for training, not those for LLM applications."""
 RUN_TAG = "pipeline.run_id"
 NOTE_TAG = "mlflow.note.content"
 METRICS_AT_ONCE = 1000
 """As many as MLflow takes."""
+QUIET = ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT")
 # Attempts end soon, and MLflow does not repeat requests that may have arrived.
 SHORT_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
@@ -40,7 +43,9 @@ class MlflowStore:
         """Creates the database and the experiment if they are missing. Raises any error of MLflow."""
         for variable, value in SHORT_TIMEOUTS.items():
             os.environ.setdefault(variable, value)
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        for variable in QUIET:
+            os.environ.setdefault(variable, "true")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         import mlflow
 
@@ -58,7 +63,9 @@ class MlflowStore:
             if experiment is not None:
                 self.experiment_id = experiment.experiment_id
             else:
-                self.experiment_id = self.client.create_experiment(EXPERIMENT, artifact_location=_artifacts())
+                self.experiment_id = self.client.create_experiment(
+                    EXPERIMENT, artifact_location=_artifacts(), tags=EXPERIMENT_TAGS
+                )
 
 
 def _artifacts() -> str | None:
@@ -72,7 +79,9 @@ def _create_database() -> None:
 
     temporary = paths.database().with_name(f"{paths.database().name}.new")
     temporary.unlink(missing_ok=True)
-    mlflow.MlflowClient(f"sqlite:///{temporary}").create_experiment(EXPERIMENT, artifact_location=_artifacts())
+    mlflow.MlflowClient(f"sqlite:///{temporary}").create_experiment(
+        EXPERIMENT, artifact_location=_artifacts(), tags=EXPERIMENT_TAGS
+    )
     temporary.replace(paths.database())
 
 
