@@ -141,10 +141,15 @@ def _describe(key: str, value: Any) -> str:
         value = _short_number(value)
     elif key == "source":
         sources = value if isinstance(value, list) else [value]
-        value = ", ".join(str(each).rstrip("/").rpartition("/")[2] for each in sources)
+        value = ", ".join(map(_file_name, sources))
     elif isinstance(value, bool | None):
         value = {None: "none", True: "on", False: "off"}[value]
     return str(value) if key in NAMES_ITSELF else f"{SHORT.get(key, key)} {value}"
+
+
+def _file_name(source: Any) -> str:
+    """The last part of a path or an address, without a query."""
+    return redact_secrets(str(source)).partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
 def _short_number(value: float) -> str:
