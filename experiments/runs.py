@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from experiments.files import Files, GitFiles, MlflowFiles, WorkspaceFiles, git
 from gpt2.errors import UserError, one_line
-from stages import segment_losses
+from stages import paths
 from stages.segment_losses import SegmentLosses
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Run:
     @cached_property
     def losses(self) -> SegmentLosses | None:
         """The loss of each segment of the held-out text."""
-        return self._read(segment_losses.FILE, SegmentLosses.from_json)
+        return self._read(paths.SEGMENT_LOSSES.as_posix(), SegmentLosses.from_json)
 
     @cached_property
     def environment(self) -> dict[str, Any]:

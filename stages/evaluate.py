@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpt2.data.token_files import TokenArray, Tokens, open_tokens
+from gpt2.data.token_files import TokenArray, Tokens, open_tokens, read_index, split_sha256
 from gpt2.files import write_json, write_text
 from stages import paths, tracking
 from stages.cores import reserve_cores
 from stages.params import Params, load_params
 from stages.process import StopSignal, echo, run_stage
+from stages.segment_losses import SegmentLosses
 
 if TYPE_CHECKING:
     from gpt2.model.transformer import GPT
@@ -95,6 +96,8 @@ def measure_loss(
             read=stop.wrap(read.update),
         )
     evaluation_report.write_tables(breakdown, folder)
+    segments = SegmentLosses.of(breakdown.segments, split_sha256(read_index(paths.TOKENS), "val"))
+    write_text(paths.SEGMENT_LOSSES, segments.to_json())
     evaluation_report.draw_breakdown(breakdown, scores.bits_per_byte, folder / "breakdown.png")
     passage = middle(val_tokens, params.evaluate.passage_tokens)
     losses = token_losses(model, passage, sequence_length=context_length)

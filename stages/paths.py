@@ -13,6 +13,7 @@ MODELS = Path("models")
 RUN = MODELS / "run.json"
 TRAIN_REPORT = Path("reports/train")
 EVALUATE_REPORT = Path("reports/evaluate")
+SEGMENT_LOSSES = EVALUATE_REPORT / "segment_losses.json"
 SPACE_SOURCE = Path("space")
 SPACE = Path("dist/space")
 HUGGING_FACE = Path("dist/hf")

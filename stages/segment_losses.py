@@ -6,26 +6,16 @@ be compared in pairs.
 
 import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-FILE = "reports/evaluate/segment_losses.json"
-SHORTEST_TOKENS = 128
-MAX_SEGMENTS = 1024
+if TYPE_CHECKING:
+    from gpt2.evaluation.bootstrap import SegmentSums
+
 DECIMALS = 5
 Column = npt.NDArray[np.float64]
-
-
-def segment_tokens(tokens: int) -> int:
-    """The length of the segments of a text with this number of predicted tokens.
-
-    128, doubled until there are at most 1024 segments: a function of the text alone.
-    """
-    length = SHORTEST_TOKENS
-    while tokens > length * MAX_SEGMENTS:
-        length *= 2
-    return length
 
 
 @dataclass(frozen=True)
@@ -49,6 +39,14 @@ class SegmentLosses:
         """The tokens of each segment."""
         starts = np.arange(len(self.losses)) * self.segment_tokens
         return np.minimum(self.segment_tokens, self.tokens - starts).astype(np.float64)
+
+    @classmethod
+    def of(cls, sums: "SegmentSums", sha256: str) -> "SegmentLosses":
+        """The losses of a model. sha256: of the held-out tokens."""
+        starts = np.arange(len(sums.nats)) * sums.segment_tokens
+        lengths = np.minimum(sums.segment_tokens, sums.num_targets - starts)
+        bits = sums.text_nats / np.log(2) / np.maximum(1, sums.byte_counts)
+        return cls(sha256, sums.num_targets, sums.segment_tokens, sums.nats / lengths, bits, sums.byte_counts)
 
     def to_json(self) -> str:
         """The content of the file: an array is a line."""

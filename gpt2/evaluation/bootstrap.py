@@ -1,4 +1,4 @@
-"""Bits per byte with a 95 % interval, by the bootstrap over documents or windows."""
+"""Sums over the units of a held-out text, documents, windows or segments, and the bootstrap over them."""
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +9,8 @@ from gpt2.tokenizer import END_OF_TEXT
 MIN_DOCUMENTS = 30
 MAX_UNITS = 10_000
 RESAMPLES = 2_000
+SHORTEST_SEGMENT = 128
+MAX_SEGMENTS = 1024
 Sums = npt.NDArray[np.float64]
 
 
@@ -42,6 +44,40 @@ class TextUnits:
         if (num_bytes > 0).sum() < MIN_DOCUMENTS:
             name, (nats, num_bytes) = "windows", np.array(self._windows)
         return name, nats[num_bytes > 0], num_bytes[num_bytes > 0]
+
+
+class SegmentSums:
+    """Nats and bytes of consecutive segments of a text, whatever the windows of the model: all (number of segments,).
+
+    nats: of all targets. text_nats and byte_counts: without `<|endoftext|>`. Takes the predictions of
+    `gpt2.evaluation.scores.score` batch by batch, in the order of the text.
+    """
+
+    def __init__(self, num_targets: int) -> None:
+        self.num_targets, self.segment_tokens = num_targets, segment_length(num_targets)
+        self.nats, self.text_nats, self.byte_counts = np.zeros((3, -(-num_targets // self.segment_tokens)))
+        self._seen = 0
+
+    def add(self, batch: Predictions) -> None:
+        """Takes a batch of windows."""
+        lengths, losses = byte_lengths()[batch.targets].ravel(), batch.losses.ravel().astype(np.float64)
+        segments = (self._seen + np.arange(len(losses))) // self.segment_tokens
+        self._seen += len(losses)
+        for sums, values in (
+            (self.nats, losses),
+            (self.text_nats, np.where(lengths > 0, losses, 0)),
+            (self.byte_counts, lengths),
+        ):
+            sums += np.bincount(segments, weights=values, minlength=len(sums))
+
+
+def segment_length(num_targets: int) -> int:
+    """Tokens in a segment of a text: 128, doubled until there are at most 1024 segments. A function of the text alone,
+    so that any two models have losses of the same segments."""
+    length = SHORTEST_SEGMENT
+    while num_targets > length * MAX_SEGMENTS:
+        length *= 2
+    return length
 
 
 def ratio_interval(numerators: Sums, denominators: Sums, *, seed: int) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gpt2.config import GPT2_VOCAB_SIZE
 from gpt2.data.token_files import Tokens
-from gpt2.evaluation.bootstrap import TextUnits, ratio_interval
+from gpt2.evaluation.bootstrap import SegmentSums, TextUnits, ratio_interval
 from gpt2.evaluation.contamination import contamination
 from gpt2.evaluation.scores import Predictions, Scores, bits_per_byte, score
 from gpt2.model.transformer import GPT
@@ -180,13 +180,15 @@ def count_tokens(tokens: Tokens, *, progress: ProgressCallback = no_progress) ->
 class Breakdown:
     """Where the loss on a held-out text comes from, and how sure its bits per byte are.
 
-    units: what the interval was drawn from, "documents" or "windows". bits_per_byte_of_units: (number of units,).
+    segments: sums over parts of the text, to compare models. units: what the interval was drawn from, "documents" or
+    "windows". bits_per_byte_of_units: (number of units,).
     """
 
     positions: list[PositionBin]
     calibration: list[ConfidenceBin]
     ece: float
     frequencies: list[FrequencyBin]
+    segments: SegmentSums
     units: str
     bits_per_byte_of_units: npt.NDArray[np.float64]
     bits_per_byte_low: float
@@ -210,10 +212,10 @@ def measure(
     seed: of the bootstrap. scored: counts held-out tokens. read: counts training tokens, each twice.
     """
     positions, calibration = LossByPosition(min(sequence_length, len(held_out) - 1)), Calibration()
-    frequencies, units = LossByFrequency(), TextUnits()
+    frequencies, units, segments = LossByFrequency(), TextUnits(), SegmentSums(len(held_out) - 1)
 
     def observe(batch: Predictions) -> None:
-        for each in (positions, calibration, frequencies, units):
+        for each in (positions, calibration, frequencies, units, segments):
             each.add(batch)
 
     scores = score(
@@ -226,6 +228,7 @@ def measure(
         calibration=calibration.bins(),
         ece=calibration.error(),
         frequencies=frequencies.bins(count_tokens(training, progress=read)),
+        segments=segments,
         units=name,
         bits_per_byte_of_units=nats / np.log(2) / num_bytes,
         bits_per_byte_low=bits_per_byte(low, 1),

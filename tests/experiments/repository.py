@@ -6,10 +6,33 @@ import subprocess
 import numpy as np
 from ruamel.yaml import YAML
 
-from stages import segment_losses
+from stages import paths
 from stages.segment_losses import SegmentLosses
 from tests.conftest import ROOT
 
+LOCK = """\
+schema: '2.0'
+stages:
+  evaluate:
+    cmd: exec python -m stages.evaluate
+  train:
+    cmd: exec python -m stages.train
+    deps:
+    - path: data/tokens
+      hash: md5
+      md5: TEXT.dir
+    - path: gpt2/model
+      hash: md5
+      md5: CODE.dir
+    params:
+      params.yaml:
+        model:
+          block_size: 128
+    outs:
+    - path: models
+      hash: md5
+      md5: e7fc1a
+"""
 AUTHOR = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
 
 
@@ -46,9 +69,10 @@ class Repository:
         with (self.folder / "params.yaml").open("w") as file:
             yaml.dump(params, file)
 
-    def experiment(self, name, losses=None, *, text="text one", train=None, **params):
+    def experiment(self, name, losses=None, *, text="text one", code="a0", train=None, **params):
         """A commit below refs/exps/, as `dvc exp run` makes it. params: `train__seed=2`. Returns its hash."""
         self.set_params(**params)
+        self.write("dvc.lock", LOCK.replace("TEXT", text).replace("CODE", code))
         if losses is not None:
             self.evaluate(losses, text=text)
         self.write("reports/train/metrics.json", train or {"tokens_per_s": 4000, "peak_memory_bytes": 10**9})
@@ -63,6 +87,6 @@ class Repository:
         bits = losses / np.log(2) / 3
         num_bytes = np.full(len(losses), 384.0)
         content = SegmentLosses(text, 128 * len(losses), 128, losses, bits, num_bytes)
-        self.write(segment_losses.FILE, content.to_json())
+        self.write(paths.SEGMENT_LOSSES, content.to_json())
         metrics = {"loss": losses.mean(), "bits_per_byte": bits.mean(), "tokens": 128 * len(losses)}
         self.write("reports/evaluate/metrics.json", metrics)
