@@ -1,11 +1,14 @@
 """Which of MLflow's registered models is the champion: the one that `compare` found better, models:/gpt2@champion."""
 
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.files import MlflowFiles
 from experiments.runs import Run
+from experiments.settings import Setting
 from gpt2.errors import UserError, one_line
 from stages.tracking.models import NAME
 from stages.tracking.uploader import EXPERIMENT, SHORT_TIMEOUTS
@@ -33,6 +36,23 @@ def set_champion(run_id: str, root: Path = Path()) -> str:
     newest = max(versions, key=lambda version: int(version.version))
     client.set_registered_model_alias(NAME, CHAMPION, newest.version)
     return str(newest.version)
+
+
+def crown(settings: Sequence[Setting], interval: tuple[float, float] | None, root: Path = Path()) -> str:
+    """Makes the better of two settings' models the champion. Returns what happened, in a line.
+
+    interval: of the difference of their losses, B minus A, for these models; see `experiments.verdicts.Verdict`. The
+    champion is a model, so seeds do not count. Of a setting with several seeds, it is the model with the lowest loss.
+    Raises UserError like `set_champion`, and for more than two settings.
+    """
+    if len(settings) != 2:
+        raise UserError(f"--set-champion chooses between two settings, not {len(settings)}; name the two best")
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return "champion: unchanged, the losses of the two models do not differ by more than luck"
+    runs = (settings[1] if interval[1] < 0 else settings[0]).runs
+    best = min(runs, key=lambda run: run.evaluate_metrics.get("loss", math.inf))
+    version = set_champion(mlflow_run_id(best, root), root)
+    return f"champion: {best.name}, version {version} of models:/{NAME}"
 
 
 def mlflow_run_id(run: Run, root: Path = Path()) -> str:

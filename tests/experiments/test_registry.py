@@ -5,9 +5,12 @@ import pytest
 from experiments import registry
 from experiments.files import MlflowFiles, WorkspaceFiles
 from experiments.runs import Run
+from experiments.settings import Setting
+from gpt2.__main__ import main
 from gpt2.errors import UserError
 from stages.tracking.models import NAME
 from stages.tracking.uploader import EXPERIMENT
+from tests.experiments.repository import Repository
 
 NOBODY = "0" * 32
 
@@ -51,6 +54,36 @@ def test_a_run_is_found_in_mlflow_by_its_id_its_environment_or_its_experiment(mi
     (empty / "reports/train").mkdir(parents=True)
     (empty / "reports/train/environment.json").write_text(f'{{"mlflow_run_id": "{NOBODY}"}}')
     assert registry.mlflow_run_id(Run("warty-wage", "c" * 40, WorkspaceFiles(empty)), mirror.root) == NOBODY
+
+
+def test_the_better_model_becomes_the_champion_if_that_is_more_than_luck(mirror, empty):
+    def setting(*names, loss):
+        runs = tuple(Run(name, "c" * 40, WorkspaceFiles(empty)) for name in names)
+        for run in runs:
+            vars(run)["evaluate_metrics"] = {"loss": loss}
+        return Setting(runs)
+
+    a, b = setting("no-model", loss=4.6), setting("warty-wage", loss=4.5)
+    assert "unchanged" in registry.crown([a, b], (-0.2, 0.1), mirror.root)
+    assert "unchanged" in registry.crown([a, b], None, mirror.root)
+    for order, interval in (([a, b], (-0.2, -0.1)), ([b, a], (0.1, 0.2))):
+        line = registry.crown(order, interval, mirror.root)
+        assert line == "champion: warty-wage, version 2 of models:/gpt2"
+    with pytest.raises(UserError, match="no registered model"):
+        registry.crown([a, b], (0.1, 0.2), mirror.root)
+    with pytest.raises(UserError, match="chooses between two settings, not 3"):
+        registry.crown([a, b, b], (0.1, 0.2), mirror.root)
+
+
+def test_compare_sets_the_champion(mirror, tmp_path, monkeypatch, capsys):
+    repository = Repository(tmp_path / "repository")
+    repository.experiment("no-model", [4.6 + number % 7 / 100 for number in range(64)])
+    repository.experiment("warty-wage", [4.4 + number % 7 / 100 for number in range(64)], train__learning_rate=0.005)
+    monkeypatch.chdir(repository.folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mirror.root / 'mlflow.db'}")
+    assert main(["compare", "no-model", "warty-wage", "--set-champion"]) == 0
+    assert capsys.readouterr().err == "champion: warty-wage, version 2 of models:/gpt2\n"
+    assert main(["compare", "warty-wage", "warty-wage", "--set-champion"]) == 2
 
 
 def test_without_mlflow_there_is_one_line(empty, monkeypatch):
