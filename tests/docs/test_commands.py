@@ -27,7 +27,13 @@ RUN_DVC = (
     "tests/docs/test_commands.py",
     "tests/launch/test_results.py",
 )
-RUN_GPT2 = ("tests/gpt2/test_main.py", "tests/gpt2/hub/test_publish.py", "tests/gpt2/planning/test_command.py")
+RUN_GPT2 = (
+    "tests/gpt2/test_main.py",
+    "tests/gpt2/hub/test_publish.py",
+    "tests/gpt2/planning/test_command.py",
+    "tests/experiments/test_registry.py",
+)
+RUN_MLFLOW = ("tests/stages/test_mlflow_model.py",)
 RUN_STAGES = ("tests/stages/test_pipeline.py", "tests/stages/test_tracking.py")
 GROUPS = ("exp", "metrics", "plots", "queue")
 LONG = {"-S": "--set-param", "-n": "--name", "-f": "--force", "-j": "--jobs"}
@@ -93,6 +99,10 @@ def is_run(words):
             subcommand = [*takewhile(lambda word: word[0] not in "-.", rest)]
             texts = {text for each in sequences(RUN_GPT2) for text in each}
             return {*subcommand, *options(rest)} <= texts
+        case ["mlflow", *rest]:
+            subcommand = [*takewhile(lambda word: word[0] != "-", words)]
+            calls = [each for each in sequences(RUN_MLFLOW) if each[: len(subcommand)] == subcommand]
+            return any(options(rest) <= options(each) for each in calls)
         case ["python", "-m", module, *_] if module.startswith("stages."):
             return any(each[:1] == ["-m"] and module in each for each in sequences(RUN_STAGES))
     return False

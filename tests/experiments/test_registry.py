@@ -23,9 +23,7 @@ def mirror(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
     client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
     experiment = client.create_experiment(EXPERIMENT, artifact_location=(root / "mlartifacts").as_uri())
-    runs = [
-        client.create_run(experiment, tags={"dvc.experiment": name}).info.run_id for name in ("warty-wage", "no-model")
-    ]
+    runs = [client.create_run(experiment, tags={"dvc.experiment": name}).info.run_id for name in ("B", "A")]
     client.create_registered_model(NAME)
     for number in range(2):
         client.create_model_version(NAME, f"{root.as_uri()}/{number}", runs[0])
@@ -48,12 +46,12 @@ def test_the_champion_is_the_newest_version_of_a_run(mirror):
 def test_a_run_is_found_in_mlflow_by_its_id_its_environment_or_its_experiment(mirror, empty):
     uri = f"sqlite:///{mirror.root / 'mlflow.db'}"
     assert registry.mlflow_run_id(Run("x", None, MlflowFiles(NOBODY, uri)), mirror.root) == NOBODY
-    assert registry.mlflow_run_id(Run("warty-wage", "c" * 40, WorkspaceFiles(empty)), mirror.root) == mirror.runs[0]
+    assert registry.mlflow_run_id(Run("B", "c" * 40, WorkspaceFiles(empty)), mirror.root) == mirror.runs[0]
     with pytest.raises(UserError, match='MLflow has no run of "o\'clock"'):
         registry.mlflow_run_id(Run("o'clock", "c" * 40, WorkspaceFiles(empty)), mirror.root)
     (empty / "reports/train").mkdir(parents=True)
     (empty / "reports/train/environment.json").write_text(f'{{"mlflow_run_id": "{NOBODY}"}}')
-    assert registry.mlflow_run_id(Run("warty-wage", "c" * 40, WorkspaceFiles(empty)), mirror.root) == NOBODY
+    assert registry.mlflow_run_id(Run("B", "c" * 40, WorkspaceFiles(empty)), mirror.root) == NOBODY
 
 
 def test_the_better_model_becomes_the_champion_if_that_is_more_than_luck(mirror, empty):
@@ -63,12 +61,12 @@ def test_the_better_model_becomes_the_champion_if_that_is_more_than_luck(mirror,
             vars(run)["evaluate_metrics"] = {"loss": loss}
         return Setting(runs)
 
-    a, b = setting("no-model", loss=4.6), setting("warty-wage", loss=4.5)
+    a, b = setting("A", loss=4.6), setting("B", loss=4.5)
     assert "unchanged" in registry.crown([a, b], (-0.2, 0.1), mirror.root)
     assert "unchanged" in registry.crown([a, b], None, mirror.root)
     for order, interval in (([a, b], (-0.2, -0.1)), ([b, a], (0.1, 0.2))):
         line = registry.crown(order, interval, mirror.root)
-        assert line == "champion: warty-wage, version 2 of models:/gpt2"
+        assert line == "champion: B, version 2 of models:/gpt2"
     with pytest.raises(UserError, match="no registered model"):
         registry.crown([a, b], (0.1, 0.2), mirror.root)
     with pytest.raises(UserError, match="chooses between two settings, not 3"):
@@ -77,13 +75,13 @@ def test_the_better_model_becomes_the_champion_if_that_is_more_than_luck(mirror,
 
 def test_compare_sets_the_champion(mirror, tmp_path, monkeypatch, capsys):
     repository = Repository(tmp_path / "repository")
-    repository.experiment("no-model", [4.6 + number % 7 / 100 for number in range(64)])
-    repository.experiment("warty-wage", [4.4 + number % 7 / 100 for number in range(64)], train__learning_rate=0.005)
+    repository.experiment("A", [4.6 + number % 7 / 100 for number in range(64)])
+    repository.experiment("B", [4.4 + number % 7 / 100 for number in range(64)], train__learning_rate=0.005)
     monkeypatch.chdir(repository.folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mirror.root / 'mlflow.db'}")
-    assert main(["compare", "no-model", "warty-wage", "--set-champion"]) == 0
-    assert capsys.readouterr().err == "champion: warty-wage, version 2 of models:/gpt2\n"
-    assert main(["compare", "warty-wage", "warty-wage", "--set-champion"]) == 2
+    assert main(["compare", "A", "B", "--set-champion"]) == 0
+    assert capsys.readouterr().err == "champion: B, version 2 of models:/gpt2\n"
+    assert main(["compare", "B", "B", "--set-champion"]) == 2
 
 
 def test_without_mlflow_there_is_one_line(empty, monkeypatch):
