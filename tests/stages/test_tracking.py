@@ -237,17 +237,14 @@ def test_a_run_has_datasets_a_table_and_a_note(project, params, tmp_path):
         with tracking.start_run(params, "train", IDS, STOP) as run:
             run.inputs([dataset])
             run.table("samples.json", [{"prompt": "A", "sample": " <b>"}, {"prompt": "B", "sample": " c"}])
+    sync.sync()  # what a busy machine has not delivered yet
     found = client(project).get_run(run.ids().mlflow_run_id)
     (given,) = found.inputs.dataset_inputs
     assert (given.dataset.name, given.tags[0].value) == ("x", "training")
     note = found.data.tags["mlflow.note.content"]
     assert "| validation loss | 4.5000 nats per token |" in note
     assert f"run_uuid={found.info.run_id})" in note
-
-    import mlflow
-
-    mlflow.set_tracking_uri(f"sqlite:///{project / 'mlflow.db'}")
-    table = mlflow.load_table("tables/samples.json", run_ids=[found.info.run_id])
+    table = client(project).load_table(found.info.experiment_id, "tables/samples.json", [found.info.run_id])
     assert table[["prompt", "sample"]].values.tolist() == [["A", " <b>"], ["B", " c"]]
 
 
@@ -256,6 +253,7 @@ def test_a_damaged_report_costs_the_note_and_nothing_else(project, params, capsy
     (project / "reports/train/metrics.json").write_text('{"best_val_loss": "4.5"}')
     with tracking.start_run(params, "train", IDS, STOP) as run:
         run.metrics(1, {"train/loss": 1.0})
+    sync.sync()
     found = client(project).get_run(run.ids().mlflow_run_id)
     assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/loss": 1.0})
     assert capsys.readouterr().err.startswith("WARNING: MLflow gets no description of this run")
@@ -280,5 +278,6 @@ def test_a_run_of_a_sweep_is_a_child_also_after_an_outage(project, params, monke
         pass
     with tracking.start_run(with_seed(params, 99), "export-to-space", run.ids(), STOP):
         pass
+    sync.sync()
     tags = [client(project).get_run(each.ids().mlflow_run_id).data.tags for each in (run, evaluation)]
     assert [each[protocol.PARENT_TAG] for each in tags] == ["c" * 32, found.info.run_id]
