@@ -23,7 +23,7 @@ REPORT = Path("reports/benchmarks")
 RUNS = Path("data/compare-runs.npz")
 SEGMENTS, SEGMENT_BYTES = 288, 128
 LEARNING_RATES = {"base": 1.0e-2, "near": 7.7e-3}
-SAVE_INTERVAL = 10
+FIRST_SEEDS = {"base": 0, "near": 100_000}
 CASES = ((1, 1), (1, 2), (1, 5), (2, 0), (2, 2), (3, 0), (3, 2), (5, 0))
 """Seeds of each setting, and number of further settings with three seeds each."""
 Losses = npt.NDArray[np.float64]
@@ -45,33 +45,20 @@ def train_all(runs: int, others: int, path: Path) -> dict[str, Losses]:
     losses: dict[str, list[Any]] = {name: [] for name in LEARNING_RATES}
     if path.is_file():
         with np.load(path, allow_pickle=False) as saved:
-            losses |= {name: list(saved[name]) for name in losses if name in saved.files}
+            losses |= {name: list(saved[name]) for name in losses}
     wanted = {name: runs if name == "base" else others for name in losses}
     training, held_out = text()
-
-    def save() -> None:
-        path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    while behind := [name for name in wanted if len(losses[name]) < wanted[name]]:
+        name = min(behind, key=lambda each: len(losses[each]) / wanted[each])  # the settings side by side
+        seed = FIRST_SEEDS[name] + len(losses[name])
+        losses[name].append(train(training, held_out, LEARNING_RATES[name], seed))
         temporary = path.with_suffix(".new.npz")
-        arrays: Any = {name: np.array(rows) for name, rows in losses.items() if rows}
+        arrays: Any = {name: np.array(rows).reshape(-1, SEGMENTS) for name, rows in losses.items()}
         np.savez(temporary, **arrays)
         temporary.replace(path)
-
-    for number, (name, seed) in enumerate(_missing(losses, wanted), 1):
-        losses[name].append(train(training, held_out, LEARNING_RATES[name], seed))
-        if number % SAVE_INTERVAL == 0:
-            save()
-            print(f"{number} runs", flush=True)
-    save()
+        print(", ".join(f"{name}: {len(rows)} runs" for name, rows in losses.items()), flush=True)
     return {name: np.array(rows) for name, rows in losses.items()}
-
-
-def _missing(losses: dict[str, list[Any]], wanted: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """Setting and seed of each run to train, the settings side by side."""
-    have = {name: len(rows) for name, rows in losses.items()}
-    while behind := [name for name in wanted if have[name] < wanted[name]]:
-        name = min(behind, key=lambda each: have[each] / wanted[each])
-        yield name, 1000 * list(wanted).index(name) + have[name]
-        have[name] += 1
 
 
 def text() -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]:

@@ -147,7 +147,7 @@ def difference(
 
 def block_length(segments: int) -> int:
     """Segments in a block of the bootstrap."""
-    return max(1, round(segments ** (1 / 3)))
+    return max(1, round(math.cbrt(segments)))
 
 
 def _combined(seeds: float, seeds_df: int, text: float, text_df: int) -> tuple[float, float]:
@@ -184,9 +184,10 @@ def _more_seeds(
 
 
 def _resampled_means(values: Values, weights: Values) -> Values:
-    """The weighted mean of each resample: (RESAMPLES,)."""
+    """The weighted mean of each resample that has a weight: (up to RESAMPLES,)."""
     drawn = _draws(len(values))
-    means: Values = drawn @ (values * weights) / (drawn @ weights)
+    totals = drawn @ weights
+    means: Values = (drawn @ (values * weights))[totals > 0] / totals[totals > 0]
     return means
 
 

@@ -31,6 +31,7 @@ RUN_GPT2 = (
     "tests/gpt2/test_main.py",
     "tests/gpt2/hub/test_publish.py",
     "tests/gpt2/planning/test_command.py",
+    "tests/experiments/test_compare.py",
     "tests/experiments/test_registry.py",
 )
 RUN_MLFLOW = ("tests/stages/test_mlflow_model.py",)

@@ -8,11 +8,13 @@ import pytest
 from ruamel.yaml import YAML
 
 from gpt2 import tokenizer
+from gpt2.data.token_files import read_index, split_sha256
 from gpt2.errors import UserError
 from gpt2.files import write_json
 from gpt2.model.storage import save_weights
 from stages import evaluate, paths
 from stages.params import load_params
+from stages.segment_losses import SegmentLosses
 from tests.conftest import ROOT, TINY, our_text, tokenize, write_documents
 
 
@@ -40,6 +42,13 @@ def test_the_report_has_what_dvc_expects(trained, never_stops, monkeypatch):
     assert 0 < metrics["contamination"] < 1  # the sentences are of few words
     assert 0.1 < metrics["task/cloze/acc"] < 0.4
     assert metrics["task/cloze/questions"] == 400
+    segments = SegmentLosses.from_json(paths.SEGMENT_LOSSES.read_bytes())
+    assert segments.tokens == metrics["tokens"]
+    assert segments.sha256 == split_sha256(read_index(paths.TOKENS), "val")
+    assert segments.losses @ segments.lengths / segments.tokens == pytest.approx(metrics["loss"], abs=1e-5)
+    assert segments.bits_per_byte @ segments.byte_counts / metrics["bytes"] == pytest.approx(
+        metrics["bits_per_byte"], abs=1e-5
+    )
     stage = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"]["evaluate"]
     expected = {path for kind in ("outs", "metrics", "plots") for entry in stage[kind] for path in entry}
     assert {path.as_posix() for path in paths.EVALUATE_REPORT.iterdir()} == expected

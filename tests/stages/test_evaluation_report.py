@@ -2,6 +2,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
+from gpt2.evaluation.bootstrap import SegmentSums
 from gpt2.evaluation.breakdown import Breakdown, ConfidenceBin, FrequencyBin, PositionBin
 from stages import evaluation_report
 from stages.params import load_params
@@ -15,6 +16,7 @@ def breakdown():
         calibration=[ConfidenceBin(0.0, 0.1, 30, 0.05, 0.07), ConfidenceBin(0.9, 1.0, 3, 0.95, 1.0)],
         ece=0.025,
         frequencies=[FrequencyBin(0, 0, 3, 0.1, 9.0), FrequencyBin(101, 1000, 27, 0.9, 3.0)],
+        segments=SegmentSums(300),
         units="windows",
         bits_per_byte_of_units=np.array([2.0, 2.1, 2.5]),
         bits_per_byte_low=2.05,

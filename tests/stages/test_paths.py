@@ -16,6 +16,7 @@ def test_each_path_is_an_output_of_dvc():
                 outputs.add(entry if isinstance(entry, str) else next(iter(entry)))
     for path in (paths.CORPUS, paths.CORPUS_FACTS, paths.TOKENS, paths.MODELS, paths.SPACE, paths.HUGGING_FACE):
         assert path.as_posix() in outputs
+    assert paths.SEGMENT_LOSSES.as_posix() in outputs
     for folder in (paths.TRAIN_REPORT, paths.EVALUATE_REPORT):
         assert f"{folder.as_posix()}/metrics.json" in outputs
     assert paths.LINKED.as_posix() in stages["fetch"]["deps"]

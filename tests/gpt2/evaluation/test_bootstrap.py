@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gpt2.evaluation import bootstrap
-from gpt2.evaluation.bootstrap import TextUnits, ratio_interval
+from gpt2.evaluation.bootstrap import SegmentSums, TextUnits, ratio_interval, segment_length
 from gpt2.evaluation.scores import Predictions, byte_lengths
 from gpt2.tokenizer import END_OF_TEXT, encode
 
@@ -65,3 +65,30 @@ def test_neighbours_are_drawn_together_if_there_are_many(monkeypatch):
     low, high = ratio_interval(values, np.ones(1000), seed=1)
     monkeypatch.setattr(bootstrap, "MAX_UNITS", 250)
     assert ratio_interval(values, np.ones(1000), seed=1) == pytest.approx((low, high), abs=0.25 * (high - low))
+
+
+@pytest.mark.parametrize(
+    ("num_targets", "length"), [(1, 128), (36_058, 128), (131_072, 128), (131_073, 256), (10**9, 2**20)]
+)
+def test_segments_grow_with_the_text_alone(num_targets, length):
+    assert segment_length(num_targets) == length
+    assert -(-num_targets // length) <= bootstrap.MAX_SEGMENTS
+
+
+@pytest.mark.parametrize("shape", [(8, 50), (2, 200), (25, 16), (1, 400)])
+def test_segments_are_the_same_for_any_windows(shape):
+    generator = np.random.default_rng(4)
+    targets = generator.integers(50256, size=400)
+    targets[100:300:50] = END_OF_TEXT
+    losses = generator.random(400).astype(np.float32)
+    sums = SegmentSums(400)
+    for batch_targets, batch_losses in zip(targets.reshape(shape), losses.reshape(shape), strict=True):
+        part, loss = batch_targets[None], batch_losses[None]
+        sums.add(Predictions(part, loss, part, loss))
+    assert sums.segment_tokens == 128
+    for index in range(4):
+        part = slice(128 * index, 128 * (index + 1))
+        is_text = targets[part] != END_OF_TEXT
+        assert sums.nats[index] == pytest.approx(losses[part].sum())
+        assert sums.text_nats[index] == pytest.approx(losses[part][is_text].sum())
+        assert sums.byte_counts[index] == byte_lengths()[targets[part]].sum()

@@ -102,6 +102,9 @@ def test_the_breakdown_agrees_with_the_scores(tiny_model, text, documents):
     assert right / scores.tokens == pytest.approx(scores.top1_accuracy)
     losses = np.array(expected_losses(tiny_model, tokens, 16))
     assert found.positions[0].loss == pytest.approx(losses[: len(losses) // 16 * 16 : 16].mean(), rel=1e-4)
+    assert found.segments.nats.sum() / scores.tokens == pytest.approx(scores.loss)
+    bits = found.segments.text_nats.sum() / np.log(2) / found.segments.byte_counts.sum()
+    assert bits == pytest.approx(scores.bits_per_byte)
     assert found.units == ("documents" if documents == 40 else "windows")
     if documents == 40:
         assert len(found.bits_per_byte_of_units) == 40
