@@ -5,6 +5,7 @@ The columns are a view that MLflow keeps as a tag of the experiment; the link na
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -49,6 +50,11 @@ def main() -> int:
     if uri.startswith(("http://", "https://")):  # a server that runs already
         print(f"The runs: {redact_secrets(uri).rstrip('/')}/{path}")
         return 0
+    if is_taken(PORT):
+        print(
+            f"error: port {PORT} is in use; stop the program that uses it, perhaps another `make ui`", file=sys.stderr
+        )
+        return 2
     address = f"http://{HOST}:{PORT}"
     threading.Thread(target=announce, args=(address, f"{address}/{path}"), daemon=True).start()
     command = ["-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", HOST, "--port", str(PORT)]
@@ -56,6 +62,12 @@ def main() -> int:
         return subprocess.call([sys.executable, *command], env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"})
     except KeyboardInterrupt:
         return 130
+
+
+def is_taken(port: int) -> bool:
+    """Whether a program listens on a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
 
 
 def announce(address: str, page: str) -> None:

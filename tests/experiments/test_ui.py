@@ -1,7 +1,10 @@
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from experiments import ui
 from experiments.registry import new_client
@@ -31,6 +34,34 @@ def test_the_link_names_a_view_that_mlflow_keeps(tmp_path, monkeypatch, capsys):
     tags = client.get_experiment(experiment).tags
     assert json.loads(tags[ui.VIEW_TAG])["orderByKey"] == "metrics.`evaluate/loss`"
     assert tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_a_port_in_use_is_one_line(tmp_path, monkeypatch, capsys):
+    import mlflow
+
+    monkeypatch.chdir(tmp_path)
+    mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").create_experiment(EXPERIMENT)
+    with socket.create_server((ui.HOST, 0)) as other:
+        monkeypatch.setattr(ui, "PORT", other.getsockname()[1])
+        assert ui.main() == 2
+    assert "is in use; stop the program" in capsys.readouterr().err
+
+
+def test_the_page_of_runs_is_told_once_it_is_served(tmp_path, monkeypatch, capsys):
+    served = []
+
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self):
+            served.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+    with ThreadingHTTPServer((ui.HOST, 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        ui.announce(f"http://{ui.HOST}:{server.server_address[1]}", "http://page")
+        server.shutdown()
+    assert served == ["/health"]
+    assert capsys.readouterr().out == "\nThe runs: http://page\n\n"
 
 
 def test_a_server_that_does_not_answer_is_one_line(tmp_path):
