@@ -16,7 +16,7 @@ from stages.tracking.protocol import MODEL_STAGE, PATIENCE_S, RunIds, events_fil
 from stages.tracking.run import new_record, start_uploader
 
 MODEL = paths.MODELS / "model.safetensors"
-CODE_FILE = Path(__file__).with_name("text_generator.py")
+CODE_FILE = Path(__file__).absolute().parents[2] / "space/text_generator.py"
 FOLDER = "model"
 WEIGHTS = "gpt_model.pt"
 SMALL_FILES = ("gpt_config.pt", "manifest.json")

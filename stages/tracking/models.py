@@ -1,6 +1,6 @@
 """The uploader's side of an exported model: a pyfunc model in MLflow, and a version of the registered model `gpt2`.
 
-The weights are once on the disk where MLflow's artifacts are local: as hard links of the exported file.
+Where MLflow's artifacts are local, the weights are a hard link to the exported file: nothing is copied.
 """
 
 import shutil
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 NAME = "gpt2"
 """Of the registered model. MLflow itself keeps its alias `latest`: models:/gpt2/latest."""
 EXAMPLE_PARAMS = {"max_new_tokens": 40, "seed": 1}
+PARAMS = {
+    "max_new_tokens": 200,
+    "temperature": 0.8,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "seed": 1,
+    "dtype": "auto",
+}
+"""What `predict` takes as `params`, with its defaults: the options of `python -m gpt2 generate`."""
 TYPES = {int: "long", float: "double", str: "string"}
 """MLflow's names of Python's types."""
 
@@ -70,8 +80,6 @@ def save(folder: Path, source: Path, facts: ModelFacts, model: Any) -> None:
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import ColSpec, DataType
-
-    from stages.tracking.text_generator import PARAMS
 
     text = Schema([ColSpec(DataType.string)])
     params = ParamSchema([ParamSpec(name, TYPES[type(value)], value) for name, value in PARAMS.items()])

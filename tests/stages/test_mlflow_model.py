@@ -1,4 +1,4 @@
-"""The exported model in MLflow: registered once, its weights once on the disk, the same text as `python -m gpt2`."""
+"""The exported model in MLflow: registered once, its weights not copied, the same text as `python -m gpt2`."""
 
 import base64
 import json

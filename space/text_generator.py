@@ -14,16 +14,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 COMPILE_WAIT_S = 120
-PARAMS = {
-    "max_new_tokens": 200,
-    "temperature": 0.8,
-    "top_k": 50,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-    "seed": 1,
-    "dtype": "auto",
-}
-"""What `predict` takes as `params`, with its defaults: the options of `python -m gpt2 generate`."""
 
 
 class TextGenerator(PythonModel):
@@ -52,13 +42,14 @@ class TextGenerator(PythonModel):
         """Each prompt with its continuation. The texts do not depend on each other: each uses the seed.
 
         model_input: MLflow makes it of a list of prompts: one column. (With list[str] as its type, MLflow would run the
-        model each time that it saves one.) Raises MlflowException for a value out of range.
+        model each time that it saves one.) params: MLflow fills in the defaults of its signature. Raises
+        MlflowException for a value out of range.
         """
         from gpt2 import tokenizer
         from gpt2.errors import UserError
         from gpt2.inference.request import BLANK_PROMPT, Request, Sampling
 
-        chosen = {**PARAMS, **(params or {})}
+        chosen = params or {}
         try:
             sampling = Sampling(
                 temperature=chosen["temperature"],
