@@ -61,8 +61,8 @@ format: setup ## format, and apply the linter's fixes
 	ruff format .
 	ruff check --fix .
 
-ui: setup ## MLflow's page on http://127.0.0.1:5000
-	mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port 5000
+ui: setup ## MLflow's page on http://127.0.0.1:5000, with a link to the runs, best first
+	python -m experiments.ui
 
 sync: setup ## deliver records that MLflow does not have yet
 	python -m stages.sync

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import registry
 from experiments.runs import Run, differing_params, experiments, find_run, flat_params
 from experiments.settings import (
     METRICS,
@@ -49,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--all-seeds", action="store_true", help="with all experiments that differ from the given runs only in the seed"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--set-champion",
+        action="store_true",
+        help="of two settings, give the model with the lower loss MLflow's alias champion, if that is more than luck",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -61,6 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(as_json(settings, comparisons), indent=2, allow_nan=False))
     else:
         print("\n".join(lines(settings, comparisons)))
+    if arguments.set_champion:
+        print(registry.crown(settings, comparisons[0].verdicts[0].models, root), file=sys.stderr)
 
 
 def compare(

@@ -1,5 +1,6 @@
 """evaluate: scores the best model on held-out text and on tasks, plots where its loss comes from, generates samples."""
 
+import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ def main(stop: StopSignal) -> None:
             metrics = evaluate(params, stop)
         run.metrics(0, {f"evaluate/{key}": value for key, value in metrics.items()})
         run.files(sorted(paths.EVALUATE_REPORT.iterdir()), "reports/evaluate")
+        run.table("samples.json", json.loads((paths.EVALUATE_REPORT / "samples.json").read_text(encoding="utf-8")))
     echo(
         f"{paths.EVALUATE_REPORT}: validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.1f}, "
         f"{metrics['bits_per_byte']:.3f} bits per byte "

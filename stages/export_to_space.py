@@ -48,6 +48,8 @@ SERVING_FILES = (
     *(f"space/{name}.py" for name in ("guard", "handlers", "model_files", "page", "server", "service", "view")),
 )
 """The modules that a Space needs: its page, and all that the page imports."""
+MODEL_FILES = (*(file for file in SERVING_FILES if file.startswith("gpt2/")), "space/model_files.py")
+"""Those that MLflow's model needs: they load the model and generate."""
 MEASURED_TOKENS = 65_536
 MEASURED_BATCH = 8
 
@@ -58,13 +60,14 @@ def main(stop: StopSignal) -> None:
     ids = tracking.read_run_ids()
     with tracking.start_run(params, "export-to-space", ids, stop) as tracker:
         with reserve_cores(replace(params.runtime, device="cpu"), stop):  # the export computes on the CPU
-            export(params, ids.mlflow_run_id, stop)
+            facts = export(params, ids.mlflow_run_id, stop)
         tracker.files([paths.SPACE / name for name in ("README.md", "gpt_config.pt", "manifest.json")], "space")
         tracker.files([paths.HUGGING_FACE / "config.json"], "hf")
+    tracking.hand_over_model(params, ids, paths.SPACE, MODEL_FILES, facts)
 
 
-def export(params: Params, run_id: str | None, stop: StopSignal) -> None:
-    """Load the model, collect its facts, write both folders, verify both."""
+def export(params: Params, run_id: str | None, stop: StopSignal) -> dict[str, Any]:
+    """Load the model, collect its facts, write both folders, verify both. Returns the facts."""
     with stop.exit_immediately():  # importing torch takes seconds
         from gpt2.device import configure_device
         from gpt2.model.storage import load_folder
@@ -81,6 +84,7 @@ def export(params: Params, run_id: str | None, stop: StopSignal) -> None:
     hf_difference = export_folders.verify_hugging_face(paths.HUGGING_FACE, model)
     echo(f"{paths.SPACE}: the same logits to {space_difference:.1g}; serve it with `make space`")
     echo(f"{paths.HUGGING_FACE}: the same logits to {hf_difference:.1g}; load it with transformers")
+    return facts
 
 
 def collect_facts(params: Params, model: "GPT", run_id: str | None, stop: StopSignal) -> dict[str, Any]:

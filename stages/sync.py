@@ -5,6 +5,7 @@ The protocol is described in `stages.tracking.protocol`.
 
 import argparse
 import os
+import re
 import sys
 import threading
 import time
@@ -16,10 +17,12 @@ from gpt2.errors import BusyError
 from gpt2.files import file_lock
 from stages import paths
 from stages.process import echo, redact_secrets, warn
-from stages.tracking.protocol import PATIENCE_S, PREPARATION_PATIENCE_S, Message, records
+from stages.tracking.protocol import MODEL_STAGE, PATIENCE_S, PREPARATION_PATIENCE_S, Message, records
 from stages.tracking.uploader import MlflowStore, Uploader, monitor_system
 
 UNDELIVERED_EXIT_CODE = 74
+REFUSED = re.compile(r"error code 40[13]\b")
+"""HTTP's statuses of a missing or wrong password, and of a user who may not write, in errors of MLflow."""
 POLL_S = 1.0
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 
@@ -56,6 +59,18 @@ def upload(folder: Path, store: MlflowStore) -> None:
         uploader = Uploader(folder, store)
         uploader.deliver()
     uploader.close()
+
+
+def deliver(folder: Path) -> int:
+    """Uploads one record, in the background of other work. Returns the exit code."""
+    if hasattr(os, "nice"):
+        os.nice(10)
+    try:
+        upload(folder, MlflowStore())
+    except Exception as error:  # any error of MLflow
+        warn(f"{folder.name}: {describe(error)}")
+        return UNDELIVERED_EXIT_CODE
+    return 0
 
 
 class Follower:
@@ -100,7 +115,7 @@ class Follower:
         self._store = self._store or MlflowStore(self._end_preparation)
         if self._uploader is None:
             for older in records(self.folder.name.partition(".")[0]):
-                if older != self.folder:
+                if older != self.folder and not older.name.endswith(f".{MODEL_STAGE}"):  # models can be large
                     with suppress(BusyError):
                         upload(older, self._store)
             self._uploader = Uploader(self.folder, self._store)
@@ -137,6 +152,8 @@ class Follower:
 
 def describe(error: Exception) -> str:
     """An error in one line, without secrets."""
+    if REFUSED.search(str(error)):
+        return "it refuses this user or password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     return redact_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
 
 
@@ -146,10 +163,13 @@ def main() -> int:
         prog="python -m stages.sync", description="Upload to MLflow what it does not have yet."
     )
     parser.add_argument("--follow", metavar="RECORD", help=argparse.SUPPRESS)
+    parser.add_argument("--deliver", metavar="RECORD", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.follow:
         stage, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not for the stage
         return Follower(paths.outbox() / arguments.follow, stage).follow()
+    if arguments.deliver:
+        return deliver(paths.outbox() / arguments.deliver)
     return UNDELIVERED_EXIT_CODE if sync() else 0
 
 

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from gpt2.data.token_files import read_index
 from gpt2.errors import DivergedError
 from gpt2.files import file_lock, write_json
-from stages import endings, paths, preflight, workers
+from stages import endings, paths, preflight, tracking, workers
 from stages.cores import limit_busy_waiting, reserve_cores
 from stages.params import Params, load_params
 from stages.process import StopSignal, is_worker, run_stage
@@ -59,6 +59,7 @@ def train(plan: preflight.Plan, stop: StopSignal, world: "World | None" = None) 
     with session.start_tracking(run, stop) as tracker:
         tracker.tags(results.run_tags(run))
         results.remember_environment(run)
+        tracker.inputs(tracking.datasets(plan.tokens_index))
         session.train(run, tracker, stop)
         results.write_results(run, tracker)
 

@@ -88,6 +88,11 @@ class Project:
     def read(self, path):
         return json.loads((self.folder / path).read_text())
 
+    def model_versions(self):
+        import mlflow
+
+        return mlflow.MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}").search_model_versions("name = 'gpt2'")
+
     def runs(self):
         import mlflow
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.params import load_params
-from stages.tracking.run import flatten
+from stages.tracking.description import flatten
 from stages.tracking.uploader import EXPERIMENT
 
 REPORT = Path("reports/tuning.md")

@@ -5,7 +5,7 @@ A stage never calls MLflow. It appends events to a record in the outbox, and ano
     mlflow-outbox/lock                          held while a record is made or deleted
     mlflow-outbox/<run>.<stage>/record.json     `Record`: the params and tags of the run
                                 events.jsonl    one event per line, in order
-                                artifacts/      copies of the files that events name
+                                artifacts/      copies of the files that events name, and links to weights
                                 writer          locked by the stage while it appends
                                 lock            locked by the process that uploads
 
@@ -14,6 +14,9 @@ An event has the key `time_ms`, and the keys of one of these:
     {"step": 10, "metrics": {"train/loss": 3.1}}
     {"tags": {"model.sha256": "e308..."}}
     {"artifact": "loss.png", "folder": "reports/train"}
+    {"inputs": [...]}                           datasets, as `description.datasets` describes them
+    {"note": "| validation loss | ..."}         Markdown; MLFLOW_RUN and TRAINING_RUN in it stand for ids of runs
+    {"model": {...}}                            `handover.ModelFacts`, about artifacts/model/
     {"status": "FINISHED"}                      the last one; KILLED or FAILED otherwise
 
 The stage starts `python -m stages.sync --follow <run>.<stage>`, which uploads the events as they come, and sends
@@ -21,13 +24,16 @@ The stage starts `python -m stages.sync --follow <run>.<stage>`, which uploads t
 then the uploader has PATIENCE_S to finish. A record that is delivered is deleted. All others stay, and `python -m
 stages.sync` uploads them later. Uploading is idempotent: a step that MLflow already has is not logged again.
 
+A model can be large, so it is a record of its own, <run>.model. `python -m stages.sync --deliver <run>.model` uploads
+it after the stage, which does not wait.
+
 One pipeline run is one MLflow run. `train` makes its `RunIds` and writes them to models/run.json; later stages continue
 it.
 """
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +42,9 @@ from stages import paths
 
 PATIENCE_S = 4.0
 """Total time that a stage waits for MLflow, mostly at its end."""
+MODEL_STAGE = "model"
+"""In the place of a stage: the record of an exported model."""
+PARENT_TAG = "mlflow.parentRunId"
 PREPARATION_PATIENCE_S = 60.0
 """The same while MLflow is imported or its database created, which takes seconds of CPU time."""
 
@@ -69,6 +78,15 @@ class Record:
     def folder(self) -> Path:
         """Where this record is kept."""
         return paths.outbox() / f"{self.run_id}.{self.stage}"
+
+    def continued(self) -> "Record":
+        """This record, with the parent that an undelivered record of an earlier session names."""
+        try:
+            earlier = Record.read(self.folder).tags
+        except (OSError, ValueError, TypeError):
+            earlier = {}
+        kept = {PARENT_TAG: earlier[PARENT_TAG]} if PARENT_TAG in earlier else {}
+        return replace(self, tags={**kept, **self.tags})
 
     def write(self) -> None:
         """Writes record.json. Raises OSError."""

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.errors import BusyError, FileError, Interrupted
-from gpt2.files import JsonLines, file_lock
+from gpt2.files import JsonLines, file_lock, write_json
 from stages import paths
 from stages.params import Params
 from stages.process import StopSignal, redact_secrets, warn
+from stages.tracking import description
 from stages.tracking.protocol import (
     PATIENCE_S,
     PREPARATION_PATIENCE_S,
@@ -29,8 +30,9 @@ from stages.tracking.protocol import (
 )
 
 CODE = Path(__file__).absolute().parents[2]
-MAX_PARAM_CHARACTERS = 6000
-"""MLflow refuses longer ones."""
+TABLES = "tables"
+MAX_NOTE_CHARACTERS = 7500
+"""MLflow takes 8000, of which the ids of the runs are a part."""
 LATER = "`python -m stages.sync` delivers it later; the results are in reports/ as well"
 
 
@@ -39,6 +41,7 @@ class Run:
 
     def __init__(self, ids: RunIds, stop: StopSignal) -> None:
         self._stop = stop
+        self._stage = ""
         self.run_id, self.mlflow_run_id = ids.run_id, ids.mlflow_run_id
         self._found_id: str | None = None
         self._events: JsonLines | None = None
@@ -53,10 +56,11 @@ class Run:
 
     def begin(self, record: Record, events: list[dict[str, Any]]) -> None:
         """Starts the record and its uploader."""
+        self._stage = record.stage
         try:
             with file_lock(paths.outbox() / "lock", wait_s=PATIENCE_S):
                 self._held.enter_context(file_lock(record.folder / "writer"))
-                record.write()
+                record.continued().write()
                 self._events = JsonLines(events_file(record.folder), events)
             self._folder = record.folder
             self._uploader = start_uploader(record.folder.name)
@@ -83,6 +87,30 @@ class Run:
     def metrics(self, step: int, values: dict[str, float | None]) -> None:
         """Logs values at a step, without those that are None or not finite."""
         self._append(metrics_event(step, values))
+
+    def inputs(self, datasets: list[dict[str, Any]]) -> None:
+        """Logs what the run is made from: the events of `description.datasets`."""
+        self._append({"inputs": datasets})
+
+    def table(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Logs rows with the same keys as a table that MLflow's page shows beside those of other runs."""
+        if self._events is None or self._folder is None or not rows:
+            return
+        content = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
+        try:
+            write_json(self._folder / "artifacts" / TABLES / name, content)
+        except OSError as error:
+            self._give_up(error)
+            return
+        self._append({"artifact": name, "folder": TABLES})
+        self._append({"tags": {"mlflow.loggedArtifacts": json.dumps([{"path": f"{TABLES}/{name}", "type": "table"}])}})
+
+    def describe(self) -> None:
+        """Describes the run by its reports; see `description.note`."""
+        try:
+            self._append({"note": redact_secrets(description.note(self._stage))[:MAX_NOTE_CHARACTERS]})
+        except (TypeError, ValueError, LookupError, AttributeError) as error:  # a report that is not one
+            self._warn(f"MLflow gets no description of this run ({error!r})")
 
     def tags(self, values: dict[str, str]) -> None:
         """Sets tags."""
@@ -157,19 +185,24 @@ class Run:
             self._warn(f"MLflow does not answer ({self._failure}); going on without it, {LATER}")
 
 
-def start_uploader(record: str) -> "subprocess.Popen[bytes]":
-    """The process that uploads a record while it grows."""
-    path = os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH"))))
+def start_uploader(record: str, *, follow: bool = True) -> "subprocess.Popen[bytes]":
+    """The process that uploads a record: while it grows, or one that is complete and that nobody waits for."""
+    root = paths.real_root()
+    # a process that outlives the stage cannot use a temporary copy of the repository
+    code = CODE if follow or not (root / "stages/sync.py").is_file() else root
+    path = os.pathsep.join(filter(None, (str(code), os.environ.get("PYTHONPATH"))))
+    pipe = subprocess.PIPE if follow else subprocess.DEVNULL
     uploader = subprocess.Popen(
-        [sys.executable, "-m", "stages.sync", "--follow", record],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        [sys.executable, "-m", "stages.sync", "--follow" if follow else "--deliver", record],
+        stdin=pipe,
+        stdout=pipe,
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for the stage; the uploader ends after it
+        cwd=None if follow else root,
         env={**os.environ, "PYTHONPATH": path},
     )
-    assert uploader.stdout is not None
-    os.set_blocking(uploader.stdout.fileno(), False)
+    if uploader.stdout is not None:
+        os.set_blocking(uploader.stdout.fileno(), False)
     return uploader
 
 
@@ -188,6 +221,22 @@ def new_run_ids() -> RunIds:
     return RunIds(uuid.uuid4().hex, None)
 
 
+def new_record(
+    params: Params, stage: str, ids: RunIds, system_metrics: bool = False, node: str | None = None
+) -> Record:
+    """The record of a stage that begins now."""
+    return Record(
+        **asdict(ids),
+        stage=stage,
+        began_ms=int(time.time() * 1000),
+        name=description.run_name(params),
+        params=description.flatten(params),
+        tags={**description.git_tags(), **description.parent_tag()},
+        system_metrics=system_metrics,
+        node=node,
+    )
+
+
 @contextmanager
 def start_run(
     params: Params,
@@ -201,53 +250,15 @@ def start_run(
 ) -> Iterator[Run]:
     """The record of a stage. events: of its earlier sessions, which MLflow may already have."""
     run = Run(ids, stop)
-    began_ms = int(time.time() * 1000)
-    record = Record(
-        **asdict(ids),
-        stage=stage,
-        began_ms=began_ms,
-        name=os.environ.get("DVC_EXP_NAME"),
-        params=flatten(params),
-        tags=git_tags(),
-        system_metrics=system_metrics,
-        node=node,
-    )
-    run.begin(record, [{**event, "time_ms": began_ms} for event in events or []])
+    record = new_record(params, stage, ids, system_metrics, node)
+    run.begin(record, [{**event, "time_ms": record.began_ms} for event in events or []])
     status = "FAILED"
     try:
         yield run
+        run.describe()
         status = "FINISHED"
     except Interrupted:
         status = "KILLED"
         raise
     finally:
         run.end(status)
-
-
-def flatten(params: Params) -> dict[str, str]:
-    """params.yaml as MLflow's params, `section.key`; without `runtime`, which does not decide the results."""
-    return {
-        f"{section}.{key}": redact_secrets(str(value))[:MAX_PARAM_CHARACTERS]
-        for section, values in asdict(params).items()
-        if section != "runtime"
-        for key, value in values.items()
-    }
-
-
-def git_tags() -> dict[str, str]:
-    """The commit, whether more than results and params (which are logged) differs from it, and the DVC experiment."""
-    tags = {}
-    if commit := _git("rev-parse", "HEAD"):
-        changed = _git("status", "--porcelain", "--", ".", ":!reports", ":!dvc.lock", ":!params.yaml")
-        tags = {"git.commit": commit, "git.dirty": str(bool(changed)).lower()}
-    if experiment := os.environ.get("DVC_EXP_NAME"):
-        tags["dvc.experiment"] = experiment
-    return tags
-
-
-def _git(*arguments: str) -> str:
-    try:
-        result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):  # no git, or no repository: the tags are left out
-        return ""
-    return result.stdout.strip()

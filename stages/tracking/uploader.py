@@ -10,16 +10,28 @@ from typing import TYPE_CHECKING, Any
 from gpt2.errors import BusyError
 from gpt2.files import file_lock, read_json_lines
 from stages import paths
-from stages.tracking.protocol import PATIENCE_S, PREPARATION_PATIENCE_S, Record, events_file
+from stages.tracking.description import MLFLOW_RUN, TRAINING_RUN
+from stages.tracking.models import log_model
+from stages.tracking.protocol import (
+    MODEL_STAGE,
+    PARENT_TAG,
+    PATIENCE_S,
+    PREPARATION_PATIENCE_S,
+    Record,
+    events_file,
+)
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
+    from mlflow.entities import DatasetInput, Run
 
 EXPERIMENT = "gpt2"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""MLflow shows its pages for training, not those for LLM applications."""
 RUN_TAG = "pipeline.run_id"
-PARENT_TAG = "mlflow.parentRunId"
+NOTE_TAG = "mlflow.note.content"
 METRICS_AT_ONCE = 1000
 """As many as MLflow takes."""
+QUIET = ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT")
 # Attempts end soon, and MLflow does not repeat requests that may have arrived.
 SHORT_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
@@ -31,7 +43,9 @@ class MlflowStore:
         """Creates the database and the experiment if they are missing. Raises any error of MLflow."""
         for variable, value in SHORT_TIMEOUTS.items():
             os.environ.setdefault(variable, value)
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        for variable in QUIET:
+            os.environ.setdefault(variable, "true")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         import mlflow
 
@@ -49,7 +63,9 @@ class MlflowStore:
             if experiment is not None:
                 self.experiment_id = experiment.experiment_id
             else:
-                self.experiment_id = self.client.create_experiment(EXPERIMENT, artifact_location=_artifacts())
+                self.experiment_id = self.client.create_experiment(
+                    EXPERIMENT, artifact_location=_artifacts(), tags=EXPERIMENT_TAGS
+                )
 
 
 def _artifacts() -> str | None:
@@ -63,7 +79,9 @@ def _create_database() -> None:
 
     temporary = paths.database().with_name(f"{paths.database().name}.new")
     temporary.unlink(missing_ok=True)
-    mlflow.MlflowClient(f"sqlite:///{temporary}").create_experiment(EXPERIMENT, artifact_location=_artifacts())
+    mlflow.MlflowClient(f"sqlite:///{temporary}").create_experiment(
+        EXPERIMENT, artifact_location=_artifacts(), tags=EXPERIMENT_TAGS
+    )
     temporary.replace(paths.database())
 
 
@@ -77,8 +95,10 @@ class Uploader:
         self.status: str | None = None
         self._offset = 0
         self._logged: dict[str, dict[int, float]] = {}
+        self.training_run_id = ""
         self.run_id = self._find_or_create(store.experiment_id)
-        self.client.update_run(self.run_id, status="RUNNING")
+        if self.record.stage != MODEL_STAGE:
+            self.client.update_run(self.run_id, status="RUNNING")
 
     def _find_or_create(self, experiment_id: str) -> str:
         """The pipeline run's own run in MLflow, if it was made with the same params; else a child of it."""
@@ -87,6 +107,9 @@ class Uploader:
             [experiment_id], f"tags.`{RUN_TAG}` = '{ours}'", order_by=["attributes.start_time ASC"]
         )
         run = next((run for run in runs if _agrees(run, params)), None)
+        parent = self.record.tags.get(PARENT_TAG)
+        if run is not None and parent and run is runs[0] and run.data.tags.get(PARENT_TAG) != parent:
+            self.client.set_tag(run.info.run_id, PARENT_TAG, parent)
         if run is None:
             tags = {**self.record.tags, RUN_TAG: ours}
             if runs:
@@ -98,6 +121,7 @@ class Uploader:
             )
         from mlflow.entities import Param
 
+        self.training_run_id = (runs[0] if runs else run).info.run_id
         missing = [Param(key, value) for key, value in params.items() if key not in run.data.params]
         if missing:
             self.client.log_batch(run.info.run_id, params=missing)
@@ -116,11 +140,23 @@ class Uploader:
             if "artifact" in event:
                 file = self.folder / "artifacts" / event["folder"] / event["artifact"]
                 self.client.log_artifact(self.run_id, str(file), event["folder"])
+            if "inputs" in event:
+                self.client.log_inputs(self.run_id, [_dataset(each) for each in event["inputs"]])
+            if "note" in event:
+                text = event["note"].replace(MLFLOW_RUN, self.run_id).replace(TRAINING_RUN, self.training_run_id)
+                self.client.set_tag(self.run_id, NOTE_TAG, text)
+            if "model" in event:
+                log_model(self.client, self.client.get_run(self.run_id), self.folder / "artifacts", event["model"])
         for event in events:
             if "status" in event:
                 self.status = event["status"]
-                self.client.set_terminated(self.run_id, self.status, event["time_ms"])
+                self._terminate(event["time_ms"])
         self._offset = end
+
+    def _terminate(self, time_ms: int) -> None:
+        is_new = self.record.stage != MODEL_STAGE or self.client.get_run(self.run_id).info.status == "RUNNING"
+        if is_new:  # a model is delivered after its run
+            self.client.set_terminated(self.run_id, self.status, time_ms)
 
     def _log_metrics(self, events: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
@@ -159,6 +195,13 @@ class Uploader:
                     shutil.rmtree(self.folder)
             except BusyError:
                 pass
+
+
+def _dataset(facts: dict[str, str]) -> "DatasetInput":
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(**{key: value for key, value in facts.items() if key != "context"})
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", facts["context"])])
 
 
 def _agrees(run: "Run", params: dict[str, str]) -> bool:

@@ -37,7 +37,9 @@ RUN_GPT2 = (
     "tests/experiments/test_reproduce.py",
     "tests/experiments/test_sweep.py",
     "tests/experiments/test_report.py",
+    "tests/experiments/test_registry.py",
 )
+RUN_MLFLOW = ("tests/stages/test_mlflow_model.py",)
 RUN_STAGES = ("tests/stages/test_pipeline.py", "tests/stages/test_tracking.py")
 GROUPS = ("exp", "metrics", "plots", "queue", "remote")
 LONG = {"-S": "--set-param", "-n": "--name", "-f": "--force", "-j": "--jobs"}
@@ -103,6 +105,10 @@ def is_run(words):
             subcommand = [*takewhile(lambda word: word[0] not in "-.", rest)]
             texts = {text for each in sequences(RUN_GPT2) for text in each}
             return {*subcommand, *options(rest)} <= texts
+        case ["mlflow", *rest]:
+            subcommand = [*takewhile(lambda word: word[0] != "-", words)]
+            calls = [each for each in sequences(RUN_MLFLOW) if each[: len(subcommand)] == subcommand]
+            return any(options(rest) <= options(each) for each in calls)
         case ["python", "-m", module, *_] if module.startswith("stages."):
             return any(each[:1] == ["-m"] and module in each for each in sequences(RUN_STAGES))
     return False

@@ -115,6 +115,26 @@ def test_mlflow_has_one_run_for_the_whole_pipeline(project):
         assert (artifacts / name).is_file()
 
 
+def test_mlflow_has_the_data_the_samples_and_the_exported_model(project):
+    (run,) = project.runs()
+    contexts = [given.tags[0].value for given in run.inputs.dataset_inputs]
+    assert contexts == ["corpus", "training", "validation"]
+    artifacts = project.folder / "mlartifacts" / run.info.run_id / "artifacts"
+    table = json.loads((artifacts / "tables/samples.json").read_text())
+    samples = project.read("reports/evaluate/samples.json")
+    assert table["data"] == [[sample["prompt"], sample["sample"]] for sample in samples]
+    assert "| perplexity |" in run.data.tags["mlflow.note.content"]
+    deadline_s = time.monotonic() + 180  # a process delivers the model after the stage
+    while list((project.folder / "mlflow-outbox").glob("*.model")):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+    (version,) = project.model_versions()
+    assert version.run_id == run.info.run_id
+    model = project.folder / "mlartifacts/models" / version.source.rpartition("/")[2] / "artifacts"
+    weights = (model / "artifacts/model/gpt_model.pt").read_bytes()
+    assert weights == (project.folder / "dist/space/gpt_model.pt").read_bytes()
+
+
 def test_a_second_repro_does_nothing(project):
     output = project.run("dvc", "repro")
     assert ran(output) == []

@@ -84,7 +84,7 @@ def test_stages_share_one_run_and_other_params_get_a_child(project, params, tmp_
         child.metrics(0, {"evaluate/loss": 2.4})
     child_id = child.ids().mlflow_run_id
     assert child_id != ids.mlflow_run_id
-    assert client(project).get_run(child_id).data.tags[uploader.PARENT_TAG] == ids.mlflow_run_id
+    assert client(project).get_run(child_id).data.tags[protocol.PARENT_TAG] == ids.mlflow_run_id
     assert client(project).get_run(ids.mlflow_run_id).data.params["evaluate.seed"] == "1"
     with tracking.start_run(with_seed(params, 99), "export-to-space", ids, STOP) as next_stage:
         pass
@@ -220,3 +220,64 @@ def test_tags_name_commit_and_experiment(project, monkeypatch):
     assert tracking.git_tags()["git.dirty"] == "false"  # results are not changes
     (project / "code.py").write_text("x = 2")
     assert tracking.git_tags()["git.dirty"] == "true"
+
+
+def test_a_run_has_datasets_a_table_and_a_note(project, params, tmp_path):
+    dataset = {
+        "name": "x",
+        "digest": "1",
+        "source_type": "local",
+        "source": "{}",
+        "profile": "{}",
+        "context": "training",
+    }
+    (project / "reports/train").mkdir(parents=True)
+    (project / "reports/train/metrics.json").write_text('{"best_val_loss": 4.5}')
+    for _ in range(2):  # a second session repeats what the first one logged
+        with tracking.start_run(params, "train", IDS, STOP) as run:
+            run.inputs([dataset])
+            run.table("samples.json", [{"prompt": "A", "sample": " <b>"}, {"prompt": "B", "sample": " c"}])
+    sync.sync()  # what a busy machine has not delivered yet
+    found = client(project).get_run(run.ids().mlflow_run_id)
+    (given,) = found.inputs.dataset_inputs
+    assert (given.dataset.name, given.tags[0].value) == ("x", "training")
+    note = found.data.tags["mlflow.note.content"]
+    assert "| validation loss | 4.5000 nats per token |" in note
+    assert f"run_uuid={found.info.run_id})" in note
+    table = client(project).load_table(found.info.experiment_id, "tables/samples.json", [found.info.run_id])
+    assert table[["prompt", "sample"]].values.tolist() == [["A", " <b>"], ["B", " c"]]
+
+
+def test_a_damaged_report_costs_the_note_and_nothing_else(project, params, capsys):
+    (project / "reports/train").mkdir(parents=True)
+    (project / "reports/train/metrics.json").write_text('{"best_val_loss": "4.5"}')
+    with tracking.start_run(params, "train", IDS, STOP) as run:
+        run.metrics(1, {"train/loss": 1.0})
+    sync.sync()
+    found = client(project).get_run(run.ids().mlflow_run_id)
+    assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/loss": 1.0})
+    assert capsys.readouterr().err.startswith("WARNING: MLflow gets no description of this run")
+
+
+def test_a_run_of_a_sweep_is_a_child_also_after_an_outage(project, params, monkeypatch):
+    parent = "b" * 32
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("GPT2_PARENT_RUN_ID", parent)
+    leave_with(ValueError("x"), params, IDS)
+    monkeypatch.delenv("GPT2_PARENT_RUN_ID")  # resumed by hand
+    leave_with(ValueError("x"), params, IDS)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert sync.sync() == 0
+    (found,) = client(project).search_runs([client(project).get_experiment_by_name("gpt2").experiment_id])
+    assert found.data.tags[protocol.PARENT_TAG] == parent
+
+    monkeypatch.setenv("GPT2_PARENT_RUN_ID", "c" * 32)  # another sweep takes the run from its checkpoint
+    with tracking.start_run(params, "train", IDS, STOP) as run:
+        pass
+    with tracking.start_run(with_seed(params, 99), "evaluate", run.ids(), STOP) as evaluation:
+        pass
+    with tracking.start_run(with_seed(params, 99), "export-to-space", run.ids(), STOP):
+        pass
+    sync.sync()
+    tags = [client(project).get_run(each.ids().mlflow_run_id).data.tags for each in (run, evaluation)]
+    assert [each[protocol.PARENT_TAG] for each in tags] == ["c" * 32, found.info.run_id]

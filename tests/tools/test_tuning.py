@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from stages.params import load_params
-from stages.tracking.run import flatten
+from stages.tracking.description import flatten
 from tests.conftest import ROOT
 from tools import tuning
 
