@@ -133,16 +133,48 @@ def difference(
     Satterthwaite, 1946, https://doi.org/10.2307/3002019. The variance over seeds is taken to be that of `spread` in
     both. level: of both tails together.
     """
-    value = float(np.mean(b) - np.mean(a))
+    return _difference(float(np.mean(b) - np.mean(a)), (len(a), len(b)), (len(a), len(b)), spread, text, level)
+
+
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], text: TextNoise = NO_TEXT, *, level: float = LEVEL
+) -> Difference:
+    """The same of runs in pairs with one seed: what a seed changes in both alike is no noise of their difference."""
+    changes = np.array(b) - np.array(a)
+    return _difference(
+        float(changes.mean()), (len(changes),), (len(a), len(b)), pooled([changes.tolist()]), text, level
+    )
+
+
+def _difference(
+    value: float, counts: Sequence[int], models: Sequence[int], spread: Spread, text: TextNoise, level: float
+) -> Difference:
+    """counts: of the values that have the variance of `spread`, in each mean. models: of each setting."""
     if not spread.df:
         return Difference(value, None, None, None)
-    shares = 1 / len(a) + 1 / len(b)
-    variance, df = _combined(spread.variance * shares, spread.df, text.variance, text.df)
-    error = _quantile(df, 1 - level / 2) * math.sqrt(variance)
-    found = Difference(value, value - error, value + error, None)
-    return (
-        found if found.sign else Difference(value, found.low, found.high, _more_seeds(value, a, b, spread, text, level))
-    )
+    # without two runs of a setting, all the noise of the text is taken to be of the models, not of the settings
+    of_seeds = text.variance
+    if text.seed_variance is not None:
+        of_seeds = min(text.variance, _shares(models) * text.seed_variance)
+
+    def error(more: int, power: float = 0.5) -> float:
+        """Half the interval after more seeds; with a power over 0.5, the least difference that has it."""
+        rest = _shares([count + more for count in counts])
+        seeds, seeds_df = spread.variance * rest, spread.df + len(counts) * more
+        of_text = text.variance - of_seeds * (1 - rest / _shares(counts))
+        variance, squares = seeds + of_text, seeds**2 / seeds_df + of_text**2 / text.df
+        df = variance**2 / squares if squares else float(seeds_df)
+        return (_quantile(df, 1 - level / 2) + _quantile(df, power)) * math.sqrt(variance)
+
+    found = Difference(value, value - error(0), value + error(0), None)
+    if found.sign:
+        return found
+    enough = (more for more in range(1, MAX_MORE_SEEDS + 1) if error(more, POWER) < abs(value))
+    return Difference(value, found.low, found.high, next(enough, None))
+
+
+def _shares(counts: Sequence[int]) -> float:
+    return sum(1 / count for count in counts)
 
 
 def block_length(segments: int) -> int:
@@ -150,37 +182,11 @@ def block_length(segments: int) -> int:
     return max(1, round(math.cbrt(segments)))
 
 
-def _combined(seeds: float, seeds_df: int, text: float, text_df: int) -> tuple[float, float]:
-    """The sum of two variances, and its degrees of freedom."""
-    variance = seeds + text
-    squares = seeds**2 / seeds_df + text**2 / text_df
-    return variance, variance**2 / squares if squares else float(seeds_df)
-
-
 def _quantile(df: float, probability: float) -> float:
     """Of Student's t distribution."""
     from scipy.special import stdtrit
 
     return float(stdtrit(df, probability))
-
-
-def _more_seeds(
-    value: float, a: Sequence[float], b: Sequence[float], spread: Spread, text: TextNoise, level: float
-) -> int | None:
-    shares = 1 / len(a) + 1 / len(b)
-    # without two runs of a setting, all the noise of the text is taken to be of the models, not of the settings
-    of_seeds = min(text.variance, shares * text.seed_variance) if text.seed_variance is not None else text.variance
-    for more in range(1, MAX_MORE_SEEDS + 1):
-        after = 1 / (len(a) + more) + 1 / (len(b) + more)
-        variance, df = _combined(
-            spread.variance * after,
-            spread.df + 2 * more,
-            text.variance - of_seeds * (1 - after / shares),
-            text.df,
-        )
-        if (_quantile(df, 1 - level / 2) + _quantile(df, POWER)) * math.sqrt(variance) < abs(value):
-            return more
-    return None
 
 
 def _resampled_means(values: Values, weights: Values) -> Values:

@@ -91,7 +91,29 @@ def test_a_better_setting_is_found_and_seeds_are_one_row(command):
     assert found["peak memory"]["value"] == pytest.approx(0.3)
     assert found["loss"]["low"] < found["loss"]["value"] < found["loss"]["high"] < 0
     assert found["loss"]["models_low"] > found["loss"]["low"]  # these models alone are known better
-    assert found["loss"]["spread"]["groups"] == 2
+    assert found["loss"]["pairs"] == 3
+    assert found["tokens/s"]["pairs"] == 0
+    assert "share 3 seeds: compared in pairs" in output
+
+
+def test_shared_seeds_find_what_the_spread_of_seeds_hides(repository):
+    """A seed that changes both settings alike, by more than they differ."""
+    runs = []
+    for seed, shift in zip(SEEDS, (0.0, 0.05, 0.02), strict=True):
+        for name, mean in (("plain", 4.70), ("tuned", 4.68)):
+            learning_rate = {"plain": 6.0e-3, "tuned": 7.0e-3}[name]
+            row = losses(mean, 0) + shift + np.random.default_rng(seed).normal(0, 0.01, 282)
+            repository.experiment(
+                f"{name}-{seed}", row, train__seed=seed, train__learning_rate=learning_rate, text="t3"
+            )
+            runs.append(find_run(f"{name}-{seed}", repository.folder))
+    (comparison,), _ = compare(runs, [])
+    assert comparison.verdicts[0].word == BETTER
+    assert comparison.verdicts[0].change.value == pytest.approx(-0.02, abs=1e-4)
+    (comparison,), settings = compare([*runs[:4], runs[4], runs[3]], [])  # two of them
+    assert [len(setting.runs) for setting in settings] == [3, 2]
+    assert comparison.verdicts[0].pairs == 0
+    assert comparison.verdicts[0].word == NOT_DISTINGUISHABLE
 
 
 def test_the_first_run_is_the_baseline(command):

@@ -54,7 +54,9 @@ def test_different_held_out_texts_are_not_comparable(repository):
     for other in (b, c):
         with pytest.raises(UserError, match=f"a and {other.name} have different held-out texts"):
             check_comparable([a, other])
-    with pytest.raises(UserError, match=r"d has no readable reports/evaluate/segment_losses\.json: it was not evaluated"):
+    with pytest.raises(
+        UserError, match=r"d has no readable reports/evaluate/segment_losses\.json: it was not evaluated"
+    ):
         check_comparable([a, d])
 
 

@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.statistics import NO_TEXT, Spread, block_length, difference, pooled, seed_spread, text_noise
+from experiments.statistics import (
+    NO_TEXT,
+    Spread,
+    block_length,
+    difference,
+    paired_difference,
+    pooled,
+    seed_spread,
+    text_noise,
+)
 
 
 def test_the_pooled_variance_is_that_within_groups():
@@ -19,6 +28,19 @@ def test_without_noise_of_the_text_the_interval_is_students():
     theirs = stats.ttest_ind(b, a).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high))
     assert found.value == pytest.approx(b.mean() - a.mean())
+
+
+def test_pairs_have_the_interval_of_the_paired_t_test():
+    generator = np.random.default_rng(0)
+    a = generator.normal(0, 1, 5)
+    b = a + generator.normal(0.2, 0.1, 5)
+    found = paired_difference(a, b)
+    theirs = stats.ttest_rel(b, a).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high))
+    assert found.sign == 1
+    assert difference(a, b, pooled([a, b])).sign == 0
+    # 15 pairs for 0.8 standard deviations of the difference (Cohen, 1988, table 2.3.5, for one sample)
+    assert 11 <= paired_difference([0.0, 0.0, 0.0], [0.8 - 1, 0.8, 0.8 + 1]).more_seeds <= 13
 
 
 def test_the_spread_of_other_settings_counts_unless_the_compared_ones_vary_more():
