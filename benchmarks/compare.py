@@ -1,6 +1,6 @@
 """How often `compare` says "better" of runs that differ only in their seed, and how often it finds a true difference.
 
-    python -m benchmarks.compare                  trains 380 runs of a tiny model, then compares them
+    python -m benchmarks.compare                  trains 480 runs of a tiny model, then compares them
 
 A run is a model with 22,000 parameters on the bytes of the last pipeline run's text (`dvc repro tokenize`), a second
 of one core. What is trained stays in data/compare-runs.npz, so that the program can be stopped and started again.
@@ -42,7 +42,7 @@ Losses = npt.NDArray[np.float64]
 def main() -> None:
     """Trains what is missing, then draws groups and counts verdicts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=300, help="of the base setting (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=400, help="of the base setting (default: %(default)s)")
     parser.add_argument("--others", type=int, default=80, help="of the other setting (default: %(default)s)")
     parser.add_argument("--draws", type=int, default=2000, help="of groups (default: %(default)s)")
     arguments = parser.parse_args()
@@ -235,8 +235,8 @@ def table(result: dict[str, Any]) -> list[str]:
         f"Of {pairs['pairs']} pairs of runs that share no run, and differ only in their seed, `compare` called "
         f"{pairs['better_or_worse']} ({pairs['better_or_worse'] / pairs['pairs']:.1%}) better or worse.",
         "",
-        f"Each line is {result['draws']} draws of runs. Known: further settings with three seeds each, which say how "
-        "much seeds vary.",
+        f"Each line is {result['draws']} draws of runs. Shared: both settings have the same seeds. Known: "
+        "further settings with three seeds each, which say how much seeds vary.",
         "",
         "| seeds of each | shared | known | no difference: called one | a true one: found | called the other way |",
         "|---:|---|---:|---:|---:|---:|",

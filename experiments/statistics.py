@@ -18,7 +18,11 @@ import numpy.typing as npt
 Values = npt.NDArray[np.float64]
 RESAMPLES = 2000
 BOOTSTRAP_SEED = 0
-LEVEL = 0.05
+LEVEL = 0.03
+"""Of cases without a difference, those that may be called different: 3 in 100, so that the 5 in 100 that people expect
+hold for losses of trained models, too, whose tails are longer than those of a normal distribution
+(`benchmarks/compare.py`)."""
+SIGNIFICANT = 0.05
 POWER = 0.8
 MAX_MORE_SEEDS = 100
 
@@ -41,19 +45,18 @@ class Spread:
 class TextNoise:
     """How the difference of two sets of models varies over texts like the one they were measured on.
 
-    variance: of the mean difference. df: independent blocks of text, less one. low, high: the interval of the
-    difference of these models. seed_variance: the part of the variance that one run of a setting has for its seed, so
-    that more seeds make it smaller; None if no setting has two.
+    variance: of the mean difference. low, high: the interval of the difference of these models. seed_variance: the
+    part of the variance that one run of a setting has for its seed, so that more seeds make it smaller; None if no
+    setting has two.
     """
 
     variance: float
-    df: int
     low: float
     high: float
     seed_variance: float | None
 
 
-NO_TEXT = TextNoise(0.0, 1, 0.0, 0.0, 0.0)
+NO_TEXT = TextNoise(0.0, 0.0, 0.0, 0.0)
 """Of what is not measured on a text: speed and memory."""
 
 
@@ -95,7 +98,7 @@ def seed_spread(own: Sequence[Sequence[float]], others: Sequence[Sequence[float]
     from scipy.special import fdtri
 
     alone, rest = pooled(own), pooled(others)
-    if alone.df and rest.df and alone.variance > rest.variance * float(fdtri(alone.df, rest.df, 1 - LEVEL)):
+    if alone.df and rest.df and alone.variance > rest.variance * float(fdtri(alone.df, rest.df, 1 - SIGNIFICANT)):
         return alone
     return pooled([*own, *others])
 
@@ -114,10 +117,8 @@ def text_noise(
     low, high = np.quantile(means, [level / 2, 1 - level / 2])
     pairs = [(one[i], one[i + 1]) for one in (a, b, *same) for i in range(len(one) - 1)]
     seed_variances = [_resampled_means(second - first, weights).var() / 2 for first, second in pairs]
-    blocks = len(weights) // block_length(len(weights))
     return TextNoise(
         float(means.var()),
-        max(1, blocks - 1),
         float(low),
         float(high),
         float(np.mean(seed_variances)) if seed_variances else None,
@@ -129,9 +130,10 @@ def difference(
 ) -> Difference:
     """The difference of two settings, from the value of each of their runs.
 
-    A t interval with the variance of both means over seeds, and of the text; its degrees of freedom are those of
-    Satterthwaite, 1946, https://doi.org/10.2307/3002019. The variance over seeds is taken to be that of `spread` in
-    both. level: of both tails together.
+    A t interval with the variance of both means over seeds, and of the text. Its degrees of freedom are those of
+    `spread`: those of the sum (Satterthwaite, 1946) are more where few seeds happen to be close to each other, and
+    called 6 of 100 equal settings different. The variance over seeds is taken to be that of `spread` in both.
+    level: of both tails together.
     """
     return _difference(float(np.mean(b) - np.mean(a)), (len(a), len(b)), (len(a), len(b)), spread, text, level)
 
@@ -160,11 +162,9 @@ def _difference(
     def error(more: int, power: float = 0.5) -> float:
         """Half the interval after more seeds; with a power over 0.5, the least difference that has it."""
         rest = _shares([count + more for count in counts])
-        seeds, seeds_df = spread.variance * rest, spread.df + len(counts) * more
-        of_text = text.variance - of_seeds * (1 - rest / _shares(counts))
-        variance, squares = seeds + of_text, seeds**2 / seeds_df + of_text**2 / text.df
-        df = variance**2 / squares if squares else float(seeds_df)
-        return (_quantile(df, 1 - level / 2) + _quantile(df, power)) * math.sqrt(variance)
+        variance = spread.variance * rest + text.variance - of_seeds * (1 - rest / _shares(counts))
+        df = spread.df + len(counts) * more
+        return (_quantile(df, 1 - level / 2) + _quantile(df, power)) * math.sqrt(max(0.0, variance))
 
     found = Difference(value, value - error(0), value + error(0), None)
     if found.sign:

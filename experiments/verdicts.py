@@ -59,7 +59,7 @@ def judge(
 
     others: further settings with several seeds, which say how much seeds vary. siblings: all runs that there are of A
     and B, if they are more than the judged ones. comparisons: that are made together; their chance to have one wrong
-    "better" or "worse" is 5 % (Bonferroni's correction; Dunn, 1961, https://doi.org/10.2307/2282330).
+    "better" or "worse" is that of one (Bonferroni's correction; Dunn, 1961, https://doi.org/10.2307/2282330).
     """
     is_on_text = metric not in TRAIN_KEYS
     shared = [seed for seed in a.seeds if seed is not None and seed in b.seeds] if is_on_text else []

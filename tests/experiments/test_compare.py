@@ -13,6 +13,7 @@ from gpt2.__main__ import main
 from gpt2.errors import UserError
 from tests.conftest import ROOT
 from tests.experiments.repository import Repository
+from tests.project import Project
 
 SEEDS = (1, 2, 3)
 
@@ -152,7 +153,7 @@ def test_several_comparisons_are_each_on_the_safer_side(command):
     alone = verdicts(command, "base-1", "near")["loss"]
     _, output, _ = command("--json", "base-1", "near", "far", "wide-1")
     content = json.loads(output)
-    assert content["level"] == pytest.approx(0.05 / 3)
+    assert content["level"] == pytest.approx(0.03 / 3)
     assert [each["other"] for each in content["comparisons"]] == ["near", "far", "wide-1"]
     together = content["comparisons"][0]["verdicts"]["loss"]
     assert together["high"] - together["low"] > alone["high"] - alone["low"]
@@ -214,3 +215,23 @@ def test_one_setting_is_nothing_to_compare(repository):
 
 def test_cells_are_aligned():
     assert aligned([["", "n"], ["long name", "10"], ["a", "2"]]) == ["            n", "long name  10", "a           2"]
+
+
+@pytest.mark.slow
+def test_real_experiments_are_compared(tmp_path):
+    project = Project(tmp_path)
+    runs = {"a-1": (1, 12), "a-2": (2, 12), "b-1": (1, 6), "b-2": (2, 6)}
+    for name, (seed, steps) in runs.items():
+        project.run(
+            "dvc", "exp", "run", "evaluate", "-n", name, "-S", f"train.seed={seed}", "-S", f"train.max_steps={steps}"
+        )
+    content = json.loads(project.run("python", "-m", "gpt2", "compare", "--json", *runs))
+    assert [len(setting["runs"]) for setting in content["settings"]] == [2, 2]
+    assert content["differing_params"] == ["train.max_steps"]
+    assert content["comparisons"][0]["verdicts"]["loss"]["verdict"] == WORSE  # half the steps
+    # the experiments are those of MLflow
+    ids = {run.info.run_name: run.info.run_id for run in project.runs()}
+    in_mlflow = json.loads(project.run("python", "-m", "gpt2", "compare", "--json", *(ids[name] for name in runs)))
+    for found, expected in zip(in_mlflow["settings"], content["settings"], strict=True):
+        assert found["values"] == expected["values"]
+    assert in_mlflow["comparisons"][0]["verdicts"]["loss"]["verdict"] == WORSE
