@@ -1,6 +1,6 @@
 """How often `compare` says "better" of runs that differ only in their seed, and how often it finds a true difference.
 
-    python -m benchmarks.compare                  trains 400 runs of a tiny model and 200 of others, then compares them
+    python -m benchmarks.compare                  trains 480 runs of a tiny model, then compares them
 
 A run is a model with 22,000 parameters on the bytes of the last pipeline run's text (`dvc repro tokenize`), a second
 of one core. What is trained stays in data/compare-runs.npz, so that the program can be stopped and started again.
@@ -11,7 +11,7 @@ reports/benchmarks/compare.{json,md}.
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,21 @@ import numpy.typing as npt
 
 REPORT = Path("reports/benchmarks")
 RUNS = Path("data/compare-runs.npz")
-SEGMENTS, SEGMENT_BYTES = 288, 128
+SEGMENTS, SEGMENT_BYTES, STEPS = 288, 128, 110
 LEARNING_RATES = {"base": 1.0e-2, "near": 7.7e-3}
-FIRST_SEEDS = {"base": 0, "near": 100_000}
-CASES = ((1, 1), (1, 2), (1, 5), (2, 0), (2, 2), (3, 0), (3, 2), (5, 0))
-"""Seeds of each setting, and number of further settings with three seeds each."""
+CASES = (
+    (1, 1, False),
+    (1, 2, False),
+    (1, 5, False),
+    (2, 0, False),
+    (2, 2, False),
+    (3, 0, False),
+    (3, 2, False),
+    (5, 0, False),
+    (3, 0, True),
+    (5, 0, True),
+)
+"""Seeds of each setting, number of further settings with three seeds each, and whether the two share their seeds."""
 Losses = npt.NDArray[np.float64]
 
 
@@ -33,7 +43,7 @@ def main() -> None:
     """Trains what is missing, then draws groups and counts verdicts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=400, help="of the base setting (default: %(default)s)")
-    parser.add_argument("--others", type=int, default=100, help="of each other setting (default: %(default)s)")
+    parser.add_argument("--others", type=int, default=80, help="of the other setting (default: %(default)s)")
     parser.add_argument("--draws", type=int, default=2000, help="of groups (default: %(default)s)")
     arguments = parser.parse_args()
     losses = train_all(arguments.runs, arguments.others, RUNS)
@@ -51,8 +61,7 @@ def train_all(runs: int, others: int, path: Path) -> dict[str, Losses]:
     path.parent.mkdir(exist_ok=True)
     while behind := [name for name in wanted if len(losses[name]) < wanted[name]]:
         name = min(behind, key=lambda each: len(losses[each]) / wanted[each])  # the settings side by side
-        seed = FIRST_SEEDS[name] + len(losses[name])
-        losses[name].append(train(training, held_out, LEARNING_RATES[name], seed))
+        losses[name].append(train(training, held_out, LEARNING_RATES[name], seed=len(losses[name])))
         temporary = path.with_suffix(".new.npz")
         arrays: Any = {name: np.array(rows).reshape(-1, SEGMENTS) for name, rows in losses.items()}
         np.savez(temporary, **arrays)
@@ -103,9 +112,9 @@ def train(
         seed=seed,
         batch_size=16,
         sequence_length=32,
-        max_steps=110,
-        warmup_steps=10,
-        eval_interval=110,
+        max_steps=STEPS,
+        warmup_steps=min(10, STEPS - 1),
+        eval_interval=STEPS,
         learning_rate=learning_rate,
     )
     model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=1, n_head=2, n_embd=32))
@@ -124,39 +133,42 @@ def train(
     return sums.nats / SEGMENT_BYTES
 
 
-def draws(losses: dict[str, Losses], a: str, b: str, seeds: int, known: int, count: int) -> Iterator[Any]:
-    """Verdicts on the loss for groups drawn at random: `seeds` runs of setting a against `seeds` of b.
+def draws(losses: dict[str, Losses], other: str, seeds: int, known: int, shared: bool, count: int) -> Iterator[str]:
+    """The word for the loss of groups drawn at random: `seeds` runs of the setting `other` against as many of "base".
 
-    known: further settings with three seeds each, which say how seeds vary. All runs of a draw are different ones.
+    known: further settings with three seeds each, which say how seeds vary. shared: whether the groups share seeds, as
+    the runs of both settings with one number do; of one setting, runs are paired that only pretend to.
     """
     from experiments.settings import LOSS
     from experiments.verdicts import judge
 
-    generator = np.random.default_rng([seeds, known, a == b])
+    generator = np.random.default_rng([seeds, known, shared, other == "base"])
     for _ in range(count):
-        order = {name: generator.permutation(len(rows)) for name, rows in losses.items()}
+        order = generator.permutation(len(losses["base"]))
+        if other != "base":
+            order = order[order < len(losses[other])]
+        first, second, rest = order[:seeds], order[seeds : 2 * seeds], order[2 * seeds :]
+        if shared and other != "base":
+            second = first
+        others = [setting(losses["base"][rest[start : start + 3]]) for start in range(0, 3 * known, 3)]
+        groups = (setting(losses["base"][first]), setting(losses[other][second], range(0 if shared else 1000, 2000)))
+        verdict = judge(*groups, LOSS, others=others)
+        yield verdict.word if verdict else ""
 
-        def take(name: str, number: int) -> Any:
-            taken, order[name] = order[name][:number], order[name][number:]  # noqa: B023 - called in this draw
-            return setting(losses[name][taken])
 
-        groups = take(a, seeds), take(b, seeds)
-        yield judge(*groups, LOSS, others=[take("base", 3) for _ in range(known)])
-
-
-def setting(losses: Losses) -> Any:
-    """Runs with these losses, (runs, segments), as `compare` reads them."""
+def setting(losses: Losses, seeds: Iterable[int] = range(1000)) -> Any:
+    """Runs with these losses, (runs, segments), and these seeds, as `compare` reads them."""
     from experiments.files import WorkspaceFiles
     from experiments.runs import Run
     from experiments.settings import Setting
     from stages.segment_losses import SegmentLosses
 
-    bits, byte_counts = losses / np.log(2), np.full(losses.shape[1], float(SEGMENT_BYTES))
+    byte_counts = np.full(losses.shape[1], float(SEGMENT_BYTES))
     runs = []
-    for row, row_bits in zip(losses, bits, strict=True):
+    for row, seed in zip(losses, seeds, strict=False):
         run = Run("drawn", None, WorkspaceFiles(Path("nowhere")))
-        found = SegmentLosses("text", SEGMENTS * SEGMENT_BYTES, SEGMENT_BYTES, row, row_bits, byte_counts)
-        vars(run)["losses"] = found  # the cached property
+        found = SegmentLosses("text", SEGMENTS * SEGMENT_BYTES, SEGMENT_BYTES, row, row / np.log(2), byte_counts)
+        vars(run).update(losses=found, params={"train": {"seed": seed}})  # cached properties
         runs.append(run)
     return Setting(tuple(runs))
 
@@ -166,12 +178,12 @@ def report(losses: dict[str, Losses], count: int) -> None:
     from experiments.verdicts import BETTER, WORSE
 
     means = {name: rows.mean(axis=1) for name, rows in losses.items()}
-    error = sum(values.var(ddof=1) / len(values) for values in means.values()) ** 0.5
+    pairs = means["near"] - means["base"][: len(means["near"])]  # with one seed
     rows = []
-    for seeds, known in CASES:
-        row: dict[str, float] = {"seeds": seeds, "known_settings": known}
+    for seeds, known, shared in CASES:
+        row: dict[str, float] = {"seeds": seeds, "known_settings": known, "shared": shared}
         for kind, other in (("false", "base"), ("found", "near")):
-            words = [verdict.word for verdict in draws(losses, "base", other, seeds, known, count)]
+            words = list(draws(losses, other, seeds, known, shared, count))
             row[f"{kind}_better"] = words.count(BETTER) / count
             row[f"{kind}_worse"] = words.count(WORSE) / count
         rows.append(row)
@@ -180,8 +192,9 @@ def report(losses: dict[str, Losses], count: int) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "runs": {name: len(values) for name, values in means.items()},
         "spread_of_seeds": {name: float(values.std(ddof=1)) for name, values in means.items()},
-        "true_difference": float(means["near"].mean() - means["base"].mean()),
-        "true_difference_error": float(error),
+        "true_difference": float(pairs.mean()),
+        "true_difference_error": float(pairs.std(ddof=1) / len(pairs) ** 0.5),
+        "spread_of_pairs": float(pairs.std(ddof=1)),
         "draws": count,
         "disjoint_pairs": disjoint_pairs(losses["base"]),
         "rows": rows,
@@ -216,20 +229,22 @@ def table(result: dict[str, Any]) -> list[str]:
         f"that differ only in their seed, and {result['runs']['near']} with another learning rate. Seeds change the "
         f"loss by {spread:.4f} (standard deviation). The true difference of the two settings is "
         f"{result['true_difference']:.4f} ± {result['true_difference_error']:.4f} nats, "
-        f"{result['true_difference'] / spread:.1f} times that.",
+        f"{result['true_difference'] / spread:.1f} times that. Between runs of both that share a seed, it varies by "
+        f"{result['spread_of_pairs']:.4f}.",
         "",
         f"Of {pairs['pairs']} pairs of runs that share no run, and differ only in their seed, `compare` called "
         f"{pairs['better_or_worse']} ({pairs['better_or_worse'] / pairs['pairs']:.1%}) better or worse.",
         "",
-        f"Each line is {result['draws']} draws of runs. Known: further settings with three seeds each, which say how "
-        "much seeds vary.",
+        f"Each line is {result['draws']} draws of runs. Shared: both settings have the same seeds. Known: "
+        "further settings with three seeds each, which say how much seeds vary.",
         "",
-        "| seeds of each | known | no difference: called better or worse | a true one: found | called the other way |",
-        "|---:|---:|---:|---:|---:|",
+        "| seeds of each | shared | known | no difference: called one | a true one: found | called the other way |",
+        "|---:|---|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
+        wrong = row["false_better"] + row["false_worse"]
         lines.append(
-            f"| {row['seeds']} | {row['known_settings']} | {row['false_better'] + row['false_worse']:.1%} "
+            f"| {row['seeds']} | {'yes' if row['shared'] else 'no'} | {row['known_settings']} | {wrong:.1%} "
             f"| {row['found_worse']:.1%} | {row['found_better']:.1%} |"
         )
     return lines

@@ -199,12 +199,23 @@ def _notes(settings: Sequence[Setting], comparisons: Sequence[Comparison]) -> li
         f"Losses are of the same {losses.tokens:,} held-out tokens in {len(losses.losses)} segments; intervals are "
         "over seeds and over texts like this."
     ]
-    spread = comparisons[0].verdicts[0].spread
-    if spread.df:
-        notes.append(
-            f"Seeds change the loss by {math.sqrt(spread.variance):.4f} (standard deviation), from {spread.runs} runs "
-            f"in {spread.groups} setting{'s' if spread.groups > 1 else ''}."
-        )
+    for each in comparisons:
+        verdict = each.verdicts[0]
+        spread = verdict.spread
+        if verdict.pairs:
+            note = (
+                f"{each.other.name} and {each.baseline.name} share {verdict.pairs} seeds: compared in pairs, whose "
+                f"difference varies by {math.sqrt(spread.variance):.4f} (standard deviation)."
+            )
+        elif spread.df:
+            note = (
+                f"Seeds change the loss by {math.sqrt(spread.variance):.4f} (standard deviation), from {spread.runs} "
+                f"runs in {spread.groups} setting{'s' if spread.groups > 1 else ''}."
+            )
+        else:
+            continue
+        if note not in notes:
+            notes.append(note)
     runtimes = [setting.runs[0].params.get("runtime", {}) for setting in settings]
     differing = sorted({key for one in runtimes for key in one if any(each.get(key) != one[key] for each in runtimes)})
     if differing and all(setting.values(SPEED) for setting in settings):
@@ -225,6 +236,7 @@ def as_json(settings: Sequence[Setting], comparisons: Sequence[Comparison]) -> d
             "unit": verdict.metric.unit or "ratio",
             **{key: changed(verdict, getattr(change, key)) for key in ("value", "low", "high")},
             "more_seeds": change.more_seeds,
+            "pairs": verdict.pairs,
             "models_low": verdict.models[0] if verdict.models else None,
             "models_high": verdict.models[1] if verdict.models else None,
             "spread": {**asdict(verdict.spread), "of_logarithms": verdict.metric in TRAIN_KEYS},

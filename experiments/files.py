@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from gpt2.errors import UserError, one_line
 
+QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+
 
 class Files(Protocol):
     """The files of a run, by their path in the repository: "reports/train/metrics.json"."""
@@ -75,7 +77,7 @@ class MlflowFiles:
     def _client(self) -> Any:
         from stages.tracking.uploader import SHORT_TIMEOUTS
 
-        for variable, value in {**SHORT_TIMEOUTS, "MLFLOW_DISABLE_TELEMETRY": "true"}.items():
+        for variable, value in {**SHORT_TIMEOUTS, **QUIET}.items():
             os.environ.setdefault(variable, value)
         from mlflow import MlflowClient
 

@@ -53,6 +53,16 @@ class Setting:
             first if not others else f"{first} and {len(others)} more" if len(others) > 1 else f"{first}, {others[0]}"
         )
 
+    @property
+    def seeds(self) -> list[Any]:
+        """The seed of each run."""
+        return [seed_of(run) for run in self.runs]
+
+    def only(self, seeds: Sequence[Any]) -> "Setting":
+        """The runs with these seeds, in their order."""
+        by_seed = dict(zip(self.seeds, self.runs, strict=True))
+        return Setting(tuple(by_seed[seed] for seed in seeds))
+
     def values(self, metric: Metric) -> list[float]:
         """The value of each run; none if one of them lacks it."""
         if metric in TRAIN_KEYS:
@@ -92,11 +102,16 @@ def _training_inputs(run: Run) -> str:
     return deps if found and complete else str(run.commit)
 
 
+def seed_of(run: Run) -> Any:
+    """The seed of a run; None if its params do not say."""
+    return run.params.get("train", {}).get("seed")
+
+
 def group(runs: Iterable[Run]) -> dict[str, Setting]:
     """The settings of runs, by their identity, in the order of their first runs. Of runs with one seed, the first."""
     settings: dict[str, dict[Any, Run]] = {}
     for run in runs:
-        settings.setdefault(identity(run), {}).setdefault(run.params.get("train", {}).get("seed"), run)
+        settings.setdefault(identity(run), {}).setdefault(seed_of(run), run)
     return {key: Setting(tuple(by_seed.values())) for key, by_seed in settings.items()}
 
 

@@ -18,7 +18,11 @@ import numpy.typing as npt
 Values = npt.NDArray[np.float64]
 RESAMPLES = 2000
 BOOTSTRAP_SEED = 0
-LEVEL = 0.05
+LEVEL = 0.03
+"""Of cases without a difference, those that may be called different: 3 in 100, so that the 5 in 100 that people expect
+hold for losses of trained models, too, whose tails are longer than those of a normal distribution
+(`benchmarks/compare.py`)."""
+SIGNIFICANT = 0.05
 POWER = 0.8
 MAX_MORE_SEEDS = 100
 
@@ -41,19 +45,18 @@ class Spread:
 class TextNoise:
     """How the difference of two sets of models varies over texts like the one they were measured on.
 
-    variance: of the mean difference. df: independent blocks of text, less one. low, high: the interval of the
-    difference of these models. seed_variance: the part of the variance that one run of a setting has for its seed, so
-    that more seeds make it smaller; None if no setting has two.
+    variance: of the mean difference. low, high: the interval of the difference of these models. seed_variance: the
+    part of the variance that one run of a setting has for its seed, so that more seeds make it smaller; None if no
+    setting has two.
     """
 
     variance: float
-    df: int
     low: float
     high: float
     seed_variance: float | None
 
 
-NO_TEXT = TextNoise(0.0, 1, 0.0, 0.0, 0.0)
+NO_TEXT = TextNoise(0.0, 0.0, 0.0, 0.0)
 """Of what is not measured on a text: speed and memory."""
 
 
@@ -95,7 +98,7 @@ def seed_spread(own: Sequence[Sequence[float]], others: Sequence[Sequence[float]
     from scipy.special import fdtri
 
     alone, rest = pooled(own), pooled(others)
-    if alone.df and rest.df and alone.variance > rest.variance * float(fdtri(alone.df, rest.df, 1 - LEVEL)):
+    if alone.df and rest.df and alone.variance > rest.variance * float(fdtri(alone.df, rest.df, 1 - SIGNIFICANT)):
         return alone
     return pooled([*own, *others])
 
@@ -114,10 +117,8 @@ def text_noise(
     low, high = np.quantile(means, [level / 2, 1 - level / 2])
     pairs = [(one[i], one[i + 1]) for one in (a, b, *same) for i in range(len(one) - 1)]
     seed_variances = [_resampled_means(second - first, weights).var() / 2 for first, second in pairs]
-    blocks = len(weights) // block_length(len(weights))
     return TextNoise(
         float(means.var()),
-        max(1, blocks - 1),
         float(low),
         float(high),
         float(np.mean(seed_variances)) if seed_variances else None,
@@ -129,20 +130,51 @@ def difference(
 ) -> Difference:
     """The difference of two settings, from the value of each of their runs.
 
-    A t interval with the variance of both means over seeds, and of the text; its degrees of freedom are those of
-    Satterthwaite, 1946, https://doi.org/10.2307/3002019. The variance over seeds is taken to be that of `spread` in
-    both. level: of both tails together.
+    A t interval with the variance of both means over seeds, and of the text. Its degrees of freedom are those of
+    `spread`: those of the sum (Satterthwaite, 1946) are more where few seeds happen to be close to each other, and
+    called 6 of 100 equal settings different. The variance over seeds is taken to be that of `spread` in both.
+    level: of both tails together.
     """
-    value = float(np.mean(b) - np.mean(a))
+    return _difference(float(np.mean(b) - np.mean(a)), (len(a), len(b)), (len(a), len(b)), spread, text, level)
+
+
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], text: TextNoise = NO_TEXT, *, level: float = LEVEL
+) -> Difference:
+    """The same of runs in pairs with one seed: what a seed changes in both alike is no noise of their difference."""
+    changes = np.array(b) - np.array(a)
+    return _difference(
+        float(changes.mean()), (len(changes),), (len(a), len(b)), pooled([changes.tolist()]), text, level
+    )
+
+
+def _difference(
+    value: float, counts: Sequence[int], models: Sequence[int], spread: Spread, text: TextNoise, level: float
+) -> Difference:
+    """counts: of the values that have the variance of `spread`, in each mean. models: of each setting."""
     if not spread.df:
         return Difference(value, None, None, None)
-    shares = 1 / len(a) + 1 / len(b)
-    variance, df = _combined(spread.variance * shares, spread.df, text.variance, text.df)
-    error = _quantile(df, 1 - level / 2) * math.sqrt(variance)
-    found = Difference(value, value - error, value + error, None)
-    return (
-        found if found.sign else Difference(value, found.low, found.high, _more_seeds(value, a, b, spread, text, level))
-    )
+    # without two runs of a setting, all the noise of the text is taken to be of the models, not of the settings
+    of_seeds = text.variance
+    if text.seed_variance is not None:
+        of_seeds = min(text.variance, _shares(models) * text.seed_variance)
+
+    def error(more: int, power: float = 0.5) -> float:
+        """Half the interval after more seeds; with a power over 0.5, the least difference that has it."""
+        rest = _shares([count + more for count in counts])
+        variance = spread.variance * rest + text.variance - of_seeds * (1 - rest / _shares(counts))
+        df = spread.df + len(counts) * more
+        return (_quantile(df, 1 - level / 2) + _quantile(df, power)) * math.sqrt(max(0.0, variance))
+
+    found = Difference(value, value - error(0), value + error(0), None)
+    if found.sign:
+        return found
+    enough = (more for more in range(1, MAX_MORE_SEEDS + 1) if error(more, POWER) < abs(value))
+    return Difference(value, found.low, found.high, next(enough, None))
+
+
+def _shares(counts: Sequence[int]) -> float:
+    return sum(1 / count for count in counts)
 
 
 def block_length(segments: int) -> int:
@@ -150,37 +182,11 @@ def block_length(segments: int) -> int:
     return max(1, round(math.cbrt(segments)))
 
 
-def _combined(seeds: float, seeds_df: int, text: float, text_df: int) -> tuple[float, float]:
-    """The sum of two variances, and its degrees of freedom."""
-    variance = seeds + text
-    squares = seeds**2 / seeds_df + text**2 / text_df
-    return variance, variance**2 / squares if squares else float(seeds_df)
-
-
 def _quantile(df: float, probability: float) -> float:
     """Of Student's t distribution."""
     from scipy.special import stdtrit
 
     return float(stdtrit(df, probability))
-
-
-def _more_seeds(
-    value: float, a: Sequence[float], b: Sequence[float], spread: Spread, text: TextNoise, level: float
-) -> int | None:
-    shares = 1 / len(a) + 1 / len(b)
-    # without two runs of a setting, all the noise of the text is taken to be of the models, not of the settings
-    of_seeds = min(text.variance, shares * text.seed_variance) if text.seed_variance is not None else text.variance
-    for more in range(1, MAX_MORE_SEEDS + 1):
-        after = 1 / (len(a) + more) + 1 / (len(b) + more)
-        variance, df = _combined(
-            spread.variance * after,
-            spread.df + 2 * more,
-            text.variance - of_seeds * (1 - after / shares),
-            text.df,
-        )
-        if (_quantile(df, 1 - level / 2) + _quantile(df, POWER)) * math.sqrt(variance) < abs(value):
-            return more
-    return None
 
 
 def _resampled_means(values: Values, weights: Values) -> Values:

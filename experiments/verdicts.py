@@ -5,10 +5,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.settings import METRICS, TRAIN_KEYS, Metric, Setting
-from experiments.statistics import LEVEL, NO_TEXT, Difference, Spread, TextNoise, difference, seed_spread, text_noise
+from experiments.statistics import (
+    LEVEL,
+    NO_TEXT,
+    Difference,
+    Spread,
+    difference,
+    paired_difference,
+    pooled,
+    seed_spread,
+    text_noise,
+)
 
 BETTER, WORSE, SAME = "better", "worse", "the same"
 NOT_DISTINGUISHABLE, UNKNOWN = "not distinguishable", "one seed each cannot tell"
+MIN_PAIRS = 3
+"""Seeds that two settings share, from which on their runs are compared in pairs."""
 MAX_SAME = 20
 """Further settings whose runs say how seeds vary within a text; more add nothing but time."""
 
@@ -17,14 +29,16 @@ MAX_SAME = 20
 class Verdict:
     """The verdict on one metric of setting B against setting A.
 
-    change: B minus A, in the metric's unit, or as the logarithm of a ratio. models: its interval for these models on
-    texts like this one; None for speed and memory.
+    change: B minus A, in the metric's unit, or as the logarithm of a ratio. spread: of seeds; of pairs, that of their
+    differences. pairs: of runs with one seed; 0 if they were not compared in pairs. models: the interval of the change
+    for these models on texts like this one; None for speed and memory.
     """
 
     metric: Metric
     word: str
     change: Difference
     spread: Spread
+    pairs: int
     models: tuple[float, float] | None
 
 
@@ -39,23 +53,35 @@ def judge(
 ) -> Verdict | None:
     """Judges setting B against setting A; None if a run lacks the metric.
 
+    From three shared seeds on, the losses of runs with one seed are compared in pairs, and other runs do not count. A
+    seed means the same initial weights for one architecture, and the same order of the data, so pairs of similar
+    settings differ much less than any two runs (common random numbers).
+
     others: further settings with several seeds, which say how much seeds vary. siblings: all runs that there are of A
     and B, if they are more than the judged ones. comparisons: that are made together; their chance to have one wrong
-    "better" or "worse" is 5 % (Bonferroni's correction; Dunn, 1961, https://doi.org/10.2307/2282330).
+    "better" or "worse" is that of one (Bonferroni's correction; Dunn, 1961, https://doi.org/10.2307/2282330).
     """
+    is_on_text = metric not in TRAIN_KEYS
+    shared = [seed for seed in a.seeds if seed is not None and seed in b.seeds] if is_on_text else []
+    if len(shared) >= MIN_PAIRS:
+        a, b = a.only(shared), b.only(shared)
     values_a, values_b = (_comparable(setting, metric) for setting in (a, b))
     if not values_a or not values_b:
         return None
-    own = [_comparable(setting, metric) for setting in (siblings or (a, b))]
-    spread = seed_spread(own, [_comparable(setting, metric) for setting in others])
-    level = LEVEL / comparisons
-    text: TextNoise | None = None
-    if metric not in TRAIN_KEYS:
+    level, text = LEVEL / comparisons, NO_TEXT
+    if is_on_text:
         same = [setting.segments(metric) for setting in [*siblings, *others][:MAX_SAME]]
         text = text_noise(a.segments(metric), b.segments(metric), a.weights(metric), level=level, same=same)
-    change = difference(values_a, values_b, spread, text or NO_TEXT, level=level)
-    models = (text.low, text.high) if text is not None else None
-    return Verdict(metric, _word(metric, change), change, spread, models)
+    if len(shared) >= MIN_PAIRS:
+        spread = pooled([[after - before for before, after in zip(values_a, values_b, strict=True)]])
+        change = paired_difference(values_a, values_b, text, level=level)
+    else:
+        shared = []
+        own = [_comparable(setting, metric) for setting in (siblings or (a, b))]
+        spread = seed_spread(own, [_comparable(setting, metric) for setting in others])
+        change = difference(values_a, values_b, spread, text, level=level)
+    models = (text.low, text.high) if is_on_text else None
+    return Verdict(metric, _word(metric, change), change, spread, len(shared), models)
 
 
 def judge_all(

@@ -13,6 +13,7 @@ from gpt2.__main__ import main
 from gpt2.errors import UserError
 from tests.conftest import ROOT
 from tests.experiments.repository import Repository
+from tests.project import Project
 
 SEEDS = (1, 2, 3)
 
@@ -91,7 +92,29 @@ def test_a_better_setting_is_found_and_seeds_are_one_row(command):
     assert found["peak memory"]["value"] == pytest.approx(0.3)
     assert found["loss"]["low"] < found["loss"]["value"] < found["loss"]["high"] < 0
     assert found["loss"]["models_low"] > found["loss"]["low"]  # these models alone are known better
-    assert found["loss"]["spread"]["groups"] == 2
+    assert found["loss"]["pairs"] == 3
+    assert found["tokens/s"]["pairs"] == 0
+    assert "share 3 seeds: compared in pairs" in output
+
+
+def test_shared_seeds_find_what_the_spread_of_seeds_hides(repository):
+    """A seed that changes both settings alike, by more than they differ."""
+    runs = []
+    for seed, shift in zip(SEEDS, (0.0, 0.05, 0.02), strict=True):
+        for name, mean in (("plain", 4.70), ("tuned", 4.68)):
+            learning_rate = {"plain": 6.0e-3, "tuned": 7.0e-3}[name]
+            row = losses(mean, 0) + shift + np.random.default_rng(seed).normal(0, 0.01, 282)
+            repository.experiment(
+                f"{name}-{seed}", row, train__seed=seed, train__learning_rate=learning_rate, text="t3"
+            )
+            runs.append(find_run(f"{name}-{seed}", repository.folder))
+    (comparison,), _ = compare(runs, [])
+    assert comparison.verdicts[0].word == BETTER
+    assert comparison.verdicts[0].change.value == pytest.approx(-0.02, abs=1e-4)
+    (comparison,), settings = compare([*runs[:4], runs[4], runs[3]], [])  # two of them
+    assert [len(setting.runs) for setting in settings] == [3, 2]
+    assert comparison.verdicts[0].pairs == 0
+    assert comparison.verdicts[0].word == NOT_DISTINGUISHABLE
 
 
 def test_the_first_run_is_the_baseline(command):
@@ -130,7 +153,7 @@ def test_several_comparisons_are_each_on_the_safer_side(command):
     alone = verdicts(command, "base-1", "near")["loss"]
     _, output, _ = command("--json", "base-1", "near", "far", "wide-1")
     content = json.loads(output)
-    assert content["level"] == pytest.approx(0.05 / 3)
+    assert content["level"] == pytest.approx(0.03 / 3)
     assert [each["other"] for each in content["comparisons"]] == ["near", "far", "wide-1"]
     together = content["comparisons"][0]["verdicts"]["loss"]
     assert together["high"] - together["low"] > alone["high"] - alone["low"]
@@ -192,3 +215,23 @@ def test_one_setting_is_nothing_to_compare(repository):
 
 def test_cells_are_aligned():
     assert aligned([["", "n"], ["long name", "10"], ["a", "2"]]) == ["            n", "long name  10", "a           2"]
+
+
+@pytest.mark.slow
+def test_real_experiments_are_compared(tmp_path):
+    project = Project(tmp_path)
+    runs = {"a-1": (1, 12), "a-2": (2, 12), "b-1": (1, 6), "b-2": (2, 6)}
+    for name, (seed, steps) in runs.items():
+        project.run(
+            "dvc", "exp", "run", "evaluate", "-n", name, "-S", f"train.seed={seed}", "-S", f"train.max_steps={steps}"
+        )
+    content = json.loads(project.run("python", "-m", "gpt2", "compare", "--json", *runs))
+    assert [len(setting["runs"]) for setting in content["settings"]] == [2, 2]
+    assert content["differing_params"] == ["train.max_steps"]
+    assert content["comparisons"][0]["verdicts"]["loss"]["verdict"] == WORSE  # half the steps
+    # the experiments are those of MLflow
+    ids = {run.info.run_name: run.info.run_id for run in project.runs()}
+    in_mlflow = json.loads(project.run("python", "-m", "gpt2", "compare", "--json", *(ids[name] for name in runs)))
+    for found, expected in zip(in_mlflow["settings"], content["settings"], strict=True):
+        assert found["values"] == expected["values"]
+    assert in_mlflow["comparisons"][0]["verdicts"]["loss"]["verdict"] == WORSE

@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.statistics import NO_TEXT, Spread, block_length, difference, pooled, seed_spread, text_noise
+from experiments.statistics import (
+    NO_TEXT,
+    Spread,
+    block_length,
+    difference,
+    paired_difference,
+    pooled,
+    seed_spread,
+    text_noise,
+)
 
 
 def test_the_pooled_variance_is_that_within_groups():
@@ -15,10 +24,23 @@ def test_the_pooled_variance_is_that_within_groups():
 def test_without_noise_of_the_text_the_interval_is_students():
     generator = np.random.default_rng(0)
     a, b = generator.normal(0, 1, 4), generator.normal(1, 1, 6)
-    found = difference(a, b, pooled([a, b]))
+    found = difference(a, b, pooled([a, b]), level=0.05)
     theirs = stats.ttest_ind(b, a).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high))
     assert found.value == pytest.approx(b.mean() - a.mean())
+
+
+def test_pairs_have_the_interval_of_the_paired_t_test():
+    generator = np.random.default_rng(0)
+    a = generator.normal(0, 1, 5)
+    b = a + generator.normal(0.2, 0.1, 5)
+    found = paired_difference(a, b, level=0.05)
+    theirs = stats.ttest_rel(b, a).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high))
+    assert found.sign == 1
+    assert difference(a, b, pooled([a, b])).sign == 0
+    # 15 pairs for 0.8 standard deviations of the difference (Cohen, 1988, table 2.3.5, for one sample)
+    assert 11 <= paired_difference([0.0, 0.0, 0.0], [0.8 - 1, 0.8, 0.8 + 1], level=0.05).more_seeds <= 13
 
 
 def test_the_spread_of_other_settings_counts_unless_the_compared_ones_vary_more():
@@ -36,7 +58,7 @@ def test_one_seed_each_without_a_known_spread_has_no_interval():
 
 @pytest.mark.parametrize(("a", "b"), [([1.0, 1.0], [2.0, 2.0]), ([1.0, 1.0], [1.0, 1.0])])
 def test_runs_without_any_spread(a, b):
-    found = difference(a, b, pooled([a, b]))
+    found = difference(a, b, pooled([a, b]), level=0.05)
     assert (found.low, found.high) == (found.value, found.value)
     assert found.sign == (b > a)
     assert found.more_seeds is None
@@ -45,7 +67,7 @@ def test_runs_without_any_spread(a, b):
 def test_more_seeds_are_about_as_many_as_a_power_analysis_says():
     # 0.8 standard deviations: 26 of each for a power of 80 % (Cohen, 1988, table 2.4.1)
     a, b = [-1.0, 1.0], [-0.2, 1.8]
-    found = difference(a, b, Spread(1.0, 30, 10))
+    found = difference(a, b, Spread(1.0, 30, 10), level=0.05)
     assert found.sign == 0
     assert 22 <= found.more_seeds + 2 <= 26
     assert difference(a, [-0.99, 1.01], Spread(1.0, 30, 10)).more_seeds is None  # 80,000 of each
@@ -58,7 +80,7 @@ def test_blocks_are_longer_in_a_longer_text():
 def test_the_noise_of_independent_segments_is_their_standard_error():
     generator = np.random.default_rng(1)
     a, b = generator.normal(4, 1, (1, 600)), generator.normal(4, 1, (1, 600))
-    found = text_noise(a, b, np.ones(600))
+    found = text_noise(a, b, np.ones(600), level=0.05)
     assert found.variance == pytest.approx(2 / 600, rel=0.3)
     center = (b - a).mean()
     error = 1.96 * np.sqrt(2 / 600)
