@@ -13,7 +13,7 @@ from gpt2.errors import UserError
 from stages import paths
 from stages.environment import ENVIRONMENT_FILE, read_sessions
 from stages.process import redact_secrets
-from stages.tracking.run import MAX_PARAM_CHARACTERS
+from stages.tracking.description import MAX_PARAM_CHARACTERS
 
 ENVIRONMENT = (paths.TRAIN_REPORT / ENVIRONMENT_FILE).as_posix()
 SUM_TAGS = {"corpus": "corpus.sha256", "train_tokens": "tokens.sha256", "model": "model.sha256"}

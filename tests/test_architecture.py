@@ -197,7 +197,7 @@ def test_the_space_is_written_in_the_oldest_python_that_serves_it(tmp_path):
 
 def test_outputs_are_ignored_by_git_before_dvc_says_so():
     ignored = (ROOT / ".gitignore").read_text().split()
-    for entry in ("/data/*", "/models/", "/dist/", "/checkpoints/", "/mlflow.db*", "/mlartifacts/", "/.venv/"):
+    for entry in ("/data/*", "/models/", "/dist/", "/checkpoints/", "/mlflow.db*", "/mlartifacts/", "/.venv"):
         assert entry in ignored
     for stage in STAGES.values():
         for out in stage["outs"]:

@@ -35,6 +35,7 @@ RUN_GPT2 = (
     "tests/gpt2/planning/test_command.py",
     "tests/experiments/test_compare.py",
     "tests/experiments/test_reproduce.py",
+    "tests/experiments/test_ladder.py",
     "tests/experiments/test_sweep.py",
     "tests/experiments/test_report.py",
     "tests/experiments/test_registry.py",
