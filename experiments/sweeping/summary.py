@@ -161,7 +161,7 @@ def start_parent(config: SweepConfig, base: str) -> str | None:
         tags = {"sweep": config.name, "git.commit": base, "sweep.objective": f"{config.direction} {config.objective}"}
         run = store.client.create_run(store.experiment_id, tags=tags, run_name=f"sweep {config.name}")
         for name, param in config.space.items():
-            store.client.log_param(run.info.run_id, name, str(param)[:500])
+            store.client.log_param(run.info.run_id, name.replace(",", ""), str(param)[:500])
     except Exception as error:  # any error of MLflow
         warn(f"MLflow does not answer ({one_line(error, 120)}); its runs of the trials will have no parent")
         return None
