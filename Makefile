@@ -80,6 +80,7 @@ bench: setup ## measure speed and learning beside other implementations and othe
 	python -m benchmarks.generate
 	python -m benchmarks.drafts
 	python -m benchmarks.learning
+	python -m benchmarks.compare
 	python -m benchmarks.concurrency --busy --experiments
 	python -m benchmarks.communication
 	python -m benchmarks.tokenizing
