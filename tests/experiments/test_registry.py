@@ -50,7 +50,7 @@ def test_a_run_is_found_in_mlflow_by_its_id_its_environment_or_its_experiment(mi
     with pytest.raises(UserError, match='MLflow has no run of "o\'clock"'):
         registry.mlflow_run_id(Run("o'clock", "c" * 40, WorkspaceFiles(empty)), mirror.root)
     (empty / "reports/train").mkdir(parents=True)
-    (empty / "reports/train/environment.json").write_text(f'{{"mlflow_run_id": "{NOBODY}"}}')
+    (empty / "reports/train/environment.json").write_text(f'[{{"mlflow_run_id": "{NOBODY}"}}]')
     assert registry.mlflow_run_id(Run("B", "c" * 40, WorkspaceFiles(empty)), mirror.root) == NOBODY
 
 

@@ -5,6 +5,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -244,8 +245,10 @@ def test_a_run_has_datasets_a_table_and_a_note(project, params, tmp_path):
     note = found.data.tags["mlflow.note.content"]
     assert "| validation loss | 4.5000 nats per token |" in note
     assert f"run_uuid={found.info.run_id})" in note
-    table = client(project).load_table(found.info.experiment_id, "tables/samples.json", [found.info.run_id])
-    assert table[["prompt", "sample"]].values.tolist() == [["A", " <b>"], ["B", " c"]]
+    assert json.loads(found.data.tags["mlflow.loggedArtifacts"]) == [{"path": "tables/samples.json", "type": "table"}]
+    table = json.loads(Path(client(project).download_artifacts(found.info.run_id, "tables/samples.json")).read_text())
+    prompt, sample = map(table["columns"].index, ("prompt", "sample"))
+    assert [[row[prompt], row[sample]] for row in table["data"]] == [["A", " <b>"], ["B", " c"]]
 
 
 def test_a_damaged_report_costs_the_note_and_nothing_else(project, params, capsys):
