@@ -63,7 +63,7 @@ def test_it_predicts_loss_and_cost(trained, target, monkeypatch, tmp_path):
     content = json.loads((ladder.REPORT / "ladder.json").read_text())
     assert content["target"]["loss"]["value"] == result.predicted.value
     assert content["target"]["hours"] > 0
-    assert len(content["runs"]) == 15
+    assert len(content["runs"]) == 12
     text = (ladder.REPORT / "ladder.md").read_text()
     assert "3 of 3 of them are inside" in text
     assert f"validation loss {result.predicted.value:.3f} (" in text
