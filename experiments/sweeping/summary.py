@@ -6,6 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.files import GitFiles
+from experiments.report.page import write_report
+from experiments.runs import Run
 from experiments.sweeping.config import SweepConfig
 from experiments.sweeping.study import INVALID, SAME_AS, SweepStudy, best_of, storage_errors
 from gpt2.errors import one_line
@@ -53,6 +56,8 @@ def write(study: SweepStudy, definition: Mapping[str, Any]) -> None:
     write_text(folder / "trials.csv", to_csv(config, trials))
     with suppress(ImportError):
         write_text(folder / "plots.html", to_html(study))
+    if runs := runs_of(study.root, trials):
+        write_report(runs, folder / "report.html")
     best = best_of(trials, config.direction)
     if best is not None:
         echo(f"the best of {len(trials)} trials: {config.objective} {best.value:.6g}, trial {best.number}")
@@ -60,8 +65,18 @@ def write(study: SweepStudy, definition: Mapping[str, Any]) -> None:
             echo(f"  {name}: {value}")
         name = best.user_attrs.get("experiment") or f"{config.name}-{best.user_attrs.get(SAME_AS, best.number):03d}"
         echo(f"adopt it: dvc exp apply {name}, then dvc repro")
-    echo(f"{folder}/ has all trials, and plots in plots.html")
+    echo(f"{folder}/ has all trials; open plots.html and report.html in a browser")
     end_parent(definition.get("mlflow_run_id"), config, trials, folder, is_done=_is_done(study))
+
+
+def runs_of(root: Path, trials: "list[FrozenTrial]") -> list[Run]:
+    """The experiments that trials left."""
+    left = [
+        (str(trial.user_attrs["experiment"]), str(trial.user_attrs["commit"]))
+        for trial in trials
+        if "commit" in trial.user_attrs
+    ]
+    return [Run(name, commit, GitFiles(root, commit)) for name, commit in left]
 
 
 def _is_done(study: SweepStudy) -> bool:

@@ -236,6 +236,7 @@ def test_a_bad_trial_is_pruned_and_remains_an_experiment(project):
     assert project.run(*COMMAND).count("trial ") <= 2  # nothing is run twice
     assert (project.folder / "reports/sweep/tiny/trials.csv").read_text().count("PRUNED") == len(pruned)
     page = (project.folder / "reports/sweep/tiny/plots.html").read_text()
+    assert "tiny-000" in (project.folder / "reports/sweep/tiny/report.html").read_text()
     assert "train.learning_rate" in page
     assert not re.search(r"<script[^>]+src=", page)
 
