@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, NullFormatter
 
 from experiments.scaling.law import Fit, Interval, Point
 from stages.reports import save_figure
@@ -59,6 +60,8 @@ def draw(
         label=f"predicted: {parameters / 1e6:.3g}M",
     )
     by_flops.set(xscale="log", xlabel="FLOPs of training", ylabel="validation loss, nats per token", title="Loss")
+    by_flops.xaxis.set_major_formatter(LogFormatter())  # without the fonts of formulas
+    by_flops.xaxis.set_minor_formatter(NullFormatter())
     by_flops.legend(frameon=False, fontsize=8)
 
     for size in sizes:
