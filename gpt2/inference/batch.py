@@ -81,6 +81,8 @@ class Batch:
             sequence.window_start, sequence.num_cached = start, 0
         if sequence.is_compiled is None:
             sequence.is_compiled = self.runner.compiled is not None
+        if not sequence.num_cached:
+            self.runner.lengths[sequence.slot] = 0  # an earlier sequence may have left more
         is_last = sequence.num_cached == len(sequence.ids) - start - 1
         return is_last and (sequence.is_compiled or sequence.num_cached > 0)
 

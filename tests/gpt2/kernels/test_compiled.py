@@ -219,3 +219,14 @@ class _EndedBuild:
 
     def problem(self):
         return ""
+
+
+def test_a_prompt_of_one_token_does_not_see_what_was_in_its_slot(model):
+    quantized = quantize(model, "fp32")
+    request = Request([7], 20, Sampling(temperature=1.0), seed=3)
+    expected = generate(Engine(quantized, context_length=64), [request])
+    engine = Engine(quantized, context_length=64)
+    assert engine.path == "compiled"
+    for fill in (engine.warm_up, lambda: generate(engine, [Request(list(range(10)), 50, Sampling(), seed=1)])):
+        fill()
+        assert generate(engine, [request]) == expected
