@@ -87,6 +87,7 @@ bench: setup ## measure speed and learning beside other implementations and othe
 	python -m benchmarks.distributed
 	python -m benchmarks.published
 	python -m benchmarks.report
+	python -m benchmarks.sweep --search --overhead
 
 report: setup ## compare all experiments on one page, reports/experiments.html
 	python -m gpt2 report
