@@ -46,8 +46,8 @@ def measure(config: GPTConfig, folder: Path, repeats: int) -> dict[str, float]:
 
     from gpt2 import files
     from gpt2.model.transformer import GPT
+    from gpt2.optimizers.optimizer import Optimizer
     from gpt2.training.checkpoints import MIN_SAVE_INTERVAL_S, SAVE_INTERVAL_IN_SAVES, CheckpointStore
-    from gpt2.training.optimizers import Optimizer
     from gpt2.training.state import TrainState, checkpoint_content
     from stages.params import load_params
 

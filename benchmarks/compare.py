@@ -99,8 +99,8 @@ def train(
     from gpt2.evaluation.bootstrap import SegmentSums
     from gpt2.evaluation.scores import score
     from gpt2.model.transformer import GPT
+    from gpt2.optimizers.optimizer import Optimizer
     from gpt2.training.mixed_precision import MixedPrecisionModel
-    from gpt2.training.optimizers import Optimizer
     from gpt2.training.state import TrainState
     from gpt2.training.trainer import Trainer
     from stages.params import load_params

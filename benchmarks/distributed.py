@@ -160,13 +160,15 @@ def our_step(contender: dict[str, Any], world: Any, precision: Any, batches: Any
     from gpt2.config import PRESETS
     from gpt2.distributed import parts
     from gpt2.model.transformer import GPT
-    from gpt2.training.optimizers import Optimizer
+    from gpt2.optimizers.optimizer import Optimizer
 
     strategy = contender.get("strategy", "ddp")
     model = parts.make_model(GPT(PRESETS["gpt2"]), precision, world, strategy, gradient_checkpointing=False)
     config = settings(contender)
     is_divided = contender.get("is_divided", True)
-    optimizer = parts.make_optimizer(model, config, world) if is_divided else Optimizer(model.master, config)
+    optimizer = (
+        parts.make_optimizer(model, config, world) if is_divided else Optimizer(model.master, config, dtype=precision)
+    )
     model.compile(*batches[0][0].shape)
     model.warm_up(*batches[0][0].shape)
 

@@ -90,9 +90,9 @@ def run(params: Any, config: Any) -> dict[str, list[float]]:
     from gpt2.data.token_files import open_tokens
     from gpt2.device import choose_device, choose_precision, configure_device
     from gpt2.model.transformer import GPT
+    from gpt2.optimizers.optimizer import Optimizer
     from gpt2.progress import ProgressCallback
     from gpt2.training.mixed_precision import MixedPrecisionModel
-    from gpt2.training.optimizers import Optimizer
     from gpt2.training.state import TrainState
     from gpt2.training.trainer import Trainer
     from gpt2.training.validation import validation_loss
@@ -121,7 +121,7 @@ def run(params: Any, config: Any) -> dict[str, list[float]]:
         evaluated_s += time.perf_counter() - start_s
         return loss
 
-    optimizer = Optimizer(model, config)
+    optimizer = Optimizer(model, config, dtype=precision)
     Trainer(compute, optimizer, sampler, validate, config, state, SilentCallbacks(), log_interval=10**9).train()
     return {
         "step": [float(row["step"] or 0) for row in state.history],

@@ -118,8 +118,8 @@ class Tiny:
         from gpt2.data.sampler import Sampler
         from gpt2.errors import DivergedError
         from gpt2.model.transformer import GPT
+        from gpt2.optimizers.optimizer import Optimizer
         from gpt2.training.mixed_precision import MixedPrecisionModel
-        from gpt2.training.optimizers import Optimizer
         from gpt2.training.state import TrainState
         from gpt2.training.trainer import Trainer
         from gpt2.training.validation import validation_loss

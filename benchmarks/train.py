@@ -216,8 +216,8 @@ def our_step(contender: dict[str, Any], config: Any, precision: Any, device: Any
 
     from gpt2.config import TrainConfig
     from gpt2.model.transformer import GPT
+    from gpt2.optimizers.optimizer import Optimizer
     from gpt2.training.mixed_precision import MixedPrecisionModel
-    from gpt2.training.optimizers import Optimizer
 
     settings = dict.fromkeys((field.name for field in fields(TrainConfig)), 1) | {
         "optimizer": "adamw",
@@ -229,7 +229,7 @@ def our_step(contender: dict[str, Any], config: Any, precision: Any, device: Any
         "beta2": 0.95,
     }
     model = GPT(config).to(device)
-    optimizer = Optimizer(model, TrainConfig(**settings))  # type: ignore[arg-type]
+    optimizer = Optimizer(model, TrainConfig(**settings), dtype=precision)  # type: ignore[arg-type]
     compute = MixedPrecisionModel(model, precision, gradient_checkpointing=contender.get("checkpointing", False))
     if contender["compile"]:
         compute.compile(*batches[0][0].shape)

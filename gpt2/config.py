@@ -170,7 +170,8 @@ class TrainConfig:
     schedule: after warmup_steps, learning_rate decays to min_learning_rate at max_steps: along a cosine, linearly, or
     ("wsd": warm-up, stable, decay) linearly over the last decay_fraction of the steps. muon_learning_rate follows the
     same schedule. label_smoothing: fraction of each target's probability that is spread over all tokens.
-    mask_documents: whether attention stops at the borders of documents. eval_interval: in steps.
+    mask_documents: whether attention stops at the borders of documents. tie_unseen_tokens: whether tokens that do not
+    occur in the training text share one embedding, in a run from scratch. eval_interval: in steps.
     """
 
     init_from: Annotated[str, MinLen(1)]
@@ -192,6 +193,7 @@ class TrainConfig:
     max_grad_norm: Annotated[float, Gt(0)]
     label_smoothing: Annotated[float, Ge(0), Lt(1)]
     mask_documents: bool
+    tie_unseen_tokens: bool
     eval_interval: PositiveInt
 
     RULES: ClassVar = (
@@ -204,6 +206,11 @@ class TrainConfig:
             ("min_learning_rate", "learning_rate"),
             lambda lowest, highest: lowest <= highest,
             "min_learning_rate {0} is over learning_rate {1}",
+        ),
+        Rule(
+            ("tie_unseen_tokens", "label_smoothing"),
+            lambda tied, smoothing: not (tied and smoothing),
+            "tie_unseen_tokens does not work with label_smoothing {1}; set one of them to false or 0",
         ),
     )
 

@@ -24,14 +24,16 @@ LAST_FILE = "last.safetensors"
 
 def write_results(run: TrainingRun, tracker: tracking.Run) -> None:
     """Rank 0 writes models/ and reports/train/, and logs them."""
-    state, master = run.state, run.model.master
+    state, master, vocabulary = run.state, run.model.master, run.model.vocabulary
     last = whole_weights(dict(master.named_parameters()), run.world)
     best = whole_weights(state.best_weights, run.world) if state.best_weights else last
     if run.world.rank:
         return
+    if vocabulary is not None:
+        last, best = vocabulary.whole(last), vocabulary.whole(best)
     save_weights(last, paths.MODELS / LAST_FILE)
     save_weights(best, paths.MODELS / MODEL_FILE)
-    write_json(paths.MODELS / CONFIG_FILE, master.config.to_dict())
+    write_json(paths.MODELS / CONFIG_FILE, run.plan.params.model.to_dict())
     config = run.plan.params.train
     facts = {"sequence_length": config.sequence_length, "mask_documents": config.mask_documents}
     write_json(paths.RUN, {**asdict(tracker.ids()), **facts})
@@ -73,7 +75,7 @@ def final_metrics(run: TrainingRun) -> dict[str, Any]:
         "last_train_loss": last["train_loss"],
         "steps": state.step,
         "tokens": last["tokens"],
-        "parameters": run.model.config.num_parameters(),
+        "parameters": run.plan.params.model.num_parameters(),
         "tokens_per_s": round(float(last["tokens"] or 0) / state.elapsed_s),
         "elapsed_s": round(state.elapsed_s, 1),
         "mfu": last["mfu"],

@@ -6,22 +6,25 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from gpt2.config import GPTConfig
 from gpt2.data.sampler import Sampler
-from gpt2.data.token_files import TokenFiles, open_tokens
+from gpt2.data.token_files import TokenFiles, count_tokens, open_tokens
 from gpt2.device import choose_device, choose_precision, configure_device, peak_flops
 from gpt2.distributed import parts
 from gpt2.errors import DivergedError, Interrupted, MicroBatchError, UserError
 from gpt2.model.hugging_face import from_pretrained
 from gpt2.model.transformer import GPT
+from gpt2.optimizers.optimizer import Optimizer
 from gpt2.progress import ProgressCallback
 from gpt2.training.checkpoints import CheckpointStore
 from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel
-from gpt2.training.optimizers import Optimizer
 from gpt2.training.state import TrainState, environment
 from gpt2.training.trainer import Callbacks, Trainer
 from gpt2.training.validation import validation_loss
+from gpt2.training.vocabulary import TextVocabulary
 from gpt2.world import World
 from stages import paths, preflight, tracking
 from stages.callbacks import SilentCallbacks, StageCallbacks, metrics_of
@@ -29,6 +32,8 @@ from stages.params import Params
 from stages.preflight import Plan
 from stages.process import StopSignal, echo, warn
 
+MAX_COUNTED_TOKENS = 100_000_000
+"""A longer text has nearly all tokens of the vocabulary."""
 MIN_SECONDS_TO_COMPILE = 10.0
 """Compiling pays off for runs whose matrix products take longer than this at the machine's peak."""
 
@@ -71,7 +76,9 @@ def set_up(plan: Plan, stop: StopSignal, world: World) -> TrainingRun:
     store = CheckpointStore(plan.folder, world)
     checkpoint = store.load_newest(warn)
     check_stop(stop, world)
-    master = (initial_model(plan.params) if checkpoint is None else GPT(plan.params.model)).to(device)
+    vocabulary = text_vocabulary(plan.params, train_tokens)
+    sizes = plan.params.model if vocabulary is None else vocabulary.config(plan.params.model)
+    master = (initial_model(plan.params, sizes) if checkpoint is None else GPT(sizes)).to(device)
     master.mask_documents = config.mask_documents
     if checkpoint is None:
         precision = world.from_first(world.rank == 0 and choose_precision(device, runtime.precision))
@@ -80,9 +87,16 @@ def set_up(plan: Plan, stop: StopSignal, world: World) -> TrainingRun:
     else:
         precision, run_id = getattr(torch, checkpoint["state"]["precision"]), checkpoint["run_id"]
     strategy = parts.choose_strategy(
-        runtime.strategy, plan.params.model, config, device, precision, world, preflight.memory_bytes()
+        runtime.strategy, sizes, config, device, precision, world, preflight.memory_bytes()
     )
-    model = parts.make_model(master, precision, world, strategy, gradient_checkpointing=runtime.gradient_checkpointing)
+    model = parts.make_model(
+        master,
+        precision,
+        world,
+        strategy,
+        gradient_checkpointing=runtime.gradient_checkpointing,
+        vocabulary=vocabulary,
+    )
     optimizer = parts.make_optimizer(model, config, world)
     if checkpoint is not None:
         folder = store.path(checkpoint["state"]["step"])
@@ -103,7 +117,7 @@ def set_up(plan: Plan, stop: StopSignal, world: World) -> TrainingRun:
     cache = paths.real_root() / "checkpoints/peak-flops.json"
     peak = world.from_first(world.rank == 0 and peak_flops(device, state.dtype, cache)) * world.size
     if checkpoint is None:
-        state.compiled = is_compiled(plan.params, device.type, peak)
+        state.compiled = is_compiled(plan.params, sizes, device.type, peak)
     writer = parts.make_writer(store, optimizer, world, device)
     ids = tracking.RunIds(run_id, None)
     resumed = checkpoint is not None
@@ -149,6 +163,8 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
         echo(f"this run is complete in {folder}, using its results; delete that folder to train again")
     else:
         begin = f"resuming from step {state.step} of {config.max_steps} in {folder}, " if run.resumed else ""
+        if (vocabulary := run.model.vocabulary) is not None:
+            echo(f"{vocabulary.shared:,} tokens do not occur in the training text, and share one embedding")
         echo(
             f"{begin}training {run.model.config.num_parameters():,} parameters on {run.model.device} in "
             f"{state.precision}, global batch {config.tokens_per_step:,} tokens"
@@ -208,17 +224,27 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
     check_stop(stop, world)
 
 
-def initial_model(params: Params) -> GPT:
+def initial_model(params: Params, sizes: GPTConfig) -> GPT:
     """The model before the first step: freshly initialised, or Hugging Face's. Raises UserError if its sizes differ."""
     source = params.train.init_from
     if source == "scratch":
-        return GPT(params.model)
+        return GPT(sizes)
     pretrained = from_pretrained(source)
     ours, theirs = params.model.to_dict(), pretrained.config.to_dict()
     differing = [f"{key}: {theirs[key]}" for key in ours if ours[key] != theirs[key]]
     if differing:
         raise UserError(f"train.init_from {source!r} has other sizes; set in the section model: {', '.join(differing)}")
     return pretrained
+
+
+def text_vocabulary(params: Params, tokens: TokenFiles) -> TextVocabulary | None:
+    """The tokens that occur in the training text; None if all have an embedding to themselves."""
+    config = params.train
+    if not config.tie_unseen_tokens or config.init_from != "scratch" or len(tokens) > MAX_COUNTED_TOKENS:
+        return None
+    counts = count_tokens(tokens)
+    vocabulary = TextVocabulary(np.pad(counts, (0, params.model.vocab_size - len(counts))))
+    return vocabulary if vocabulary.shared else None
 
 
 def warn_if_not_bitwise_reproducible(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -231,14 +257,14 @@ def warn_if_not_bitwise_reproducible(then: Mapping[str, Any], now: Mapping[str, 
         )
 
 
-def is_compiled(params: Params, device_type: str, peak_flops: float) -> bool:
+def is_compiled(params: Params, sizes: GPTConfig, device_type: str, peak_flops: float) -> bool:
     """Whether to compile: it takes up to a minute, and makes each step a fifth to a third faster."""
     if params.runtime.compile != "auto":
         return params.runtime.compile == "always"
     if device_type == "mps":  # where torch.compile is a prototype
         return False
     config = params.train
-    flops = params.model.flops_per_token(config.sequence_length) * config.tokens_per_step * config.max_steps
+    flops = sizes.flops_per_token(config.sequence_length) * config.tokens_per_step * config.max_steps
     return flops / peak_flops > MIN_SECONDS_TO_COMPILE
 
 

@@ -46,6 +46,7 @@ TINY_TRAIN = TrainConfig(
     max_grad_norm=1.0,
     label_smoothing=0.0,
     mask_documents=False,
+    tie_unseen_tokens=False,
     eval_interval=3,
 )
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")

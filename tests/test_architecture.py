@@ -21,10 +21,11 @@ PACKAGES = {
     "data/tokenizing": {"data"},
     "kernels": {"model"},
     "inference": {"model", "kernels"},
-    "training": {"model", "data"},
-    "distributed": {"model", "training"},
+    "optimizers": set(),
+    "training": {"model", "data", "optimizers"},
+    "distributed": {"model", "optimizers", "training"},
     "evaluation": {"model", "data", "inference"},
-    "hub": {"model", "data", "kernels", "inference", "training", "distributed", "evaluation"},
+    "hub": {"model", "data", "kernels", "inference", "optimizers", "training", "distributed", "evaluation"},
     "planning": set(),
 }
 TOP = {

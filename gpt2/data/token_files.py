@@ -19,14 +19,17 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from gpt2.config import GPT2_VOCAB_SIZE
 from gpt2.errors import FileError
 from gpt2.files import sha256_of
+from gpt2.progress import ProgressCallback, no_progress
 
 TOKEN_TYPE = np.dtype("<u2")
 INDEX_FILE = "index.json"
 SPLITS = ("train", "val")
 VERIFIED_AT_ONCE_BYTES = 64_000_000
 """Splits up to this size are verified when they are opened, larger ones by a thread."""
+CHUNK_TOKENS = 1 << 20
 AGAIN = "run the tokenize stage again"
 TokenArray = npt.NDArray[np.uint16]
 
@@ -174,3 +177,13 @@ def open_tokens(folder: Path, split: str, *, part: int = 0, parts: int = 1) -> T
     else:
         tokens.verify_in_background(part, parts)
     return tokens
+
+
+def count_tokens(tokens: Tokens, *, progress: ProgressCallback = no_progress) -> npt.NDArray[np.int64]:
+    """How often each token of the vocabulary occurs: (V,). Reads the tokens in chunks."""
+    counts = np.zeros(GPT2_VOCAB_SIZE, dtype=np.int64)
+    for first in range(0, len(tokens), CHUNK_TOKENS):
+        chunk = tokens[first : first + CHUNK_TOKENS]
+        counts += np.bincount(chunk, minlength=GPT2_VOCAB_SIZE)
+        progress(len(chunk))
+    return counts

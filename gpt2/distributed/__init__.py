@@ -1,1 +1,1 @@
-"""Training in several processes. May import `gpt2.model`, `gpt2.training` and the modules at the top."""
+"""Training in several processes. May import `gpt2.model`, `gpt2.optimizers`, `gpt2.training` and those at the top."""

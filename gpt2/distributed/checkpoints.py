@@ -27,9 +27,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gpt2.errors import FileError, GPT2Error, one_line
 from gpt2.files import TEMPORARY, delete_folder, sha256_of, write_folder
+from gpt2.optimizers.optimizer import Optimizer
 from gpt2.training.checkpoints import CHECKPOINT_FILE, CheckpointStore
 from gpt2.training.mixed_precision import MixedPrecisionModel
-from gpt2.training.optimizers import Optimizer
 from gpt2.training.state import TrainState, checkpoint_content, restore_state
 from gpt2.world import World
 

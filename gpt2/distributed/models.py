@@ -74,10 +74,11 @@ class _Loss(nn.Module):
 class DataParallelModel(_DistributedModel):
     """All weights in each process. Gradients become those of the global batch during the last backward pass."""
 
-    def __init__(self, master: GPT, dtype: torch.dtype, world: World, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, master: GPT, dtype: torch.dtype, world: World, **options: Any) -> None:
+        """options: those of MixedPrecisionModel."""
         self._slots: list[tuple[nn.Module, str, Tensor]] = []
         self._buckets: dict[Tensor, Tensor] = {}
-        super().__init__(master, dtype, gradient_checkpointing=gradient_checkpointing)
+        super().__init__(master, dtype, **options)
         self.processes = world.size
         self._module = DistributedDataParallel(_Loss(master, self._forward), gradient_as_bucket_view=True)
         self._module.register_comm_hook(None, _sum)
@@ -166,8 +167,10 @@ class FullyShardedModel(_DistributedModel):
     gradients are averaged in fp32; whole gradients are never stored.
     """
 
-    def __init__(self, master: GPT, dtype: torch.dtype, world: World, *, gradient_checkpointing: bool = False) -> None:
-        super().__init__(master, torch.float32, gradient_checkpointing=gradient_checkpointing)
+    def __init__(self, master: GPT, dtype: torch.dtype, world: World, **options: Any) -> None:
+        """options: those of MixedPrecisionModel."""
+        super().__init__(master, torch.float32, **options)
+        self.dtype = dtype
         self.processes = world.size
         mesh = init_device_mesh(master.device.type, (world.size,))
         policy = MixedPrecisionPolicy(

@@ -1,76 +1,46 @@
 """Muon in several processes: each orthogonalizes some of the matrices, and sends the results to the others."""
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
-from gpt2.world import World, local_part
+from gpt2.optimizers.muon import Muon, orthogonalize
+from gpt2.world import World
 
 
-class DistributedMuon(torch.optim.Muon):
-    """`torch.optim.Muon`, whose state it has and whose numbers it computes, with the orthogonalization divided.
+class DistributedMuon(Muon):
+    """Muon, whose state it has and whose numbers it computes, with the orthogonalization divided.
 
     Whole matrices (DDP): the process of a matrix broadcasts its update. Sharded ones (FSDP): each process gets all
-    parts of its matrix in an all-to-all exchange, and sends back the parts of its update. Updates are bf16, as in
-    torch's Muon, so this loses nothing. The exchange is that of Dion (https://arxiv.org/abs/2504.05295).
+    parts of its matrix in an all-to-all exchange, and sends back the parts of its update. The exchange is that of Dion
+    (https://arxiv.org/abs/2504.05295), in the dtype of the orthogonalization.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], *, world: World, **options: Any) -> None:
         super().__init__(params, **options)
         self.world = world
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of all matrices."""
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            parts = [self._momentum(p, group).bfloat16() for p in parameters]
-            orthogonalize = partial(
-                _zeropower_via_newtonschulz,
-                ns_coefficients=group["ns_coefficients"],
-                ns_steps=group["ns_steps"],
-                eps=group["eps"],
-            )
-            exchange = self._exchange_parts if parameters and hasattr(parameters[0], "to_local") else self._broadcast
-            updates = exchange(parameters, parts, orthogonalize)
-            for parameter, update in zip(parameters, updates, strict=True):
-                rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], parameter.shape)
-                part = local_part(parameter)
-                part.mul_(1 - group["lr"] * group["weight_decay"])
-                part.add_(update, alpha=-rate)
+    def updates(self, parameters: list[Tensor], parts: list[Tensor]) -> list[Tensor]:
+        """The orthogonalized updates of parameters, of this process's part, given those before orthogonalization."""
+        parts = [part.to(self.dtype) for part in parts]
+        is_sharded = parameters and hasattr(parameters[0], "to_local")
+        return self._exchange_parts(parameters, parts) if is_sharded else self._broadcast(parameters, parts)
 
-    def _momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """The gradient with Nesterov's momentum, of this process's part."""
-        gradient = parameter.grad
-        assert gradient is not None
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        buffer, gradient = local_part(state["momentum_buffer"]), local_part(gradient)
-        buffer.lerp_(gradient, 1 - group["momentum"])
-        return gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-
-    def _broadcast(
-        self, parameters: list[Tensor], matrices: list[Tensor], orthogonalize: Callable[[Tensor], Tensor]
-    ) -> list[Tensor]:
+    def _broadcast(self, parameters: list[Tensor], matrices: list[Tensor]) -> list[Tensor]:
         owners, pending = _owners([p.shape for p in parameters], self.world.size), []
         for index, owner in enumerate(owners):
             if owner == self.world.rank:
-                matrices[index] = orthogonalize(matrices[index]).contiguous()
+                matrices[index] = orthogonalize(matrices[index], self.dtype).contiguous()
             # as bytes: not every backend knows bf16
             pending.append(dist.broadcast(matrices[index].view(torch.uint8), src=owner, async_op=True))
         for work in pending:
             cast(dist.Work, work).wait()
         return matrices
 
-    def _exchange_parts(
-        self, parameters: list[Tensor], parts: list[Tensor], orthogonalize: Callable[[Tensor], Tensor]
-    ) -> list[Tensor]:
+    def _exchange_parts(self, parameters: list[Tensor], parts: list[Tensor]) -> list[Tensor]:
         size, rank = self.world.size, self.world.rank
         order = sorted(range(len(parameters)), key=lambda i: _cost(parameters[i].shape), reverse=True)
         updates = list(parts)
@@ -84,7 +54,7 @@ class DistributedMuon(torch.optim.Muon):
             incoming = outgoing.new_empty(sum(received))
             _all_to_all(incoming, outgoing, received, sent)
             if mine is not None:
-                incoming = orthogonalize(incoming.view(mine.shape)).flatten()
+                incoming = orthogonalize(incoming.view(mine.shape), self.dtype).flatten()
             _all_to_all(outgoing, incoming, sent, received)
             for index, update in zip(turn, torch.split(outgoing, sent[: len(turn)]), strict=True):
                 updates[index] = update.view(parts[index].shape)
@@ -93,7 +63,8 @@ class DistributedMuon(torch.optim.Muon):
 
 def _all_to_all(incoming: Tensor, outgoing: Tensor, received: list[int], sent: list[int]) -> None:
     # as bytes: not every backend knows bf16
-    bytes_received, bytes_sent = [2 * count for count in received], [2 * count for count in sent]
+    size = incoming.element_size()
+    bytes_received, bytes_sent = [size * count for count in received], [size * count for count in sent]
     dist.all_to_all_single(incoming.view(torch.uint8), outgoing.view(torch.uint8), bytes_received, bytes_sent)
 
 

@@ -13,9 +13,9 @@ from gpt2.config import GPTConfig, TrainConfig
 from gpt2.files import write_json
 from gpt2.memory import training_bytes
 from gpt2.model.transformer import GPT
+from gpt2.optimizers.optimizer import Optimizer
 from gpt2.training.checkpoints import CheckpointStore
 from gpt2.training.mixed_precision import MixedPrecisionModel
-from gpt2.training.optimizers import Optimizer
 from gpt2.training.state import TrainState, restore_checkpoint
 from gpt2.world import World
 
@@ -70,24 +70,27 @@ def known_micro_batch(folder: Path, world: World) -> int:
 
 
 def make_model(
-    master: GPT, dtype: torch.dtype, world: World, strategy: Strategy, *, gradient_checkpointing: bool
+    master: GPT, dtype: torch.dtype, world: World, strategy: Strategy, **options: Any
 ) -> MixedPrecisionModel:
-    """The model with its compute copy. To be called before the optimizer is made: FSDP replaces the parameters."""
+    """The model with its compute copy. To be called before the optimizer is made: FSDP replaces the parameters.
+
+    options: those of MixedPrecisionModel.
+    """
     if world.size == 1:
-        return MixedPrecisionModel(master, dtype, gradient_checkpointing=gradient_checkpointing)
+        return MixedPrecisionModel(master, dtype, **options)
     from gpt2.distributed.models import DataParallelModel, FullyShardedModel
 
     kind = FullyShardedModel if strategy == "fsdp" else DataParallelModel
-    return kind(master, dtype, world, gradient_checkpointing=gradient_checkpointing)
+    return kind(master, dtype, world, **options)
 
 
 def make_optimizer(model: MixedPrecisionModel, config: TrainConfig, world: World) -> Optimizer:
     """The optimizer of the master weights."""
     if world.size == 1:
-        return Optimizer(model.master, config)
+        return Optimizer(model.master, config, dtype=model.dtype)
     from gpt2.distributed.muon import DistributedMuon
 
-    return Optimizer(model.master, config, partial(DistributedMuon, world=world))
+    return Optimizer(model.master, config, partial(DistributedMuon, world=world), model.dtype)
 
 
 def make_writer(store: CheckpointStore, optimizer: Optimizer, world: World, device: torch.device) -> Writer:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2.config import GPT2_VOCAB_SIZE
-from gpt2.data.token_files import Tokens
+from gpt2.data.token_files import Tokens, count_tokens
 from gpt2.evaluation.bootstrap import SegmentSums, TextUnits, ratio_interval
 from gpt2.evaluation.contamination import contamination
 from gpt2.evaluation.scores import Predictions, Scores, bits_per_byte, score
@@ -18,7 +18,6 @@ from gpt2.progress import ProgressCallback, no_progress
 
 POSITION_BINS = 24
 CONFIDENCE_BINS = 15
-CHUNK_TOKENS = 1 << 20
 FREQUENCY_BOUNDS = (0, *(10**exponent for exponent in range(1, 13)))
 NORMAL_95 = 1.96
 
@@ -164,16 +163,6 @@ class LossByFrequency:
             )
             for index in np.flatnonzero(tokens)
         ]
-
-
-def count_tokens(tokens: Tokens, *, progress: ProgressCallback = no_progress) -> npt.NDArray[np.int64]:
-    """How often each token of the vocabulary occurs: (V,). Reads the tokens in chunks."""
-    counts = np.zeros(GPT2_VOCAB_SIZE, dtype=np.int64)
-    for first in range(0, len(tokens), CHUNK_TOKENS):
-        chunk = tokens[first : first + CHUNK_TOKENS]
-        counts += np.bincount(chunk, minlength=GPT2_VOCAB_SIZE)
-        progress(len(chunk))
-    return counts
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The training loop and its parts. May import `gpt2.model`, `gpt2.data` and the modules at the top."""
+"""The training loop and its parts. May import `gpt2.model`, `gpt2.data`, `gpt2.optimizers` and those at the top."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from gpt2.errors import DivergedError, FileError, one_line
 from gpt2.files import delete_folder, verify_folder, write_folder
 from gpt2.model.transformer import GPT
-from gpt2.training.optimizers import Optimizer
+from gpt2.optimizers.optimizer import Optimizer
 from gpt2.training.state import TrainState, checkpoint_content
 from gpt2.world import ALONE, World, local_part
 

@@ -4,6 +4,7 @@ GPT-2's head computes 50,257 logits per token, so the logits of a whole batch wo
 far. Here they exist for `CHUNK_TOKENS` tokens at a time, and their gradient overwrites them.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
@@ -16,14 +17,21 @@ ALIGNMENT = 64
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, compiled: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    shared: int = 1,
+    compiled: bool = False,
 ) -> Tensor:
     """Mean cross-entropy in nats of the logits `hidden @ weight.T`, in fp32. Differentiable in hidden and weight.
 
     hidden: (N, C). weight: (V, C). targets: token ids, (N,). label_smoothing: fraction of each target's probability
-    that is spread over all tokens (https://arxiv.org/abs/1512.00567). compiled: whether to compile the kernels.
+    that is spread over all tokens (https://arxiv.org/abs/1512.00567). shared: number of tokens that share the last row
+    of the weight (`gpt2.training.vocabulary`); not with label smoothing. compiled: whether to compile the kernels.
     """
-    arguments = (hidden, weight, targets, label_smoothing, compiled)
+    arguments = (hidden, weight, targets, label_smoothing, shared, compiled)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return cast(Tensor, _LinearCrossEntropy.apply(*arguments))  # type: ignore[no-untyped-call]
     loss, _, _ = _loss_and_gradients(*arguments, with_gradients=False)
@@ -42,11 +50,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> Any:
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad.mul_(scale), weight_grad.mul_(scale), None, None, None
+        return hidden_grad.mul_(scale), weight_grad.mul_(scale), None, None, None, None
 
 
 def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, compiled: bool, *, with_gradients: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    label_smoothing: float,
+    shared: int,
+    compiled: bool,
+    *,
+    with_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss and its gradients with respect to hidden and weight, which are empty if not requested."""
     (N, C), V = hidden.shape, len(weight)
@@ -64,6 +79,9 @@ def _loss_and_gradients(
         h, t = hidden[chunk], targets[chunk]
         rows = torch.arange(len(t), device=t.device)
         logits = torch.mm(h, weight.t(), out=buffer[: len(h)])  # (n, V)
+        if shared > 1:  # the last logit is that of all tokens of the row, and a target is one of them
+            logits[:, -1] += math.log(shared)
+            total += math.log(shared) * (t == V - 1).sum()
         at_target = logits[rows, t].float()
         log_sum = log_sum_exp(logits)  # (n,)
         total += (log_sum - at_target).sum()

@@ -18,6 +18,7 @@ from gpt2.errors import GPT2Error
 from gpt2.model.transformer import GPT
 from gpt2.training.loss import linear_cross_entropy
 from gpt2.training.state import TrainState, Weights, copy_weights
+from gpt2.training.vocabulary import TextVocabulary
 
 MIN_LOSS_SCALE = 2.0**-10
 LOSS_SCALE_GROWTH_INTERVAL = 2000
@@ -31,18 +32,27 @@ class CompileError(GPT2Error):
 class MixedPrecisionModel:
     """A model with fp32 master weights and a compute copy in the dtype of the matrix products.
 
-    master: the model that the optimizer updates. compute: the copy; in fp32 it is the master itself. processes: that
-    train together (`gpt2.distributed`).
+    master: the model that the optimizer updates. compute: the copy; in fp32 it is the master itself. dtype: of the
+    matrix products. processes: that train together (`gpt2.distributed`).
     """
 
     processes = 1
 
-    def __init__(self, master: GPT, dtype: torch.dtype, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        master: GPT,
+        dtype: torch.dtype,
+        *,
+        gradient_checkpointing: bool = False,
+        vocabulary: TextVocabulary | None = None,
+    ) -> None:
         """gradient_checkpointing: recomputes the inside of each block in the backward pass instead of storing it.
 
-        It takes less memory and more time (https://arxiv.org/abs/1604.06174).
+        It takes less memory and more time (https://arxiv.org/abs/1604.06174). vocabulary: the tokens that have a row of
+        the embedding to themselves; None is all.
         """
-        self.master = master
+        self.master, self.dtype = master, dtype
+        self.vocabulary = vocabulary
         self.compute = master if dtype == torch.float32 else master.compute_copy(dtype)
         self.compute.gradient_checkpointing = gradient_checkpointing
         self.compiled = False
@@ -149,15 +159,18 @@ class MixedPrecisionModel:
         return self._loss(inputs, targets, label_smoothing, compiled)
 
     def _loss(self, inputs: Tensor, targets: Tensor, label_smoothing: float, compiled: bool) -> Tensor:
-        embedded = self.compute.embed(inputs)
+        visible = self.compute.visible(inputs)
+        if self.vocabulary is not None:
+            inputs, targets = self.vocabulary.rows(inputs), self.vocabulary.rows(targets)
         blocks = self._blocks if compiled else self.compute.blocks
-        hidden = blocks(embedded, None, self.compute.visible(inputs))  # (B, T, C)
+        hidden = blocks(self.compute.embed(inputs), None, visible)  # (B, T, C)
         weight = self.compute.lm_head.weight
         return linear_cross_entropy(
             hidden.to(weight.dtype).view(-1, hidden.size(-1)),
             weight,
             targets.reshape(-1),
             label_smoothing=label_smoothing,
+            shared=self.vocabulary.shared if self.vocabulary is not None else 1,
             compiled=compiled,
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpt2.errors import FileError
 from gpt2.model.transformer import GPT
-from gpt2.training.optimizers import Optimizer
+from gpt2.optimizers.optimizer import Optimizer
 from gpt2.world import ALONE, World
 
 LogRow = dict[str, float | int | None]

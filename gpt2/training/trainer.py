@@ -9,11 +9,12 @@ from gpt2.data.loader import BatchLoader
 from gpt2.data.sampler import Sampler
 from gpt2.device import peak_memory_bytes
 from gpt2.errors import DivergedError
+from gpt2.optimizers.optimizer import Optimizer
+from gpt2.optimizers.schedule import learning_rate_at
 from gpt2.progress import ProgressCallback
 from gpt2.training.accumulation import GradientAccumulator
 from gpt2.training.checkpoints import ADVICE, CheckpointSaver
 from gpt2.training.mixed_precision import MixedPrecisionModel, back_off_loss_scale, grow_loss_scale
-from gpt2.training.optimizers import Optimizer, learning_rate_at
 from gpt2.training.state import LogRow, ThroughputMeter, TrainState
 from gpt2.world import ALONE, World
 

@@ -123,7 +123,7 @@ def finish(project: Project, command: list[str]) -> str | None:
 PHASES = {
     "import": ("train", "gpt2.training.trainer::1"),
     "data": ("train", "gpt2.data.token_files:open_tokens:2"),
-    "step": ("train", "gpt2.training.optimizers:Optimizer.step:7"),
+    "step": ("train", "gpt2.optimizers.optimizer:Optimizer.step:7"),
     "accumulation": ("train", "gpt2.training.mixed_precision:MixedPrecisionModel.loss:8"),
     "evaluation": ("train", "gpt2.data.sampler:windows:1"),
     "saving": ("train", "gpt2.files:write_folder:3"),

@@ -18,9 +18,9 @@ from gpt2.config import GPTConfig
 from gpt2.data.sampler import Sampler
 from gpt2.errors import GPT2Error
 from gpt2.model.transformer import GPT
+from gpt2.optimizers.optimizer import Optimizer
 from gpt2.training.checkpoints import CheckpointStore
 from gpt2.training.mixed_precision import MixedPrecisionModel
-from gpt2.training.optimizers import Optimizer
 from gpt2.training.state import TrainState, restore_checkpoint
 from gpt2.training.trainer import Trainer
 from gpt2.training.validation import validation_loss

@@ -103,7 +103,7 @@ def test_a_bug_in_one_process_is_told_once(project):
 
 @pytest.mark.slow
 def test_a_full_disk_of_one_process_is_one_line_and_loses_nothing(project, trained):
-    code, output = fault_of_one_process(project, "disk", "gpt2.training.optimizers:Optimizer.step:1")
+    code, output = fault_of_one_process(project, "disk", "gpt2.optimizers.optimizer:Optimizer.step:1")
     assert code == 74, output
     (line,) = errors(output)
     assert re.match(r"error: .*cannot write the checkpoint .*rank 1 on \S+: .*; free disk space", line)

@@ -1,8 +1,10 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from gpt2.data.token_files import open_tokens
 from gpt2.errors import DivergedError, UserError
 from gpt2.hub.export import save_pretrained
 from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel
@@ -26,17 +28,17 @@ def starting_from(params, source):
 
 def test_training_starts_from_hugging_face_weights(params, tiny_model, tmp_path):
     save_pretrained(tiny_model, tmp_path)
-    model = session.initial_model(starting_from(params, str(tmp_path)))
+    model = session.initial_model(starting_from(params, str(tmp_path)), TINY)
     idx = torch.arange(10)[None]
     assert torch.equal(model(idx)[0], tiny_model(idx)[0])
-    assert not torch.equal(session.initial_model(params)(idx)[0], tiny_model(idx)[0])
+    assert not torch.equal(session.initial_model(params, TINY)(idx)[0], tiny_model(idx)[0])
 
 
 def test_weights_of_other_sizes_are_refused_with_the_right_ones(params, tiny_model, tmp_path):
     save_pretrained(tiny_model, tmp_path)
     other = replace(params, model=replace(TINY, n_layer=3, block_size=64))
     with pytest.raises(UserError, match="has other sizes; set in the section model: block_size: 32, n_layer: 2"):
-        session.initial_model(starting_from(other, str(tmp_path)))
+        session.initial_model(starting_from(other, str(tmp_path)), other.model)
 
 
 @pytest.mark.parametrize("mask_documents", [False, True])
@@ -48,6 +50,25 @@ def test_documents_are_masked_if_the_params_say_so(params, tmp_path, monkeypatch
     chosen = replace(params, train=replace(params.train, mask_documents=mask_documents))
     run = session.set_up(Plan(chosen, {}, tmp_path / "checkpoints/a", 2, {}), never_stops, ALONE)
     assert run.model.compute.mask_documents == mask_documents
+
+
+def test_tokens_that_the_text_lacks_share_a_row_until_the_model_is_written(params, tmp_path, monkeypatch, never_stops):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session, "configure_device", lambda *_: None)  # it changes the allocator of this process
+    write_documents(paths.CORPUS.parent, [our_text(20, seed) for seed in range(10)])
+    tokenize(paths.CORPUS.parent)
+    config = replace(params.train, tie_unseen_tokens=True)
+
+    def rows(**changes):
+        chosen = replace(params, train=replace(config, **changes))
+        run = session.set_up(Plan(chosen, {}, tmp_path / "checkpoints/a", 2, {}), never_stops, ALONE)
+        return run.model.config.vocab_size
+
+    num_tokens = len(np.unique(open_tokens(paths.TOKENS, "train")[:]))
+    assert rows() == num_tokens + 1
+    assert rows(tie_unseen_tokens=False) == TINY.vocab_size
+    monkeypatch.setattr(session, "MAX_COUNTED_TOKENS", 10)
+    assert rows() == TINY.vocab_size
 
 
 def test_the_fingerprint_changes_with_each_input(tmp_path):
@@ -66,7 +87,7 @@ def test_the_fingerprint_covers_the_code_that_decides_the_numbers(monkeypatch):
     assert sources >= {
         "gpt2/data/sampler.py",
         "gpt2/model/transformer.py",
-        "gpt2/training/optimizers.py",
+        "gpt2/optimizers/optimizer.py",
         "gpt2/training/trainer.py",
     }
     assert not [source for source in sources if source.startswith(("gpt2/inference", "gpt2/evaluation"))]
@@ -74,11 +95,11 @@ def test_the_fingerprint_covers_the_code_that_decides_the_numbers(monkeypatch):
 
 @pytest.mark.parametrize(("peak_flops", "compiled"), [(1.0, True), (1e30, False)])
 def test_long_runs_are_compiled(params, peak_flops, compiled):
-    assert session.is_compiled(params, "cpu", peak_flops) == compiled
+    assert session.is_compiled(params, TINY, "cpu", peak_flops) == compiled
     assert not session.is_compiled(params, "mps", peak_flops)
     for setting, expected in (("always", True), ("never", False)):
         chosen = replace(params, runtime=replace(params.runtime, compile=setting))
-        assert session.is_compiled(chosen, "cpu", peak_flops) == expected
+        assert session.is_compiled(chosen, TINY, "cpu", peak_flops) == expected
 
 
 def test_a_run_that_diverged_twice_at_one_step_is_refused(tmp_path):

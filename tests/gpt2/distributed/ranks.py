@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from gpt2.data.sampler import Sampler
-from gpt2.data.token_files import open_tokens
+from gpt2.data.token_files import count_tokens, open_tokens
 from gpt2.distributed import parts
 from gpt2.errors import DivergedError, MicroBatchError
 from gpt2.model.transformer import GPT
@@ -20,6 +20,7 @@ from gpt2.training.checkpoints import CheckpointStore
 from gpt2.training.state import TrainState
 from gpt2.training.trainer import Trainer
 from gpt2.training.validation import validation_loss
+from gpt2.training.vocabulary import TextVocabulary
 from gpt2.world import ALONE, World, full_tensor, join, local_part
 from tests.conftest import TINY, TINY_TRAIN
 from tests.gpt2.training.small_run import Recorder
@@ -50,9 +51,14 @@ class Run:
         torch.set_num_threads(1)
         torch.manual_seed(config.seed)
         self.tokens, self.config, self.world = tokens, config, world
-        master = GPT(TINY)
+        vocabulary = None
+        if config.tie_unseen_tokens:
+            vocabulary = TextVocabulary(count_tokens(open_tokens(tokens, "train")))
+        master = GPT(TINY if vocabulary is None else vocabulary.config(TINY))
         master.mask_documents = config.mask_documents
-        self.model = parts.make_model(master, precision, world, strategy, gradient_checkpointing=checkpointing)
+        self.model = parts.make_model(
+            master, precision, world, strategy, gradient_checkpointing=checkpointing, vocabulary=vocabulary
+        )
         self.optimizer = parts.make_optimizer(self.model, config, world)
         self.state = TrainState.initial(precision, config.share(world.size).batch_size)
 
@@ -173,6 +179,8 @@ def parts_of(world, tokens, folder, steps):
             small = recipe(max_steps=6, optimizer="muon", label_smoothing=0.1, mask_documents=True)
             name = f"{strategy} bf16{' checkpointing' if checkpointing else ''}"
             found[name] = Run(tokens, small, world, strategy, precision, checkpointing).go()
+        tied = recipe(max_steps=6, optimizer="muon", tie_unseen_tokens=True)
+        found[f"{strategy} tied"] = Run(tokens, tied, world, strategy).go()
     run = Run(tokens, recipe(optimizer="adamw"), world, "fsdp")
     run.optimizer.initialize_state()
     inputs = torch.zeros(2, 16, dtype=torch.long)

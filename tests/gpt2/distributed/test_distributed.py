@@ -107,6 +107,12 @@ def test_mixed_precision_checkpointing_smoothing_and_masks_work_in_several_proce
     assert of_four[f"{strategy} bf16 checkpointing"] == pytest.approx(of_four[f"{strategy} bf16"], rel=1e-6)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_tokens_that_do_not_occur_share_a_row_in_several_processes(of_four, tokens, strategy):
+    config = ranks.recipe(max_steps=6, optimizer="muon", tie_unseen_tokens=True)
+    assert of_four[f"{strategy} tied"] == pytest.approx(ranks.Run(tokens, config).go(), rel=1e-4)
+
+
 def test_each_of_four_processes_holds_its_part_of_a_sharded_model(of_four):
     assert 0.25 <= of_four["fsdp share"] <= 0.30
 

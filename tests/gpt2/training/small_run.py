@@ -3,13 +3,14 @@
 import torch
 
 from gpt2.data.sampler import Sampler
-from gpt2.data.token_files import open_tokens
+from gpt2.data.token_files import count_tokens, open_tokens
 from gpt2.model.transformer import GPT
+from gpt2.optimizers.optimizer import Optimizer
 from gpt2.training.mixed_precision import MixedPrecisionModel
-from gpt2.training.optimizers import Optimizer
 from gpt2.training.state import TrainState
 from gpt2.training.trainer import Trainer
 from gpt2.training.validation import validation_loss
+from gpt2.training.vocabulary import TextVocabulary
 from tests.conftest import TINY
 
 
@@ -35,15 +36,20 @@ class Recorder:
         return self.stop_after is not None and bool(self.steps) and self.steps[-1] >= self.stop_after
 
 
+def text_vocabulary(tokens):
+    return TextVocabulary(count_tokens(open_tokens(tokens, "train")))
+
+
 class Run:
     """A small training run."""
 
     def __init__(self, tokens, config, precision=torch.float32, **options):
         torch.manual_seed(config.seed)
         self.config, self.tokens = config, tokens
-        self.model = GPT(TINY)
-        self.compute = MixedPrecisionModel(self.model, precision, **options)
-        self.optimizer = Optimizer(self.model, config)
+        vocabulary = text_vocabulary(tokens) if config.tie_unseen_tokens else None
+        self.model = GPT(TINY if vocabulary is None else vocabulary.config(TINY))
+        self.compute = MixedPrecisionModel(self.model, precision, vocabulary=vocabulary, **options)
+        self.optimizer = Optimizer(self.model, config, dtype=precision)
         self.state = TrainState.initial(precision, config.batch_size)
 
     def go(self, callbacks, log_interval=1, **options):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gpt2.errors import DivergedError, FileError
+from gpt2.optimizers.optimizer import Optimizer
 from gpt2.training import checkpoints
 from gpt2.training.checkpoints import CheckpointSaver
-from gpt2.training.optimizers import Optimizer
 from gpt2.training.state import TrainState
 
 

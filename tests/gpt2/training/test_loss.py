@@ -120,7 +120,7 @@ def test_gradients_are_not_computed_if_nothing_needs_them(monkeypatch, with_grad
 
 def test_a_loss_without_gradients_has_no_memory_for_them():
     hidden, weight, targets = (x.detach() for x in example(21))
-    _, *gradients = loss._loss_and_gradients(hidden, weight, targets, 0.0, False, with_gradients=False)
+    _, *gradients = loss._loss_and_gradients(hidden, weight, targets, 0.0, 1, False, with_gradients=False)
     assert [gradient.numel() for gradient in gradients] == [0, 0]
 
 

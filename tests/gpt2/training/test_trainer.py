@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gpt2.errors import DivergedError
+from gpt2.optimizers.schedule import learning_rate_at
 from gpt2.training import mixed_precision
-from gpt2.training.optimizers import learning_rate_at
 from gpt2.training.state import checkpoint_content, restore_checkpoint
 from tests.conftest import TINY, needs_compiler
 from tests.gpt2.training import small_run
@@ -117,10 +117,12 @@ def test_reduced_precision_learns_like_fp32(tokens, train_config, precision, tol
     assert narrow.state.best_val_loss == pytest.approx(wide.state.best_val_loss, abs=tolerance)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "changes", [{"optimizer": "adamw", "label_smoothing": 0.1}, {"optimizer": "muon", "tie_unseen_tokens": True}]
+)
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_kind_of_run_resumes_exactly(tokens, train_config, optimizer, precision):
-    config = train_config(optimizer=optimizer, schedule="wsd", label_smoothing=0.1)
+def test_every_kind_of_run_resumes_exactly(tokens, train_config, changes, precision):
+    config = train_config(schedule="wsd", **changes)
     whole, parts = Run(tokens, config, precision), Run(tokens, config, precision)
     whole.go(Recorder())
     assert not parts.go(Recorder(stop_after=3))

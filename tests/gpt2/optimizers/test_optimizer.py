@@ -3,7 +3,8 @@ import copy
 import pytest
 import torch
 
-from gpt2.training.optimizers import Optimizer, learning_rate_at, parameter_groups
+from gpt2.optimizers.optimizer import Optimizer, parameter_groups
+from gpt2.optimizers.schedule import learning_rate_at
 
 
 def test_learning_rate_at_its_corners(train_config):

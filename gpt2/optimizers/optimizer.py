@@ -1,6 +1,5 @@
-"""AdamW, Muon, and the learning rate schedule."""
+"""The optimizer of a run: AdamW, or Muon with AdamW."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -8,26 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.config import TrainConfig
-
-MUON_MOMENTUM = 0.95
-
-
-def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """The learning rate of a step, counted from 0.
-
-    Linear warm-up to `learning_rate` at step warmup_steps, then decay to `min_learning_rate` at the last step: along
-    half a cosine (https://arxiv.org/abs/1608.03983), linearly, or, with "wsd", linearly over the last decay_fraction
-    of the steps (https://arxiv.org/abs/2404.06395).
-    """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
-    last_step, decay_start = config.max_steps - 1, config.warmup_steps
-    if config.schedule == "wsd":
-        decay_start = max(decay_start, last_step - round(config.decay_fraction * config.max_steps))
-    decay_steps = last_step - decay_start
-    progress = min(1.0, max(0, step - decay_start) / decay_steps) if decay_steps else 0.0
-    remaining = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
-    return config.min_learning_rate + remaining * (config.learning_rate - config.min_learning_rate)
+from gpt2.optimizers.muon import Muon
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -47,14 +27,17 @@ def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
 class Optimizer:
     """AdamW (https://arxiv.org/abs/1711.05101), or Muon (https://kellerjordan.github.io/posts/muon/) with AdamW.
 
-    Muon orthogonalizes the update of a matrix. It has its own learning rate, scaled by sqrt(max(1, rows / columns)),
-    and the same weight decay.
+    Muon has its own learning rate, and the same weight decay.
     """
 
     def __init__(
-        self, model: nn.Module, config: TrainConfig, muon_type: Callable[..., torch.optim.Optimizer] = torch.optim.Muon
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        muon_type: Callable[..., torch.optim.Optimizer] = Muon,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """muon_type: torch's Muon, or one that computes the same in several processes."""
+        """muon_type: Muon, or one that computes the same in several processes. dtype: of the matrix products."""
         self.config = config
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         muon: list[nn.Parameter] = []
@@ -74,7 +57,8 @@ class Optimizer:
                 muon,
                 lr=config.muon_learning_rate,
                 weight_decay=config.weight_decay,
-                momentum=MUON_MOMENTUM,
+                # float16 has too small a range
+                dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
             )
 
     def tensors(self) -> Iterator[Tensor]:

@@ -1,0 +1,47 @@
+"""Training with the tokens that a text has, instead of all 50,257.
+
+Tokens that never occur in the training text differ only by their random initialization: as inputs they get no gradient,
+and as outputs that of their probability. Here they share one row of the embedding, so the head computes one logit for
+all of them. It counts as often as there are such tokens: the loss is exactly that of the whole model with equal rows.
+On a text of 1 MB the head is a quarter as large; it is most of the work of a small model.
+
+Names of sizes, besides those of `gpt2.model.transformer`:  K tokens that occur. The shared row is row K.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gpt2.config import GPTConfig
+
+EMBEDDINGS = ("transformer.wte.weight", "lm_head.weight")
+
+
+class TextVocabulary:
+    """The tokens of a training text. tokens: their ids, ascending, (K,). shared: number of the others."""
+
+    def __init__(self, counts: npt.NDArray[np.int64]) -> None:
+        """counts: how often each token occurs, (V,), from `gpt2.data.token_files.count_tokens`."""
+        occurs = counts > 0
+        self.tokens = torch.from_numpy(np.flatnonzero(occurs))
+        self.shared = len(counts) - len(self.tokens)
+        rows = np.where(occurs, np.cumsum(occurs) - 1, len(self.tokens))
+        self._rows = torch.from_numpy(rows)  # (V,)
+
+    def config(self, config: GPTConfig) -> GPTConfig:
+        """The sizes of the model to train, with K + 1 rows of embeddings."""
+        return replace(config, vocab_size=len(self.tokens) + 1)
+
+    def rows(self, idx: Tensor) -> Tensor:
+        """The rows of token ids idx, of any shape."""
+        if self._rows.device != idx.device:
+            self._rows = self._rows.to(idx.device)
+        return self._rows[idx]
+
+    def whole(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """dict[str, Tensor] with a row for each of the V tokens, from those of the trained model."""
+        rows = self._rows.cpu()
+        return {name: weight[rows] if name in EMBEDDINGS else weight for name, weight in weights.items()}
