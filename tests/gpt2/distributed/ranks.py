@@ -51,7 +51,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.tokens, self.config, self.world = tokens, config, world
         master = GPT(TINY)
-        master.mask_documents = config.mask_documents
+        master.mask_documents, master.dropout = config.mask_documents, config.dropout
         self.model = parts.make_model(master, precision, world, strategy, gradient_checkpointing=checkpointing)
         self.optimizer = parts.make_optimizer(self.model, config, world)
         self.state = TrainState.initial(precision, config.share(world.size).batch_size)

@@ -42,11 +42,12 @@ class Run:
         torch.manual_seed(config.seed)
         self.config, self.tokens = config, tokens
         self.model = GPT(TINY)
+        self.model.dropout = config.dropout
         self.compute = MixedPrecisionModel(self.model, precision, **options)
         self.optimizer = Optimizer(self.model, config)
         self.state = TrainState.initial(precision, config.batch_size)
 
-    def go(self, callbacks, log_interval=1, **options):
+    def go(self, callbacks, log_interval=1, validate=None, **options):
         config = self.config
         sampler = Sampler(open_tokens(self.tokens, "train"), config)
         validation = open_tokens(self.tokens, "val")[:200]
@@ -54,8 +55,11 @@ class Run:
             self.compute,
             self.optimizer,
             sampler,
-            lambda batch_size, progress: validation_loss(
-                self.compute, validation, sequence_length=16, batch_size=batch_size, progress=progress
+            validate
+            or (
+                lambda batch_size, progress: validation_loss(
+                    self.compute, validation, sequence_length=16, batch_size=batch_size, progress=progress
+                )
             ),
             config,
             self.state,
