@@ -20,8 +20,8 @@ from gpt2.training.checkpoints import CheckpointStore
 from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel
 from gpt2.training.optimizers import Optimizer
 from gpt2.training.state import TrainState, environment
-from gpt2.training.trainer import Callbacks, Trainer
-from gpt2.training.validation import validation_loss
+from gpt2.training.trainer import Trainer
+from gpt2.training.validation import sample_loss, validation_loss
 from gpt2.world import World
 from stages import paths, preflight, tracking
 from stages.callbacks import SilentCallbacks, StageCallbacks, metrics_of
@@ -31,6 +31,8 @@ from stages.process import StopSignal, echo, warn
 
 MIN_SECONDS_TO_COMPILE = 10.0
 """Compiling pays off for runs whose matrix products take longer than this at the machine's peak."""
+SAMPLE_SHARE = 0.05
+"""Of the tokens that a run trains on: so many of the training text are scored at its end, in under 2 % of its time."""
 
 
 @dataclass
@@ -72,7 +74,7 @@ def set_up(plan: Plan, stop: StopSignal, world: World) -> TrainingRun:
     checkpoint = store.load_newest(warn)
     check_stop(stop, world)
     master = (initial_model(plan.params) if checkpoint is None else GPT(plan.params.model)).to(device)
-    master.mask_documents = config.mask_documents
+    master.mask_documents, master.dropout = config.mask_documents, config.dropout
     if checkpoint is None:
         precision = world.from_first(world.rank == 0 and choose_precision(device, runtime.precision))
         state = TrainState.initial(precision, plan.micro_batch_size)
@@ -145,7 +147,7 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
     """Trains to the last step. Raises Interrupted, after saving a checkpoint, if a signal arrives."""
     params, state, store, world = run.plan.params, run.state, run.store, run.world
     config, folder = params.train, run.plan.folder
-    if state.step == config.max_steps:
+    if state.is_complete(config):
         echo(f"this run is complete in {folder}, using its results; delete that folder to train again")
     else:
         begin = f"resuming from step {state.step} of {config.max_steps} in {folder}, " if run.resumed else ""
@@ -169,7 +171,18 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
             world=world,
         )
 
-    callbacks: Callbacks
+    def score_training_text(batch_size: int, progress: ProgressCallback) -> float:
+        return sample_loss(
+            run.model,
+            run.train_tokens,
+            min(len(run.val_tokens), round(SAMPLE_SHARE * state.step * config.tokens_per_step)),
+            sequence_length=config.sequence_length,
+            batch_size=batch_size,
+            progress=progress,
+            world=world,
+        )
+
+    callbacks: StageCallbacks | SilentCallbacks
     if world.rank == 0:
         callbacks = StageCallbacks(store, tracker, stop, state, config.max_steps, run.writer)
     else:
@@ -186,9 +199,12 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
         checkpoint_interval=params.runtime.checkpoint_interval,
         peak_flops=run.peak_flops,
         world=world,
+        score_training_text=score_training_text,
     )
     try:
         is_complete = trainer.train()
+        if is_complete and state.step < config.max_steps:
+            callbacks.stopped_early(state)
     except DivergedError as error:
         steps = store.steps()
         last_good = f"The last good checkpoint is {store.path(steps[-1])}" if steps else "There is no checkpoint yet"
