@@ -112,7 +112,7 @@ def resumption(world, tokens, folder, steps):
     """Whether a run that stops and resumes has the bits of one that does not, and what its checkpoints are."""
     found = {}
     for strategy in ("ddp", "fsdp"):
-        config = recipe(optimizer="muon", max_steps=8, eval_interval=3)
+        config = recipe(optimizer="muon", max_steps=8, eval_interval=3, dropout=0.2)
         whole = Run(tokens, config, world, strategy)
         whole.go()
         store = CheckpointStore(folder / strategy, world)
@@ -182,6 +182,7 @@ def parts_of(world, tokens, folder, steps):
     found["fsdp share"] = held / (4 * 4 * TINY.num_parameters())
     found["non-finite"] = non_finite(world, tokens)
     found["out of memory"] = out_of_memory(world, tokens)
+    found["early stop"] = early_stop(world, tokens)
     return found
 
 
@@ -201,6 +202,14 @@ def non_finite(world, tokens):
     except DivergedError as error:
         return world.gather(error.good_steps)
     return None
+
+
+def early_stop(world, tokens):
+    """A validation loss that rises from the second evaluation on: the step at which each process ends."""
+    run = Run(tokens, recipe(eval_interval=2, patience=2), world, "ddp")
+    run.validate = lambda *_: 5.0 + abs(run.state.step - 4)
+    run.go()
+    return world.gather(run.state.step)
 
 
 def out_of_memory(world, tokens):
