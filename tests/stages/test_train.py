@@ -5,10 +5,12 @@ import torch
 
 from gpt2.errors import DivergedError, UserError
 from gpt2.hub.export import save_pretrained
+from gpt2.training.checkpoints import CheckpointStore
 from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel
 from gpt2.training.state import TrainState, environment
 from gpt2.world import ALONE
 from stages import paths, session, train
+from stages.callbacks import StageCallbacks
 from stages.params import load_params
 from stages.preflight import Plan
 from tests.conftest import ROOT, TINY, TINY_TRAIN, our_text, tokenize, write_documents
@@ -113,3 +115,15 @@ def test_training_continues_without_a_compiler(tiny_model, monkeypatch, capsys):
     state = TrainState.initial(torch.float32, 2)
     assert not session.compile_model(MixedPrecisionModel(tiny_model, torch.float32), state, 16)
     assert "training continues without it, slower: no working C++ compiler" in capsys.readouterr().err
+
+
+def test_early_stopping_is_one_line(tmp_path, never_stops, capsys):
+    state = TrainState.initial(torch.float32, 2)
+    state.step, state.best_step = 300, 200
+    callbacks = StageCallbacks(CheckpointStore(tmp_path), None, never_stops, state, 500)
+    callbacks.stopped_early(state)
+    callbacks.close()
+    printed = capsys.readouterr().out
+    assert printed == (
+        "stopped early, after step 300 of 500: the validation loss has not improved since step 200 (train.patience)\n"
+    )
