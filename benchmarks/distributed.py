@@ -119,6 +119,7 @@ def settings(contender: dict[str, Any]) -> Any:
             "weight_decay": 0.1,
             "beta1": 0.9,
             "beta2": 0.95,
+            "dropout": 0.0,
         }  # type: ignore[arg-type]
     )
 

@@ -227,6 +227,7 @@ def our_step(contender: dict[str, Any], config: Any, precision: Any, device: Any
         "weight_decay": 0.1,
         "beta1": 0.9,
         "beta2": 0.95,
+        "dropout": 0.0,
     }
     model = GPT(config).to(device)
     optimizer = Optimizer(model, TrainConfig(**settings), dtype=precision)  # type: ignore[arg-type]

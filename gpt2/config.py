@@ -170,8 +170,10 @@ class TrainConfig:
     schedule: after warmup_steps, learning_rate decays to min_learning_rate at max_steps: along a cosine, linearly, or
     ("wsd": warm-up, stable, decay) linearly over the last decay_fraction of the steps. muon_learning_rate follows the
     same schedule. label_smoothing: fraction of each target's probability that is spread over all tokens.
-    mask_documents: whether attention stops at the borders of documents. tie_unseen_tokens: whether tokens that do not
-    occur in the training text share one embedding, in a run from scratch. eval_interval: in steps.
+    dropout: probability, at GPT-2's three places (`gpt2.model.transformer.GPT`). mask_documents: whether attention
+    stops at the borders of documents. tie_unseen_tokens: whether tokens that do not occur in the training text share
+    one embedding, in a run from scratch. eval_interval: in steps.
+    patience: early stopping: the run ends after so many evaluations in a row without a better validation loss.
     """
 
     init_from: Annotated[str, MinLen(1)]
@@ -192,9 +194,11 @@ class TrainConfig:
     beta2: Annotated[float, Ge(0), Lt(1)]
     max_grad_norm: Annotated[float, Gt(0)]
     label_smoothing: Annotated[float, Ge(0), Lt(1)]
+    dropout: Annotated[float, Ge(0), Lt(1)]
     mask_documents: bool
     tie_unseen_tokens: bool
     eval_interval: PositiveInt
+    patience: PositiveInt | None
 
     RULES: ClassVar = (
         Rule(

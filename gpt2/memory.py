@@ -20,18 +20,24 @@ def training_bytes(
     reduced_precision: bool,
     gradient_checkpointing: bool = False,
     on_cpu: bool = True,
+    dropout: bool = False,
 ) -> int:
     """Estimated peak memory of training with AdamW on micro-batches of this size.
 
     reduced_precision: matrix products in bf16 or fp16. Per parameter: weight, gradient and two moments in fp32, and the
     compute copy. Per token and layer: the residual stream twice in fp32; two normalised inputs, queries, keys and
     values, the attention output, and the MLP's hidden layer before and after GELU: 14 widths in the compute dtype.
+    dropout: on a CPU, plain attention stores its probabilities in fp32, and what is kept of them.
     """
     C, V, tokens = config.n_embd, config.vocab_size, batch_size * sequence_length
     number = 2 if reduced_precision else 4
     weights = config.num_parameters() * (16 + (2 if reduced_precision else 0))
     per_block = tokens * (8 * C + 14 * number * C)
-    if on_cpu and reduced_precision and sequence_length <= 256:  # plain attention stores its probabilities
+    if dropout:
+        per_block += tokens * 2 * C * (number if on_cpu else 1)
+    if on_cpu and dropout:
+        per_block += tokens * config.n_head * sequence_length * (4 + 2 * number)
+    elif on_cpu and reduced_precision and sequence_length <= 256:  # plain attention stores its probabilities
         per_block += tokens * config.n_head * sequence_length * number
     activations = config.n_layer * per_block
     if gradient_checkpointing:
@@ -49,6 +55,7 @@ def largest_batch(
     on_cpu: bool,
     reduced_precision: bool = True,
     sequence_length: int | None = None,
+    dropout: bool = False,
 ) -> int:
     """The largest micro-batch that fits, in sequences of sequence_length (default: block_size); 0 if none fits."""
     length = sequence_length or config.block_size
@@ -61,6 +68,7 @@ def largest_batch(
             reduced_precision=reduced_precision,
             gradient_checkpointing=gradient_checkpointing,
             on_cpu=on_cpu,
+            dropout=dropout,
         )
         return needed <= memory_bytes
 

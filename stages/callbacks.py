@@ -95,6 +95,14 @@ class StageCallbacks:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
+    def stopped_early(self, state: "TrainState") -> None:
+        """Ends the progress bar at this step, and says why."""
+        self.bar.total = state.step
+        self._print(
+            f"stopped early, after step {state.step} of {self.max_steps}: the validation loss has not improved since "
+            f"step {state.best_step} (train.patience)"
+        )
+
     def save(self, step: int, content: dict[str, Any], last: bool) -> None:
         """Saves a checkpoint."""
         self.writer.save(step, {**content, "run_id": self.run.run_id}, last=last)
@@ -125,6 +133,9 @@ class SilentCallbacks:
 
     def progress(self, state: "TrainState", loss: float, tokens_per_s: float) -> None:
         """Rank 0 shows it."""
+
+    def stopped_early(self, state: "TrainState") -> None:
+        """Rank 0 says it."""
 
     def save(self, step: int, content: dict[str, Any], last: bool) -> None:
         """Saves this process's part of a checkpoint."""

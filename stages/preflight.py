@@ -66,6 +66,7 @@ def micro_batch_that_fits(params: Params, local_processes: int = 1, processes: i
             on_cpu=True,
             reduced_precision=reduced_precision,
             sequence_length=params.train.sequence_length,
+            dropout=params.train.dropout > 0,
         )
         if fitting := share.micro_batch_size(limit):
             return fitting
@@ -75,6 +76,7 @@ def micro_batch_that_fits(params: Params, local_processes: int = 1, processes: i
         params.train.sequence_length,
         reduced_precision=reduced_precision,
         gradient_checkpointing=checkpointing,
+        dropout=params.train.dropout > 0,
     )
     raise UserError(
         f"training takes about {_gb(needed)} even with a micro-batch of one sequence, and this machine has "

@@ -1,9 +1,11 @@
 """Plots and tables in reports/."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -21,7 +23,7 @@ HISTORY_COLUMNS = [
     "tokens",
     "elapsed_s",
 ]
-TRAIN_COLOR, VAL_COLOR = "#9db4d6", "#c2410c"
+TRAIN_COLOR, VAL_COLOR, SAMPLE_COLOR = "#9db4d6", "#c2410c", "#1e3a8a"
 DOTS_PER_INCH = 110
 
 
@@ -41,8 +43,19 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
     write_text(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 
 
-def draw_loss(history: pd.DataFrame, path: Path) -> None:
-    """Plots training and validation loss by step, and marks the lowest validation loss."""
+def draw_loss(
+    history: pd.DataFrame,
+    path: Path,
+    metrics: Mapping[str, Any],
+    *,
+    epoch_steps: float,
+    warning: str | None = None,
+) -> None:
+    """Plots training and validation loss by step and by epoch, and marks the lowest validation loss.
+
+    metrics: the final ones; of them, the loss on a sample of the training text is marked. epoch_steps: in which the
+    text is read once; later steps are shaded. warning: printed below.
+    """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(history["step"], history["train_loss"], color=TRAIN_COLOR, linewidth=1.2, label="training batch")
@@ -66,7 +79,22 @@ def draw_loss(history: pd.DataFrame, path: Path) -> None:
             color=VAL_COLOR,
             fontweight="bold",
         )
-    axes.set(xlabel="step", ylabel="loss, nats per token", title="Loss")
+        axes.axvline(best["step"], color=VAL_COLOR, linewidth=0.8, linestyle=":")
+    last_step = history["step"].max()
+    if metrics.get("train_sample_loss") is not None:
+        axes.plot(
+            last_step, metrics["train_sample_loss"], "D", color=SAMPLE_COLOR, label="training text, as held-out text"
+        )
+    if last_step > epoch_steps:
+        axes.axvspan(epoch_steps, last_step, color="#64748b", alpha=0.07, linewidth=0, label="text read before")
+    epochs = axes.secondary_xaxis(
+        "top",
+        functions=(lambda step: np.divide(step, epoch_steps), lambda epoch: np.multiply(epoch, epoch_steps)),
+    )
+    epochs.set_xlabel("epochs")
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    if warning is not None:
+        figure.supxlabel(textwrap.fill(warning, 110), fontsize=9, color=VAL_COLOR)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     save_figure(figure, path)

@@ -14,12 +14,14 @@ from gpt2.files import sha256_of, write_json
 from gpt2.model.storage import CONFIG_FILE, MODEL_FILE, save_weights
 from gpt2.training.state import Weights
 from gpt2.world import World, full_tensor
-from stages import paths, reports, tracking
+from stages import overfitting, paths, reports, tracking
 from stages.environment import ENVIRONMENT_FILE, continued, machine, read_sessions
-from stages.process import echo
+from stages.process import echo, warn
 from stages.session import TrainingRun
 
 LAST_FILE = "last.safetensors"
+FINAL_METRICS = {"train/sample_loss": "train_sample_loss", "val/generalization_gap": "generalization_gap"}
+"""Metric names in MLflow, and their keys in reports/train/metrics.json."""
 
 
 def write_results(run: TrainingRun, tracker: tracking.Run) -> None:
@@ -40,14 +42,25 @@ def write_results(run: TrainingRun, tracker: tracking.Run) -> None:
 
     folder = paths.TRAIN_REPORT
     history = reports.write_history(state.history, folder)
-    write_json(folder / "metrics.json", final_metrics(run))
+    metrics = final_metrics(run)
+    warning = overfitting.warning(metrics) if metrics["overfits"] else None
+    write_json(folder / "metrics.json", metrics)
     write_json(folder / ENVIRONMENT_FILE, final_environments(run, tracker.ids()))
-    reports.draw_loss(history, folder / "loss.png")
+    reports.draw_loss(history, folder / "loss.png", metrics, epoch_steps=epoch_steps(run), warning=warning)
     reports.draw_schedule(history, folder / "schedule.png")
-    tracker.tags({"model.sha256": sha256_of(paths.MODELS / MODEL_FILE)})
+    tracker.metrics(state.step, {name: metrics[key] for name, key in FINAL_METRICS.items()})
+    tracker.tags(
+        {
+            "model.sha256": sha256_of(paths.MODELS / MODEL_FILE),
+            "stopped_early": str(metrics["stopped_early"]),
+            "overfits": str(metrics["overfits"]),
+        }
+    )
     tracker.files(sorted(folder.iterdir()), "reports/train")
     tracker.files([paths.MODELS / CONFIG_FILE], "model")
     run.store.prune(keep=1)
+    if warning is not None:
+        warn(warning)
     echo(
         f"{paths.MODELS / MODEL_FILE}: validation loss {state.best_val_loss:.4f} at step {state.best_step}, "
         f"trained in {state.elapsed_s:.0f} s"
@@ -65,16 +78,25 @@ def whole_weights(weights: Mapping[str, Tensor], world: World) -> Weights:
 
 
 def final_metrics(run: TrainingRun) -> dict[str, Any]:
-    """The content of reports/train/metrics.json."""
+    """The content of reports/train/metrics.json.
+
+    train_sample_loss: on a sample of the training text. generalization_gap: how far the validation loss is over it.
+    Both are of the weights after the last step, without dropout. epochs: tokens seen by tokens of the text.
+    """
     state = run.state
     last = state.history[-1]
-    return {
+    sample, val_loss = state.train_sample_loss, last["val_loss"]
+    metrics = {
         "best_val_loss": state.best_val_loss if state.best_step else None,
         "best_step": state.best_step,
         "last_val_loss": last["val_loss"],
         "last_train_loss": last["train_loss"],
+        "train_sample_loss": sample,
+        "generalization_gap": val_loss - sample if val_loss is not None and sample is not None else None,
         "steps": state.step,
+        "stopped_early": state.step < run.plan.params.train.max_steps,
         "tokens": last["tokens"],
+        "epochs": round(state.step / epoch_steps(run), 3),
         "parameters": run.plan.params.model.num_parameters(),
         "tokens_per_s": round(float(last["tokens"] or 0) / state.elapsed_s),
         "elapsed_s": round(state.elapsed_s, 1),
@@ -86,11 +108,17 @@ def final_metrics(run: TrainingRun) -> dict[str, Any]:
         "precision": state.precision,
         "compiled": state.compiled,
     }
+    return {**metrics, "overfits": overfitting.overfits(metrics, len(run.val_tokens))}
+
+
+def epoch_steps(run: TrainingRun) -> float:
+    """Steps in which the training text is read once."""
+    return len(run.train_tokens) / run.plan.params.train.tokens_per_step
 
 
 def remember_environment(run: TrainingRun) -> None:
     """Notes beside the checkpoints where this session trains: a later session may only take its results from there."""
-    if run.world.rank or run.state.step == run.plan.params.train.max_steps:
+    if run.world.rank or run.state.is_complete(run.plan.params.train):
         return
     path = run.plan.folder / ENVIRONMENT_FILE
     write_json(path, continued(_earlier_sessions(run) if run.resumed else [], session_environment(run)))

@@ -6,12 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from gpt2.config import GPTConfig
 from gpt2.data.sampler import Sampler
-from gpt2.data.token_files import TokenFiles, count_tokens, open_tokens
+from gpt2.data.token_files import TokenFiles, open_tokens
 from gpt2.device import choose_device, choose_precision, configure_device, peak_flops
 from gpt2.distributed import parts
 from gpt2.errors import DivergedError, Interrupted, MicroBatchError, UserError
@@ -22,9 +21,9 @@ from gpt2.progress import ProgressCallback
 from gpt2.training.checkpoints import CheckpointStore
 from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel
 from gpt2.training.state import TrainState, environment
-from gpt2.training.trainer import Callbacks, Trainer
-from gpt2.training.validation import validation_loss
-from gpt2.training.vocabulary import TextVocabulary
+from gpt2.training.trainer import Trainer
+from gpt2.training.validation import sample_loss, validation_loss
+from gpt2.training.vocabulary import text_vocabulary
 from gpt2.world import World
 from stages import paths, preflight, tracking
 from stages.callbacks import SilentCallbacks, StageCallbacks, metrics_of
@@ -32,10 +31,10 @@ from stages.params import Params
 from stages.preflight import Plan
 from stages.process import StopSignal, echo, warn
 
-MAX_COUNTED_TOKENS = 100_000_000
-"""A longer text has nearly all tokens of the vocabulary."""
 MIN_SECONDS_TO_COMPILE = 10.0
 """Compiling pays off for runs whose matrix products take longer than this at the machine's peak."""
+SAMPLE_SHARE = 0.05
+"""Of the tokens that a run trains on: so many of the training text are scored at its end, in under 2 % of its time."""
 
 
 @dataclass
@@ -76,10 +75,10 @@ def set_up(plan: Plan, stop: StopSignal, world: World) -> TrainingRun:
     store = CheckpointStore(plan.folder, world)
     checkpoint = store.load_newest(warn)
     check_stop(stop, world)
-    vocabulary = text_vocabulary(plan.params, train_tokens)
+    vocabulary = text_vocabulary(train_tokens, config, plan.params.model.vocab_size)
     sizes = plan.params.model if vocabulary is None else vocabulary.config(plan.params.model)
     master = (initial_model(plan.params, sizes) if checkpoint is None else GPT(sizes)).to(device)
-    master.mask_documents = config.mask_documents
+    master.mask_documents, master.dropout = config.mask_documents, config.dropout
     if checkpoint is None:
         precision = world.from_first(world.rank == 0 and choose_precision(device, runtime.precision))
         state = TrainState.initial(precision, plan.micro_batch_size)
@@ -159,7 +158,7 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
     """Trains to the last step. Raises Interrupted, after saving a checkpoint, if a signal arrives."""
     params, state, store, world = run.plan.params, run.state, run.store, run.world
     config, folder = params.train, run.plan.folder
-    if state.step == config.max_steps:
+    if state.is_complete(config):
         echo(f"this run is complete in {folder}, using its results; delete that folder to train again")
     else:
         begin = f"resuming from step {state.step} of {config.max_steps} in {folder}, " if run.resumed else ""
@@ -185,7 +184,18 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
             world=world,
         )
 
-    callbacks: Callbacks
+    def score_training_text(batch_size: int, progress: ProgressCallback) -> float:
+        return sample_loss(
+            run.model,
+            run.train_tokens,
+            min(len(run.val_tokens), round(SAMPLE_SHARE * state.step * config.tokens_per_step)),
+            sequence_length=config.sequence_length,
+            batch_size=batch_size,
+            progress=progress,
+            world=world,
+        )
+
+    callbacks: StageCallbacks | SilentCallbacks
     if world.rank == 0:
         callbacks = StageCallbacks(store, tracker, stop, state, config.max_steps, run.writer)
     else:
@@ -202,9 +212,12 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
         checkpoint_interval=params.runtime.checkpoint_interval,
         peak_flops=run.peak_flops,
         world=world,
+        score_training_text=score_training_text,
     )
     try:
         is_complete = trainer.train()
+        if is_complete and state.step < config.max_steps:
+            callbacks.stopped_early(state)
     except DivergedError as error:
         steps = store.steps()
         last_good = f"The last good checkpoint is {store.path(steps[-1])}" if steps else "There is no checkpoint yet"
@@ -235,16 +248,6 @@ def initial_model(params: Params, sizes: GPTConfig) -> GPT:
     if differing:
         raise UserError(f"train.init_from {source!r} has other sizes; set in the section model: {', '.join(differing)}")
     return pretrained
-
-
-def text_vocabulary(params: Params, tokens: TokenFiles) -> TextVocabulary | None:
-    """The tokens that occur in the training text; None if all have an embedding to themselves."""
-    config = params.train
-    if not config.tie_unseen_tokens or config.init_from != "scratch" or len(tokens) > MAX_COUNTED_TOKENS:
-        return None
-    counts = count_tokens(tokens)
-    vocabulary = TextVocabulary(np.pad(counts, (0, params.model.vocab_size - len(counts))))
-    return vocabulary if vocabulary.shared else None
 
 
 def warn_if_not_bitwise_reproducible(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

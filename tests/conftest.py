@@ -45,9 +45,11 @@ TINY_TRAIN = TrainConfig(
     beta2=0.95,
     max_grad_norm=1.0,
     label_smoothing=0.0,
+    dropout=0.0,
     mask_documents=False,
     tie_unseen_tokens=False,
     eval_interval=3,
+    patience=None,
 )
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 SUBJECTS = [

@@ -13,6 +13,7 @@ from gpt2.errors import UserError
 
 CHUNK_TOKENS = 1 << 20
 GROUP_CHUNKS = 16
+Windows = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,7 @@ class Sampler:
         return Group(place, order.permutation(np.concatenate(starts)), tokens)
 
 
-def windows(
-    tokens: Tokens, sequence_length: int, batch_size: int
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+def windows(tokens: Tokens, sequence_length: int, batch_size: int) -> Iterator[Windows]:
     """Inputs and targets, each (up to batch_size, sequence_length). Every token but the first is a target once.
 
     The last window may be shorter; it is then a batch of its own.
@@ -159,3 +158,16 @@ def windows(
     if full < num_targets:
         rest = tokens[full:].astype(np.int64)
         yield rest[None, :-1], rest[None, 1:]
+
+
+def spread_windows(tokens: Tokens, sequence_length: int, batch_size: int, count: int) -> Iterator[Windows]:
+    """Inputs and targets, each (up to batch_size, sequence_length), of `count` windows spread evenly over the tokens.
+
+    Fewer where so many would overlap.
+    """
+    last = len(tokens) - 1 - sequence_length
+    starts = np.linspace(0, last, min(count, (len(tokens) - 1) // sequence_length), dtype=np.int64).tolist()
+    for first in range(0, len(starts), batch_size):
+        batch = [tokens[start : start + sequence_length + 1] for start in starts[first : first + batch_size]]
+        pair = np.stack(batch).astype(np.int64)
+        yield pair[:, :-1], pair[:, 1:]

@@ -57,23 +57,29 @@ def within_documents(idx: Tensor) -> Tensor:
     return (document[:, None, :, None] == document[:, None, None, :]).tril()
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+def drop(x: Tensor, probability: float) -> Tensor:
+    """Dropout (https://jmlr.org/papers/v15/srivastava14a.html); nothing is computed for a probability of 0."""
+    return F.dropout(x, probability) if probability else x
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """Attention of each token to itself and to earlier tokens; all (B, n_head, T, head_size).
 
-    visible: which of these, from `within_documents`; None is all. Uses PyTorch's kernel, except to train in bf16 on
-    short sequences on a CPU: the backward pass of that kernel then takes several times as long as plain matrix products
+    visible: which of these, from `within_documents`; None is all. dropout: of the attention probabilities. Uses
+    PyTorch's kernel, except for dropout outside CUDA, which its kernels do not have, and to train in bf16 on short
+    sequences on a CPU: the backward pass of that kernel then takes several times as long as plain matrix products
     (benchmarks/train.py).
     """
     T, head_size = q.shape[2:]
     is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT_SEQUENCE and q.requires_grad
-    if not is_slow:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
+    if not is_slow and (not dropout or q.device.type == "cuda"):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=visible is None)
     if visible is None:
         bias = torch.full((T, T), -torch.inf, device=q.device).triu(1)
     else:
         bias = torch.zeros(visible.shape, device=q.device).masked_fill(~visible, -torch.inf)
     scores = (q * head_size**-0.5) @ k.transpose(2, 3)  # (B, n_head, T, T)
-    return cast(Tensor, (scores.float() + bias).softmax(3).to(v.dtype) @ v)
+    return drop((scores.float() + bias).softmax(3).to(v.dtype), dropout) @ v
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -94,13 +100,15 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, visible: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, visible: Tensor | None = None, dropout: float = 0.0
+    ) -> Tensor:
         """(B, T, C) to (B, T, C)."""
         B, T, C = x.size()
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if cache is None:
             q, k, v = qkv.unbind(0)  # (B, n_head, T, head_size)
-            y = causal_attention(q, k, v, visible)
+            y = causal_attention(q, k, v, visible, dropout)
         else:
             y = cache.attend(qkv)
         y = y.transpose(1, 2).reshape(B, T, C)  # concatenates the heads
@@ -130,16 +138,20 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, visible: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, visible: Tensor | None = None, dropout: float = 0.0
+    ) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        x = x + self.attn(self.ln_1(x), cache, visible)
-        return cast(Tensor, x + self.mlp(self.ln_2(x)))
+        x = x + drop(self.attn(self.ln_1(x), cache, visible, dropout), dropout)
+        return x + drop(self.mlp(self.ln_2(x)), dropout)
 
 
 class GPT(nn.Module):
     """The language model; its input embedding and its output head are one matrix.
 
     mask_documents: whether attention stops at the borders of documents, where no KV cache is used.
+    dropout: probability that GPT-2 drops an element of the embeddings, of the attention probabilities, and of what
+    attention and MLP add to the residual stream. Only in passes that compute gradients.
     gradient_checkpointing: whether the inside of each block is recomputed in the backward pass.
     """
 
@@ -159,6 +171,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer["wte"].weight = self.lm_head.weight  # tied
         self.mask_documents = False
+        self.dropout = 0.0
         self.gradient_checkpointing = False
         self.init_weights()
 
@@ -219,7 +232,7 @@ class GPT(nn.Module):
                 raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
             positions = torch.arange(T, device=idx.device)
         # the residual stream is fp32, whatever the dtype of the matrix products
-        return cast(Tensor, self.transformer["wte"](idx).float() + self.transformer["wpe"](positions))
+        return drop(self.transformer["wte"](idx).float() + self.transformer["wpe"](positions), self._dropout())
 
     def visible(self, idx: Tensor) -> Tensor | None:
         """Which tokens each token may attend to, for `blocks`; None is all earlier ones. idx: token ids, (B, T)."""
@@ -227,12 +240,16 @@ class GPT(nn.Module):
 
     def blocks(self, x: Tensor, caches: Sequence[LayerCache] | None = None, visible: Tensor | None = None) -> Tensor:
         """All layers and the last LayerNorm, on embeddings x, (B, T, C)."""
+        dropout = self._dropout()
         for layer, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, None, visible, use_reentrant=False)
+                x = checkpoint(block, x, None, visible, dropout, use_reentrant=False)
             else:
-                x = block(x, caches[layer] if caches is not None else None, visible)
+                x = block(x, caches[layer] if caches is not None else None, visible, dropout)
         return cast(Tensor, self.transformer["ln_f"](x))
+
+    def _dropout(self) -> float:
+        return self.dropout if torch.is_grad_enabled() else 0.0
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits, (B, T, V), and with targets, (B, T), the mean cross-entropy in nats per token."""

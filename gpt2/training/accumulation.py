@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +11,12 @@ from gpt2.data.loader import BatchLoader
 from gpt2.errors import MicroBatchError, OutOfMemoryError, is_out_of_memory
 from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel
 from gpt2.training.state import TrainState
+
+
+def seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:
+    """Seeds torch's generators for a micro-batch: its dropout depends on nothing that was computed before."""
+    (mixed,) = np.random.SeedSequence((seed, step, micro_step, rank)).generate_state(1, np.uint64)
+    torch.manual_seed(int(mixed))
 
 
 class GradientAccumulator:
@@ -28,10 +35,14 @@ class GradientAccumulator:
         *,
         warn: Callable[[str], None],
         check_stop: Callable[[], None],
+        rank: int = 0,
     ) -> None:
-        """config: of this process (`TrainConfig.share`). check_stop: called before each micro-batch; may interrupt."""
+        """config: of this process (`TrainConfig.share`), whose number is `rank`.
+
+        check_stop: called before each micro-batch; may interrupt.
+        """
         self.model, self.loader, self.config, self.state = model, loader, config, state
-        self.warn, self.check_stop = warn, check_stop
+        self.warn, self.check_stop, self.rank = warn, check_stop, rank
 
     def accumulate(self) -> Tensor:
         """Adds the gradients of the next step to the model's. Returns the mean loss, a scalar on the device.
@@ -61,6 +72,8 @@ class GradientAccumulator:
                 batch = self.loader.next()
             for inputs, targets in zip(*(torch.split(each, size) for each in batch), strict=True):
                 self.check_stop()
+                if config.dropout:
+                    seed_dropout(config.seed, state.step, done, self.rank)
                 done += 1
                 with self.model.gradient_sync(is_last=done == num_micro_batches):
                     loss = self.model.loss(inputs, targets, label_smoothing=config.label_smoothing) / num_micro_batches

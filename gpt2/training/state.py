@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt2.config import TrainConfig
 from gpt2.errors import FileError
 from gpt2.model.transformer import GPT
 from gpt2.optimizers.optimizer import Optimizer
@@ -30,8 +31,9 @@ class TrainState:
     precision: dtype of the matrix products, "float32", "bfloat16" or "float16". micro_batch_size: sequences in one
     forward and backward pass; less than the configured batch_size if memory is short. compiled: whether the model
     is compiled. step: completed optimizer steps. best_val_loss: infinite before the first evaluation. best_weights:
-    the weights with that loss, on the CPU. history: rows logged so far. pending_row: the row of the last step if the
-    run stopped before its evaluation was complete. elapsed_s: training time over all sessions of the run, which
+    the weights with that loss, on the CPU. train_sample_loss: of the last weights on a sample of the training text, at
+    the end of the run. history: rows logged so far. pending_row: the row of the last step if the run stopped before its
+    evaluation was complete. elapsed_s: training time over all sessions of the run, which
     includes data_s (waiting for batches) and log_s (callbacks); save_s: time spent on checkpoints, not included.
     loss_scale: factor of the loss in float16, so that small gradients do not underflow. steps_since_overflow: steps
     at the current loss scale.
@@ -43,6 +45,7 @@ class TrainState:
     step: int = 0
     best_val_loss: float = math.inf
     best_step: int = 0
+    train_sample_loss: float | None = None
     elapsed_s: float = 0.0
     data_s: float = 0.0
     log_s: float = 0.0
@@ -65,6 +68,15 @@ class TrainState:
         dtype = getattr(torch, self.precision)
         assert isinstance(dtype, torch.dtype)
         return dtype
+
+    def is_last_step(self, config: TrainConfig) -> bool:
+        """Whether no step follows this one, after its evaluation: the last one, or that of early stopping."""
+        evaluations = self.step // config.eval_interval - self.best_step // config.eval_interval
+        return self.step == config.max_steps or (config.patience is not None and evaluations >= config.patience)
+
+    def is_complete(self, config: TrainConfig) -> bool:
+        """Whether the run has ended, with all evaluations."""
+        return self.pending_row is None and self.is_last_step(config)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

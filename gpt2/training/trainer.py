@@ -62,18 +62,27 @@ class Trainer:
         checkpoint_interval: int | None = None,
         peak_flops: float | None = None,
         world: World = ALONE,
+        score_training_text: Callable[[int, ProgressCallback], float] | None = None,
     ) -> None:
         """validate: returns the validation loss, given a micro-batch size and a callback to call after each batch.
 
+        score_training_text: the same for a sample of the training text, once, after the last step.
         log_interval: in steps. checkpoint_interval: in steps, in addition to checkpoints by time; None is by time
         alone. peak_flops: of all processes, to log the model FLOPs utilization (MFU). world: the processes that train.
         """
         self.model, self.optimizer, self.validate = model, optimizer, validate
         self.config, self.state, self.callbacks = config, state, callbacks
         self.log_interval, self.peak_flops, self.world = log_interval, peak_flops, world
+        self.score_training_text = score_training_text
         self.loader = BatchLoader(sampler, state.step, config.max_steps, model.device)
         self.gradients = GradientAccumulator(
-            model, self.loader, config.share(world.size), state, warn=callbacks.warn, check_stop=self._check_stop
+            model,
+            self.loader,
+            config.share(world.size),
+            state,
+            warn=callbacks.warn,
+            check_stop=self._check_stop,
+            rank=world.rank,
         )
         self.saver = CheckpointSaver(
             model.master,
@@ -86,21 +95,21 @@ class Trainer:
         self.meter = ThroughputMeter(config.tokens_per_step)
 
     def train(self) -> bool:
-        """Trains until `max_steps`, or until `callbacks.should_stop()`. Returns whether the run is complete.
+        """Trains until `max_steps`, early stopping, or `callbacks.should_stop()`. Returns whether the run is complete.
 
         A checkpoint is saved in either case. Raises DivergedError before a non-finite loss or gradient reaches the
         weights, or non-finite weights reach a checkpoint; OutOfMemoryError if not even one sequence fits;
         FileError if checkpoints cannot be written.
         """
-        state, max_steps = self.state, self.config.max_steps
+        state, config = self.state, self.config
         self.model.cast_weights()
         try:
-            while state.step < max_steps or state.pending_row is not None:
+            while not state.is_complete(config):
                 if state.pending_row is None:
                     self.train_step()
                 if state.pending_row is not None:
                     self.evaluate_and_log(state.pending_row)
-                is_last = state.step == max_steps
+                is_last = state.is_complete(config)
                 if is_last or self.saver.is_due(state.step):
                     self.saver.save(state, last=is_last)
                     self.meter.restart()
@@ -146,10 +155,13 @@ class Trainer:
         state, val_loss = self.state, None
         if self._is_evaluated(state.step):
             val_loss = self.validate(state.micro_batch_size, lambda _: self._check_stop())
-            state.elapsed_s += self.meter.restart()
             if val_loss < state.best_val_loss:  # False for NaN
                 state.best_val_loss, state.best_step = val_loss, state.step
                 state.best_weights = self.model.copy_weights()
+            if self.score_training_text is not None and state.is_last_step(self.config):
+                loss = self.score_training_text(state.micro_batch_size, lambda _: self._check_stop())
+                state.train_sample_loss = loss if math.isfinite(loss) else None
+            state.elapsed_s += self.meter.restart()
         row = {
             **row,
             "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,

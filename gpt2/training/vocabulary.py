@@ -15,8 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gpt2.config import GPTConfig
+from gpt2.config import GPTConfig, TrainConfig
+from gpt2.data.token_files import Tokens, count_tokens
 
+MAX_COUNTED_TOKENS = 100_000_000
+"""A longer text has nearly all tokens of the vocabulary."""
 EMBEDDINGS = ("transformer.wte.weight", "lm_head.weight")
 
 
@@ -45,3 +48,12 @@ class TextVocabulary:
         """dict[str, Tensor] with a row for each of the V tokens, from those of the trained model."""
         rows = self._rows.cpu()
         return {name: weight[rows] if name in EMBEDDINGS else weight for name, weight in weights.items()}
+
+
+def text_vocabulary(text: Tokens, config: TrainConfig, vocab_size: int) -> TextVocabulary | None:
+    """The tokens that a training text has; None if each of the vocab_size tokens is to have a row to itself."""
+    if not config.tie_unseen_tokens or config.init_from != "scratch" or len(text) > MAX_COUNTED_TOKENS:
+        return None
+    counts = count_tokens(text)
+    vocabulary = TextVocabulary(np.pad(counts, (0, vocab_size - len(counts))))
+    return vocabulary if vocabulary.shared else None

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from ruamel.yaml import YAML
 
 from gpt2.data.token_files import split_sha256
-from stages import paths
+from stages import overfitting, paths
 from stages.params import Params
 from stages.process import redact_secrets
 from stages.tracking.protocol import PARENT_TAG
@@ -202,6 +202,8 @@ def note(stage: str) -> str:
     evaluation = _read(paths.EVALUATE_REPORT / "metrics.json") if stage != "train" else {}
     rows = _rows(train, evaluation)
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    if train.get("overfits"):
+        lines += ["", f"**Warning:** {overfitting.warning(train)}."]
     experiment = os.environ.get("DVC_EXP_NAME")
     if experiment:
         lines += ["", f"To get it back: `dvc exp apply {experiment}`"]
@@ -223,6 +225,10 @@ def _rows(train: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[tuple
     if "bits_per_byte" in evaluation:
         low, high = evaluation["bits_per_byte_low"], evaluation["bits_per_byte_high"]
         rows.append(("bits per byte", f"{evaluation['bits_per_byte']:.3f} ({low:.3f} to {high:.3f})"))
+    if train.get("stopped_early"):
+        rows.append(("stopped early", f"after step {train['steps']:,}"))
+    if train.get("generalization_gap") is not None:
+        rows.append(("generalization gap", f"{train['generalization_gap']:.3f} nats per token"))
     for name, key in (("parameters", "parameters"), ("training tokens", "tokens"), ("tokens/s", "tokens_per_s")):
         if train.get(key) is not None:
             rows.append((name, f"{train[key]:,}"))

@@ -120,3 +120,16 @@ def test_the_note_says_the_numbers_and_shows_the_pictures_of_its_stage(project):
     assert evaluated.endswith("```text\nROMEO:''' <script>alert(1)</script>\n```")
     (paths.EVALUATE_REPORT / "metrics.json").write_text("{")
     assert "| validation loss | 4.6800" in description.note("evaluate")
+
+
+def test_the_note_tells_of_early_stopping_and_overfitting(project):
+    losses = {"best_val_loss": 4.6, "last_val_loss": 5.0, "train_sample_loss": 2.0, "generalization_gap": 3.0}
+    metrics = {**losses, "best_step": 300, "steps": 500, "stopped_early": True, "overfits": True}
+    write_json(paths.TRAIN_REPORT / "metrics.json", metrics)
+    note = description.note("train")
+    assert "| stopped early | after step 500 |" in note
+    assert "| generalization gap | 3.000 nats per token |" in note
+    assert "**Warning:** the model overfits: after step 500 its loss is 5.00 on the validation text" in note
+    write_json(paths.TRAIN_REPORT / "metrics.json", {**metrics, "stopped_early": False, "overfits": False})
+    assert "stopped early" not in description.note("train")
+    assert "Warning" not in description.note("train")

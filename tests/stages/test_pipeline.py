@@ -39,6 +39,11 @@ def test_repro_writes_all_outputs(project):
     folder = project.folder
     train, evaluate = project.read("reports/train/metrics.json"), project.read("reports/evaluate/metrics.json")
     assert train["steps"] == 12
+    assert train["stopped_early"] is False
+    assert train["generalization_gap"] == train["last_val_loss"] - train["train_sample_loss"]
+    assert train["epochs"] == pytest.approx(
+        train["tokens"] / project.read("data/tokens/index.json")["splits"]["train"]["tokens"], abs=1e-3
+    )
     assert evaluate["loss"] == pytest.approx(train["best_val_loss"], rel=2e-3)  # perhaps bf16 against fp32
     assert evaluate["loss"] < 10.8  # it learned something
     prompts = [sample["prompt"] for sample in project.read("reports/evaluate/samples.json")]

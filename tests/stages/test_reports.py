@@ -20,6 +20,10 @@ HISTORY = [
 ]
 
 
+def draw(table, path, epoch_steps=15.0, warning=None):
+    reports.draw_loss(table, path, {"train_sample_loss": 1.9}, epoch_steps=epoch_steps, warning=warning)
+
+
 def test_history_is_a_table_with_a_row_for_each_point(tmp_path):
     table = reports.write_history(HISTORY, tmp_path)
     lines = (tmp_path / "history.csv").read_text().splitlines()
@@ -36,7 +40,8 @@ def test_history_is_a_table_with_a_row_for_each_point(tmp_path):
 @pytest.mark.parametrize("history", [HISTORY, HISTORY[:1]], ids=["evaluated", "never evaluated"])
 def test_curves_are_written_as_png(tmp_path, history):
     table = reports.write_history(history, tmp_path)
-    reports.draw_loss(table, tmp_path / "loss.png")
+    for epoch_steps, warning in ((15.0, "the model overfits"), (1000.0, None)):
+        draw(table, tmp_path / "loss.png", epoch_steps, warning)
     reports.draw_schedule(table, tmp_path / "schedule.png")
     for name in ("loss.png", "schedule.png"):
         picture = mpl.image.imread(tmp_path / name)
@@ -47,5 +52,5 @@ def test_curves_are_written_as_png(tmp_path, history):
 def test_the_same_numbers_give_the_same_file(tmp_path):
     table = reports.write_history(HISTORY, tmp_path)
     for name in ("a.png", "b.png"):
-        reports.draw_loss(table, tmp_path / name)
+        draw(table, tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

@@ -7,10 +7,13 @@ import torch
 from gpt2.data.token_files import open_tokens
 from gpt2.errors import DivergedError, UserError
 from gpt2.hub.export import save_pretrained
+from gpt2.training import vocabulary
+from gpt2.training.checkpoints import CheckpointStore
 from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel
 from gpt2.training.state import TrainState, environment
 from gpt2.world import ALONE
 from stages import paths, session, train
+from stages.callbacks import StageCallbacks
 from stages.params import load_params
 from stages.preflight import Plan
 from tests.conftest import ROOT, TINY, TINY_TRAIN, our_text, tokenize, write_documents
@@ -67,7 +70,7 @@ def test_tokens_that_the_text_lacks_share_a_row_until_the_model_is_written(param
     num_tokens = len(np.unique(open_tokens(paths.TOKENS, "train")[:]))
     assert rows() == num_tokens + 1
     assert rows(tie_unseen_tokens=False) == TINY.vocab_size
-    monkeypatch.setattr(session, "MAX_COUNTED_TOKENS", 10)
+    monkeypatch.setattr(vocabulary, "MAX_COUNTED_TOKENS", 10)
     assert rows() == TINY.vocab_size
 
 
@@ -134,3 +137,15 @@ def test_training_continues_without_a_compiler(tiny_model, monkeypatch, capsys):
     state = TrainState.initial(torch.float32, 2)
     assert not session.compile_model(MixedPrecisionModel(tiny_model, torch.float32), state, 16)
     assert "training continues without it, slower: no working C++ compiler" in capsys.readouterr().err
+
+
+def test_early_stopping_is_one_line(tmp_path, never_stops, capsys):
+    state = TrainState.initial(torch.float32, 2)
+    state.step, state.best_step = 300, 200
+    callbacks = StageCallbacks(CheckpointStore(tmp_path), None, never_stops, state, 500)
+    callbacks.stopped_early(state)
+    callbacks.close()
+    printed = capsys.readouterr().out
+    assert printed == (
+        "stopped early, after step 300 of 500: the validation loss has not improved since step 200 (train.patience)\n"
+    )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpt2.data import sampler as sampler_module
-from gpt2.data.sampler import Sampler, windows
+from gpt2.data.sampler import Sampler, spread_windows, windows
 from gpt2.errors import FileError, UserError
 from tests.conftest import ROOT, TINY_TRAIN
 
@@ -235,3 +235,13 @@ def test_ten_billion_tokens_take_little_memory(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert 20e6 < int(done.stdout) < 200e6
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, [0]), (3, [0, 20, 41]), (99, [0, 10, 20, 30, 41])])
+def test_spread_windows_reach_from_the_start_to_the_end(count, expected):
+    tokens = np.arange(52, dtype=np.uint16)
+    batches = list(spread_windows(tokens, sequence_length=10, batch_size=2, count=count))
+    inputs, targets = (np.concatenate(each) for each in zip(*batches, strict=True))
+    assert inputs[:, 0].tolist() == expected
+    assert np.array_equal(inputs + 1, targets)
+    assert all(len(batch) <= 2 for batch, _ in batches)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from gpt2.data.sampler import Sampler
-from gpt2.data.token_files import count_tokens, open_tokens
+from gpt2.data.token_files import open_tokens
 from gpt2.distributed import parts
 from gpt2.errors import DivergedError, MicroBatchError
 from gpt2.model.transformer import GPT
@@ -20,7 +20,7 @@ from gpt2.training.checkpoints import CheckpointStore
 from gpt2.training.state import TrainState
 from gpt2.training.trainer import Trainer
 from gpt2.training.validation import validation_loss
-from gpt2.training.vocabulary import TextVocabulary
+from gpt2.training.vocabulary import text_vocabulary
 from gpt2.world import ALONE, World, full_tensor, join, local_part
 from tests.conftest import TINY, TINY_TRAIN
 from tests.gpt2.training.small_run import Recorder
@@ -51,11 +51,9 @@ class Run:
         torch.set_num_threads(1)
         torch.manual_seed(config.seed)
         self.tokens, self.config, self.world = tokens, config, world
-        vocabulary = None
-        if config.tie_unseen_tokens:
-            vocabulary = TextVocabulary(count_tokens(open_tokens(tokens, "train")))
+        vocabulary = text_vocabulary(open_tokens(tokens, "train"), config, TINY.vocab_size)
         master = GPT(TINY if vocabulary is None else vocabulary.config(TINY))
-        master.mask_documents = config.mask_documents
+        master.mask_documents, master.dropout = config.mask_documents, config.dropout
         self.model = parts.make_model(
             master, precision, world, strategy, gradient_checkpointing=checkpointing, vocabulary=vocabulary
         )
@@ -118,7 +116,7 @@ def resumption(world, tokens, folder, steps):
     """Whether a run that stops and resumes has the bits of one that does not, and what its checkpoints are."""
     found = {}
     for strategy in ("ddp", "fsdp"):
-        config = recipe(optimizer="muon", max_steps=8, eval_interval=3)
+        config = recipe(optimizer="muon", max_steps=8, eval_interval=3, dropout=0.2)
         whole = Run(tokens, config, world, strategy)
         whole.go()
         store = CheckpointStore(folder / strategy, world)
@@ -190,6 +188,7 @@ def parts_of(world, tokens, folder, steps):
     found["fsdp share"] = held / (4 * 4 * TINY.num_parameters())
     found["non-finite"] = non_finite(world, tokens)
     found["out of memory"] = out_of_memory(world, tokens)
+    found["early stop"] = early_stop(world, tokens)
     return found
 
 
@@ -209,6 +208,14 @@ def non_finite(world, tokens):
     except DivergedError as error:
         return world.gather(error.good_steps)
     return None
+
+
+def early_stop(world, tokens):
+    """A validation loss that rises from the second evaluation on: the step at which each process ends."""
+    run = Run(tokens, recipe(eval_interval=2, patience=2), world, "ddp")
+    run.validate = lambda *_: 5.0 + abs(run.state.step - 4)
+    run.go()
+    return world.gather(run.state.step)
 
 
 def out_of_memory(world, tokens):

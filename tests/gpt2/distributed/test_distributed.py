@@ -121,6 +121,10 @@ def test_nan_in_one_process_stops_all_at_the_same_step(of_four):
     assert of_four["non-finite"] == [3, 3, 3, 3]
 
 
+def test_processes_stop_early_together(of_four):
+    assert of_four["early stop"] == [8, 8, 8, 8]
+
+
 def test_processes_without_memory_ask_for_half_the_micro_batch(of_four):
     assert of_four["out of memory"] == 1  # 8 sequences for 4 processes are 2 each
 

@@ -3,14 +3,14 @@
 import torch
 
 from gpt2.data.sampler import Sampler
-from gpt2.data.token_files import count_tokens, open_tokens
+from gpt2.data.token_files import open_tokens
 from gpt2.model.transformer import GPT
 from gpt2.optimizers.optimizer import Optimizer
 from gpt2.training.mixed_precision import MixedPrecisionModel
 from gpt2.training.state import TrainState
 from gpt2.training.trainer import Trainer
 from gpt2.training.validation import validation_loss
-from gpt2.training.vocabulary import TextVocabulary
+from gpt2.training.vocabulary import text_vocabulary
 from tests.conftest import TINY
 
 
@@ -36,23 +36,20 @@ class Recorder:
         return self.stop_after is not None and bool(self.steps) and self.steps[-1] >= self.stop_after
 
 
-def text_vocabulary(tokens):
-    return TextVocabulary(count_tokens(open_tokens(tokens, "train")))
-
-
 class Run:
     """A small training run."""
 
     def __init__(self, tokens, config, precision=torch.float32, **options):
         torch.manual_seed(config.seed)
         self.config, self.tokens = config, tokens
-        vocabulary = text_vocabulary(tokens) if config.tie_unseen_tokens else None
+        vocabulary = text_vocabulary(open_tokens(tokens, "train"), config, TINY.vocab_size)
         self.model = GPT(TINY if vocabulary is None else vocabulary.config(TINY))
+        self.model.dropout = config.dropout
         self.compute = MixedPrecisionModel(self.model, precision, vocabulary=vocabulary, **options)
         self.optimizer = Optimizer(self.model, config, dtype=precision)
         self.state = TrainState.initial(precision, config.batch_size)
 
-    def go(self, callbacks, log_interval=1, **options):
+    def go(self, callbacks, log_interval=1, validate=None, **options):
         config = self.config
         sampler = Sampler(open_tokens(self.tokens, "train"), config)
         validation = open_tokens(self.tokens, "val")[:200]
@@ -60,8 +57,11 @@ class Run:
             self.compute,
             self.optimizer,
             sampler,
-            lambda batch_size, progress: validation_loss(
-                self.compute, validation, sequence_length=16, batch_size=batch_size, progress=progress
+            validate
+            or (
+                lambda batch_size, progress: validation_loss(
+                    self.compute, validation, sequence_length=16, batch_size=batch_size, progress=progress
+                )
             ),
             config,
             self.state,
