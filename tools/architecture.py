@@ -26,7 +26,7 @@ LIBRARY: tuple[dict[str, tuple[int, int]], ...] = (
     {"gpt2/distributed/": (0, 166), "gpt2/evaluation/": (182, 520), "gpt2/planning/": (664, 820)},
     {"gpt2/training/": (0, 340), "gpt2/inference/": (470, 770)},
     {"gpt2/kernels/": (540, 770)},
-    {"gpt2/data/": (0, 408), "gpt2/model/": (424, 770)},
+    {"gpt2/optimizers/": (0, 150), "gpt2/data/": (166, 408), "gpt2/model/": (424, 770)},
     {"gpt2/": (0, 820)},
 )
 # Each stage, what it makes from what, where that is, the left and the right edge of its box, and its line.
