@@ -130,8 +130,20 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, visible: Tensor | None = None) -> Tensor:
-        """(B, T, C) to (B, T, C)."""
+    def forward(
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        visible: Tensor | None = None,
+        *,
+        gradient_checkpointing: bool = False,
+    ) -> Tensor:
+        """(B, T, C) to (B, T, C). gradient_checkpointing: whether to compute all of it again in the backward pass."""
+        if gradient_checkpointing:
+            return cast(Tensor, checkpoint(self._residual, x, None, visible, use_reentrant=False))
+        return self._residual(x, cache, visible)
+
+    def _residual(self, x: Tensor, cache: LayerCache | None, visible: Tensor | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache, visible)
         return cast(Tensor, x + self.mlp(self.ln_2(x)))
 
@@ -228,10 +240,8 @@ class GPT(nn.Module):
     def blocks(self, x: Tensor, caches: Sequence[LayerCache] | None = None, visible: Tensor | None = None) -> Tensor:
         """All layers and the last LayerNorm, on embeddings x, (B, T, C)."""
         for layer, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, None, visible, use_reentrant=False)
-            else:
-                x = block(x, caches[layer] if caches is not None else None, visible)
+            cache = caches[layer] if caches is not None else None
+            x = block(x, cache, visible, gradient_checkpointing=self.gradient_checkpointing)
         return cast(Tensor, self.transformer["ln_f"](x))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
