@@ -40,7 +40,6 @@ OURS = {
     "ours, {reduced}, not compiled": {"precision": "reduced", "compile": False},
     "ours, {reduced}, gradient checkpointing": {"precision": "reduced", "compile": True, "checkpointing": True},
     "ours, {reduced}, Muon": {"precision": "reduced", "compile": True, "optimizer": "muon"},
-    "ours, {reduced}, Muon": {"precision": "reduced", "compile": True, "optimizer": "muon"},
     "ours, fp32": {"precision": "fp32", "compile": True},
 }
 PEERS = {
