@@ -7,7 +7,6 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.utils import counters
 
 from gpt2.config import END_OF_TEXT
 from gpt2.model.transformer import GPT, GPTConfig, causal_attention
@@ -174,6 +173,8 @@ def test_compiled_gradients_are_deterministic(compiled):
 @needs_compiler
 @pytest.mark.slow
 def test_all_blocks_share_one_graph_and_evaluation_uses_it_too():
+    from torch._dynamo.utils import counters  # takes seconds to import
+
     torch._dynamo.reset()
     counters.clear()
     inputs, targets = batch(SMALL)
