@@ -1,8 +1,7 @@
 """Atomic file writes: a reader sees the old content or the new content, even if the writer is killed.
 
-All files that outlive a process are written here. A file is written beside its target, synced (fsync) and renamed, and
-its folder is synced. A folder is written as a staging folder, with a manifest of SHA-256 sums last, and then renamed.
-Readers verify the sums.
+A file is written beside its target, synced (fsync) and renamed, and its folder is synced. A folder is written as a
+staging folder, with a manifest of SHA-256 sums last, and then renamed. Readers verify the sums.
 """
 
 import errno
@@ -24,6 +23,11 @@ TEMPORARY = ".tmp"
 MANIFEST_FILE = "manifest.json"
 BUFFER_BYTES = 1 << 20
 Writers = Mapping[str, Callable[[IO[bytes]], object]]
+
+
+def cache_folder() -> Path:
+    """The folder of this user for compiled code and measurements."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2"
 
 
 class _UnbufferedFile(io.RawIOBase):

@@ -7,8 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from gpt2.errors import FileError, UserError, one_line
-from gpt2.files import write_text
-from gpt2.kernels.library import cache_folder
+from gpt2.files import cache_folder, write_text
 
 SNIPPET = "window.vegaEmbed = vegaEmbed;"
 TEMPLATE = Path(".dvc/plots.html")

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2.model.transformer import GPT
-from gpt2.training.mixed_precision import MixedPrecisionModel, add_in_place
+from gpt2.training.mixed_precision import MixedPrecisionModel
 from gpt2.training.state import Weights
 from gpt2.world import World, full_tensor
 
@@ -39,21 +39,8 @@ class _DistributedModel(MixedPrecisionModel):
         self.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
         self.zero_grad()
 
-    def _compile_blocks(self) -> None:
-        """Compiles each block by itself, so that its gradients are sent while the next block computes."""
-        for block in cast(nn.ModuleList, self.compute.transformer["h"]):
-            block.forward = torch.compile(block.forward, dynamic=False)
-        self._add = torch.compile(add_in_place, dynamic=True)
-
-    def _uncompile_blocks(self) -> None:
-        for block in cast(nn.ModuleList, self.compute.transformer["h"]):
-            vars(block).pop("forward", None)
-        self._add = add_in_place
-
     def _loss(self, inputs: Tensor, targets: Tensor, label_smoothing: float, compiled: bool) -> Tensor:
-        eager = self.compiled and not compiled
-        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
-            return cast(Tensor, self._module(inputs, targets, label_smoothing, compiled))
+        return cast(Tensor, self._module(inputs, targets, label_smoothing, compiled))
 
     def _forward(self, *arguments: Any) -> Tensor:
         return super()._loss(*arguments)

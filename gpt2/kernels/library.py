@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from gpt2.errors import GPT2Error, one_line
+from gpt2.files import cache_folder
 
 FOLDER = Path(__file__).parent
 SOURCES = ("decode.cpp", "prefill.cpp")
@@ -57,11 +58,6 @@ def find_compiler() -> str | None:
     """The path of a C++ compiler: $CXX, g++ or clang++."""
     names = (os.environ.get("CXX"), "g++", "clang++")
     return next((path for name in names if name and (path := shutil.which(name))), None)
-
-
-def cache_folder() -> Path:
-    """The folder of this user for compiled libraries and measurements."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2"
 
 
 def instruction_flags() -> tuple[str, ...]:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.device import Measured, remembered
+from gpt2.files import cache_folder
 from gpt2.kernels.blocks import to_blocks
 from gpt2.kernels.int4 import ZERO
-from gpt2.kernels.library import LIMITS, cache_folder, cpu_identity
+from gpt2.kernels.library import LIMITS, cpu_identity
 from gpt2.kernels.weights import INT8_MAX, LinearWeights, quantize_int8
 from gpt2.model.transformer import GPT
 

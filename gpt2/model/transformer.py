@@ -139,9 +139,20 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, visible: Tensor | None = None, dropout: float = 0.0
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        visible: Tensor | None = None,
+        dropout: float = 0.0,
+        *,
+        gradient_checkpointing: bool = False,
     ) -> Tensor:
-        """(B, T, C) to (B, T, C)."""
+        """(B, T, C) to (B, T, C). gradient_checkpointing: whether to compute all of it again in the backward pass."""
+        if gradient_checkpointing:
+            return cast(Tensor, checkpoint(self._residual, x, None, visible, dropout, use_reentrant=False))
+        return self._residual(x, cache, visible, dropout)
+
+    def _residual(self, x: Tensor, cache: LayerCache | None, visible: Tensor | None, dropout: float) -> Tensor:
         x = x + drop(self.attn(self.ln_1(x), cache, visible, dropout), dropout)
         return x + drop(self.mlp(self.ln_2(x)), dropout)
 
@@ -242,10 +253,8 @@ class GPT(nn.Module):
         """All layers and the last LayerNorm, on embeddings x, (B, T, C)."""
         dropout = self._dropout()
         for layer, block in enumerate(cast(nn.ModuleList, self.transformer["h"])):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, None, visible, dropout, use_reentrant=False)
-            else:
-                x = block(x, caches[layer] if caches is not None else None, visible, dropout)
+            cache = caches[layer] if caches is not None else None
+            x = block(x, cache, visible, dropout, gradient_checkpointing=self.gradient_checkpointing)
         return cast(Tensor, self.transformer["ln_f"](x))
 
     def _dropout(self) -> float:

@@ -68,12 +68,14 @@ def _loss_and_gradients(
     log_sum_exp, softmax, add, transposed = map(_compiled, KERNELS) if compiled else KERNELS
     total = torch.zeros((), device=hidden.device)
     hidden_grad = torch.empty_like(hidden if with_gradients else hidden[:0])
-    # transposed, (C, V): this product is faster
-    weight_grad = hidden.new_zeros(C if with_gradients else 0, V, dtype=torch.float32)
+    in_place = weight.dtype == torch.float32  # a product in fp32 adds to the sum by itself
+    # otherwise transposed, (C, V): that product is faster
+    shape = ((V, C) if in_place else (C, V)) if with_gradients else (0, 0)
+    weight_grad = hidden.new_zeros(shape, dtype=torch.float32)
     # on a CPU, products are a third faster if rows start at multiples of 64 elements; they read the padding between
     # rows too, and multiply it by 0, so it must not be NaN
     buffer = hidden.new_zeros(min(N, CHUNK_TOKENS), V + -V % ALIGNMENT)[:, :V]
-    part = torch.empty_like(weight_grad, dtype=weight.dtype)
+    part = torch.empty_like(weight_grad[:0] if in_place else weight_grad, dtype=weight.dtype)
     for start in range(0, N, CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
         h, t = hidden[chunk], targets[chunk]
@@ -94,8 +96,11 @@ def _loss_and_gradients(
         at_target = (torch.exp(at_target - log_sum) - label_smoothing / V - (1 - label_smoothing)) / N
         gradient[rows, t] = at_target.to(gradient.dtype)
         torch.mm(gradient, weight, out=hidden_grad[chunk])
-        add(weight_grad, torch.mm(h.t().contiguous(), gradient, out=part))
-    return total / N, hidden_grad, transposed(weight_grad, weight.dtype)
+        if in_place:
+            weight_grad.addmm_(gradient.t(), h)
+        else:
+            add(weight_grad, torch.mm(h.t().contiguous(), gradient, out=part))
+    return total / N, hidden_grad, weight_grad if in_place else transposed(weight_grad, weight.dtype)
 
 
 def _log_sum_exp(logits: Tensor) -> Tensor:

@@ -7,14 +7,17 @@ faster, on a compute copy of the weights that is cast once per optimizer step (h
 import os
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+import torch._functorch.config
+from torch import Tensor, nn
 
 from gpt2.config import GPTConfig
 from gpt2.errors import GPT2Error
+from gpt2.files import cache_folder
 from gpt2.model.transformer import GPT
 from gpt2.training.loss import linear_cross_entropy
 from gpt2.training.state import TrainState, Weights, copy_weights
@@ -23,6 +26,12 @@ from gpt2.training.vocabulary import TextVocabulary
 MIN_LOSS_SCALE = 2.0**-10
 LOSS_SCALE_GROWTH_INTERVAL = 2000
 """Steps without an overflow before the loss scale is doubled, as in torch.amp.GradScaler."""
+RECOMPUTED = {
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_long_fusible_chains": False,
+    "ban_recompute_materialized_backward": False,
+}
+"""Settings of torch.compile: the backward pass recomputes GELU and LayerNorm, which is as fast as storing them."""
 
 
 class CompileError(GPT2Error):
@@ -57,7 +66,6 @@ class MixedPrecisionModel:
         self.compute.gradient_checkpointing = gradient_checkpointing
         self.compiled = False
         self._compiled_shape: tuple[int, ...] | None = None
-        self._blocks: Callable[..., Tensor] = self.compute.blocks
         self._add: Callable[[Tensor, Tensor], Tensor] = add_in_place
         self._pairs = [
             (master_weight, copy)
@@ -122,12 +130,13 @@ class MixedPrecisionModel:
         self.compiled, self._compiled_shape = True, (batch_size, sequence_length)
         tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long, device=self.device)
         try:
-            _separate_kernels_by_instruction_set()
+            _choose_cache()
             self._compile_blocks()
-            for _ in range(2):  # the second pass adds to gradients
-                self.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
-            with torch.no_grad():
-                self.loss(tokens, tokens)
+            with torch._functorch.config.patch(RECOMPUTED):
+                for _ in range(2):  # the second pass adds to gradients
+                    self.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
+                with torch.no_grad():
+                    self.loss(tokens, tokens)
         except Exception as error:  # compilers raise many types of errors
             self.compiled, self._compiled_shape = False, None
             self._uncompile_blocks()
@@ -138,12 +147,18 @@ class MixedPrecisionModel:
         return time.perf_counter() - start_s
 
     def _compile_blocks(self) -> None:
-        # not the embedding: compiled, its threads sum the gradients of a token in a non-deterministic order
-        self._blocks = torch.compile(self.compute.blocks, dynamic=False)
+        # each block by itself: all share the kernels of the first, and in several processes the gradients of one are
+        # sent while the next computes. Not the embedding: compiled, its threads sum the gradients of a token in a
+        # non-deterministic order
+        self._uncompile_blocks()  # for another shape
+        for block in cast(nn.ModuleList, self.compute.transformer["h"]):
+            block.forward = _with_one_graph(torch.compile(block.forward, dynamic=False))
         self._add = torch.compile(add_in_place, dynamic=True)
 
     def _uncompile_blocks(self) -> None:
-        self._blocks, self._add = self.compute.blocks, add_in_place
+        for block in cast(nn.ModuleList, self.compute.transformer["h"]):
+            vars(block).pop("forward", None)
+        self._add = add_in_place
 
     @torch.no_grad()
     def cast_weights(self) -> None:
@@ -156,14 +171,15 @@ class MixedPrecisionModel:
         """Mean cross-entropy in nats per token of a batch, both (B, T). Its gradients go to the master weights."""
         # other shapes, such as the last window of a split, run uncompiled
         compiled = self.compiled and tuple(inputs.shape) == self._compiled_shape
-        return self._loss(inputs, targets, label_smoothing, compiled)
+        eager = self.compiled and not compiled
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            return self._loss(inputs, targets, label_smoothing, compiled)
 
     def _loss(self, inputs: Tensor, targets: Tensor, label_smoothing: float, compiled: bool) -> Tensor:
         visible = self.compute.visible(inputs)
         if self.vocabulary is not None:
             inputs, targets = self.vocabulary.rows(inputs), self.vocabulary.rows(targets)
-        blocks = self._blocks if compiled else self.compute.blocks
-        hidden = blocks(self.compute.embed(inputs), None, visible)  # (B, T, C)
+        hidden = self.compute.blocks(self.compute.embed(inputs), None, visible)  # (B, T, C)
         weight = self.compute.lm_head.weight
         return linear_cross_entropy(
             hidden.to(weight.dtype).view(-1, hidden.size(-1)),
@@ -175,13 +191,31 @@ class MixedPrecisionModel:
         )
 
 
-def _separate_kernels_by_instruction_set() -> None:
-    """Gives each instruction set of the CPU its own cache of compiled kernels.
+def _with_one_graph(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A compiled forward pass of a block that runs the graph for training also where no gradients are computed."""
 
-    torch's cache does not distinguish them, and a kernel of another instruction set computes wrong numbers.
+    def run(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            return forward(x, *arguments, **options)
+        with torch.enable_grad():
+            return forward(x.detach().requires_grad_(), *arguments, **options).detach()
+
+    return run
+
+
+def _choose_cache() -> None:
+    """Keeps compiled kernels in the user's cache, unless TORCHINDUCTOR_CACHE_DIR is set; each instruction set apart.
+
+    torch's own folder is temporary, and does not distinguish the instruction sets of a CPU: a kernel of another one
+    computes wrong numbers.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # takes seconds to import
 
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        with suppress(OSError):  # where that cannot be written, torch's folder has to do
+            folder = cache_folder() / "torch"
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     folder, name = Path(cache_dir()), torch.backends.cpu.get_cpu_capability().lower()
     if folder.name != name:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / name)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from gpt2.config import END_OF_TEXT
 from gpt2.model.transformer import GPT, GPTConfig, causal_attention
-from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel
+from gpt2.training.mixed_precision import CompileError, MixedPrecisionModel, _choose_cache
 from tests.conftest import ROOT, TINY, needs_compiler
 
 SMALL = GPTConfig(block_size=32, vocab_size=1000, n_layer=2, n_head=2, n_embd=64)
@@ -168,6 +168,63 @@ def test_compiled_gradients_are_deterministic(compiled):
         compiled.loss(inputs, targets).backward()
         seen.append(torch.cat([p.grad.flatten() for p in compiled.master.parameters()]))
     assert all(torch.equal(each, seen[0]) for each in seen)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_all_blocks_share_one_graph_and_evaluation_uses_it_too():
+    from torch._dynamo.utils import counters  # takes seconds to import
+
+    torch._dynamo.reset()
+    counters.clear()
+    inputs, targets = batch(SMALL)
+    compute = MixedPrecisionModel(model_of(replace(SMALL, n_layer=5)), torch.float32, gradient_checkpointing=True)
+    compute.compile(*inputs.shape)
+    assert counters["stats"]["unique_graphs"] == 1 + 2  # a block; the head has two kernels in fp32
+    plain_model = MixedPrecisionModel(model_of(replace(SMALL, n_layer=5)), torch.float32)
+    expected, gradients_expected = gradients(plain_model, inputs, targets)
+    loss, found = gradients(compute, inputs, targets)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert worst_error(found, gradients_expected) < 1e-5
+    with torch.no_grad():
+        evaluated = compute.loss(inputs, targets)
+    assert evaluated.item() == pytest.approx(expected, rel=1e-6)
+    assert not evaluated.requires_grad
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_backward_pass_recomputes_what_is_cheap_and_stores_the_rest():
+    config = replace(SMALL, n_layer=1)
+    inputs, _ = batch(config)
+    compute = MixedPrecisionModel(model_of(config), torch.float32)
+    compute.compile(*inputs.shape)
+    weights, sizes = {p.data_ptr() for p in compute.master.parameters()}, {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in weights:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.randn(*inputs.shape, config.n_embd, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compute.compute.transformer["h"][0](x)
+    widths = sum(sizes.values()) / (4 * x.numel())
+    # input, queries, keys, values, attention before and after its projection, MLP before GELU (4); a few numbers
+    assert 10 <= widths < 11
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_compiled_kernels_outlive_the_temporary_folder(tmp_path, monkeypatch, chosen):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    if not chosen:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    _choose_cache()
+    _choose_cache()
+    folder = tmp_path / "mine" if chosen else tmp_path / "home/gpt2/torch"
+    name = torch.backends.cpu.get_cpu_capability().lower()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / name)
 
 
 def test_a_cache_that_cannot_be_written_is_a_compile_error(tmp_path, monkeypatch):
