@@ -220,6 +220,7 @@ def our_step(contender: dict[str, Any], config: Any, precision: Any, device: Any
     from gpt2.training.optimizers import Optimizer
 
     settings = dict.fromkeys((field.name for field in fields(TrainConfig)), 1) | {
+        "freeze_layers": 0,
         "optimizer": "adamw",
         "learning_rate": 1e-4,
         "min_learning_rate": 0.0,

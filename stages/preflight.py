@@ -66,6 +66,7 @@ def micro_batch_that_fits(params: Params, local_processes: int = 1, processes: i
             on_cpu=True,
             reduced_precision=reduced_precision,
             sequence_length=params.train.sequence_length,
+            freeze_layers=params.train.freeze_layers,
         )
         if fitting := share.micro_batch_size(limit):
             return fitting
@@ -75,6 +76,7 @@ def micro_batch_that_fits(params: Params, local_processes: int = 1, processes: i
         params.train.sequence_length,
         reduced_precision=reduced_precision,
         gradient_checkpointing=checkpointing,
+        freeze_layers=params.train.freeze_layers,
     )
     raise UserError(
         f"training takes about {_gb(needed)} even with a micro-batch of one sequence, and this machine has "

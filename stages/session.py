@@ -73,6 +73,7 @@ def set_up(plan: Plan, stop: StopSignal, world: World) -> TrainingRun:
     check_stop(stop, world)
     master = (initial_model(plan.params) if checkpoint is None else GPT(plan.params.model)).to(device)
     master.mask_documents = config.mask_documents
+    master.freeze(config.freeze_layers)
     if checkpoint is None:
         precision = world.from_first(world.rank == 0 and choose_precision(device, runtime.precision))
         state = TrainState.initial(precision, plan.micro_batch_size)
@@ -149,8 +150,10 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
         echo(f"this run is complete in {folder}, using its results; delete that folder to train again")
     else:
         begin = f"resuming from step {state.step} of {config.max_steps} in {folder}, " if run.resumed else ""
+        trained, whole = (run.model.config.num_trained_parameters(layers) for layers in (config.freeze_layers, 0))
+        parameters = f"{whole:,}" if trained == whole else f"{trained:,} of {whole:,}"
         echo(
-            f"{begin}training {run.model.config.num_parameters():,} parameters on {run.model.device} in "
+            f"{begin}training {parameters} parameters on {run.model.device} in "
             f"{state.precision}, global batch {config.tokens_per_step:,} tokens"
             + (f", {world.size} processes, {run.strategy}" if world.size > 1 else "")
         )
@@ -238,7 +241,8 @@ def is_compiled(params: Params, device_type: str, peak_flops: float) -> bool:
     if device_type == "mps":  # where torch.compile is a prototype
         return False
     config = params.train
-    flops = params.model.flops_per_token(config.sequence_length) * config.tokens_per_step * config.max_steps
+    flops_per_token = params.model.flops_per_token(config.sequence_length, config.freeze_layers)
+    flops = flops_per_token * config.tokens_per_step * config.max_steps
     return flops / peak_flops > MIN_SECONDS_TO_COMPILE
 
 

@@ -48,7 +48,12 @@ def choose_strategy(
     on_cpu = device.type != "cuda"
     memory = memory_bytes // world.local_size if on_cpu else torch.cuda.get_device_properties(device).total_memory
     needed = training_bytes(
-        model, 1, config.sequence_length, reduced_precision=precision != torch.float32, on_cpu=on_cpu
+        model,
+        1,
+        config.sequence_length,
+        reduced_precision=precision != torch.float32,
+        on_cpu=on_cpu,
+        freeze_layers=config.freeze_layers,
     )
     return "fsdp" if world.any(needed > memory) else "ddp"
 

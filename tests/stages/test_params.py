@@ -34,6 +34,7 @@ def test_each_preset_is_complete_and_valid(path):
 def test_the_presets_are_there_and_laptop_is_the_default():
     assert [path.stem for path in PRESETS] == [
         "colab-t4",
+        "finetune",
         "fineweb-124m-muon",
         "fineweb-124m",
         "gpt2-large-8gpu",
@@ -89,6 +90,9 @@ def test_seed_has_the_settings_of_the_original_project():
         ("beta1: 0.9", "beta1: 1.0", "train.beta1 is 1.0; expected less than 1"),
         ("warmup_steps: 20", "warmup_steps: 5000", "train: warmup_steps 5000 is longer than the run"),
         ("sequence_length: 128", "sequence_length: 300", "train.sequence_length 300 is over the context"),
+        ("freeze_layers: 0", "freeze_layers: -1", "train.freeze_layers is -1; expected greater than or equal to 0"),
+        ("freeze_layers: 0", "freeze_layers: 1", "train: freeze_layers 1 keeps random weights as they are"),
+        ("freeze_layers: 0", "freeze_layers: 4", "train.freeze_layers 4 leaves no block to train; it has to be less"),
         ("vocab_size: 50257", "vocab_size: 50000", "model.vocab_size 50000 is less than the tokenizer's 50257"),
         ("fallback: python-docs", "fallback: nothing", "corpus.fallback is 'nothing'; expected null or one of"),
         ("source: tinyshakespeare", "source: ''", "corpus.source is ''"),

@@ -52,6 +52,7 @@ class Run:
         self.tokens, self.config, self.world = tokens, config, world
         master = GPT(TINY)
         master.mask_documents = config.mask_documents
+        master.freeze(config.freeze_layers)
         self.model = parts.make_model(master, precision, world, strategy, gradient_checkpointing=checkpointing)
         self.optimizer = parts.make_optimizer(self.model, config, world)
         self.state = TrainState.initial(precision, config.share(world.size).batch_size)
@@ -173,6 +174,8 @@ def parts_of(world, tokens, folder, steps):
             small = recipe(max_steps=6, optimizer="muon", label_smoothing=0.1, mask_documents=True)
             name = f"{strategy} bf16{' checkpointing' if checkpointing else ''}"
             found[name] = Run(tokens, small, world, strategy, precision, checkpointing).go()
+        frozen = recipe(max_steps=6, optimizer="muon", init_from="elsewhere", freeze_layers=1)
+        found[f"{strategy} frozen"] = Run(tokens, frozen, world, strategy, torch.bfloat16).go()
     run = Run(tokens, recipe(optimizer="adamw"), world, "fsdp")
     run.optimizer.initialize_state()
     inputs = torch.zeros(2, 16, dtype=torch.long)

@@ -42,6 +42,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.config, self.tokens = config, tokens
         self.model = GPT(TINY)
+        self.model.freeze(config.freeze_layers)
         self.compute = MixedPrecisionModel(self.model, precision, **options)
         self.optimizer = Optimizer(self.model, config)
         self.state = TrainState.initial(precision, config.batch_size)
