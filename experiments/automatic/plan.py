@@ -25,6 +25,8 @@ SLOWER = 1.03
 """Steps of a long run, with logs and checkpoints, beside those of a measurement."""
 USUAL_UTILIZATION = 0.35
 """Of the peak of the machine's matrix products, for the first guess."""
+USUAL_TRAINING_SHARE = 0.5
+"""Of the time, to estimate the length of a run before it is known."""
 
 
 class Measures(Protocol):
@@ -75,15 +77,18 @@ class Budget:
         """Tokens of the text that are not held out."""
         return self.text.tokens * (1 - self.fraction)
 
-    def guess(self, size: tuple[int, int, int], peak_flops: float) -> Recipe:
-        """The recipe of a size if a usual share of the peak is reached for half of the time."""
+    def usual_tokens(self, size: tuple[int, int, int], peak_flops: float) -> float:
+        """On how many tokens a size would train if it reaches a usual share of the peak."""
         model = recipe(size, 1.0, self.training_tokens).model
-        tokens_per_s = USUAL_UTILIZATION * peak_flops / model.flops_per_token(model.block_size)
-        return self.with_speed(size, tokens_per_s)
+        return self.tokens(USUAL_UTILIZATION * peak_flops / model.flops_per_token(model.block_size))
 
-    def with_speed(self, size: tuple[int, int, int], tokens_per_s: float) -> Recipe:
-        """The recipe of a size that trains on so many tokens in a second, for half of the time."""
-        return recipe(size, max(1.0, 0.5 * self.seconds * tokens_per_s), self.training_tokens)
+    def tokens(self, tokens_per_s: float) -> float:
+        """On about how many tokens a run with this speed trains."""
+        return max(1.0, USUAL_TRAINING_SHARE * self.seconds * tokens_per_s)
+
+    def recipe(self, size: tuple[int, int, int], tokens: float) -> Recipe:
+        """The recipe of a size."""
+        return recipe(size, tokens, self.training_tokens)
 
     def loss(self, chosen: Recipe, tokens: float) -> float:
         """The expected loss."""
@@ -124,7 +129,8 @@ def choose(budget: Budget, measure: Measures, peak_flops: float, tell: Callable[
 
     Begins with the size that the machine's peak suggests, and goes on to its neighbours while the loss falls.
     """
-    guesses = [budget.guess(size, peak_flops) for size in SIZES]
+    tokens = [budget.usual_tokens(size, peak_flops) for size in SIZES]
+    guesses = [budget.recipe(size, count) for size, count in zip(SIZES, tokens, strict=True)]
     plans: dict[int, Plan] = {}
     problems: dict[int, UserError] = {}
 
@@ -141,12 +147,7 @@ def choose(budget: Budget, measure: Measures, peak_flops: float, tell: Callable[
                 tell(f"{describe(guesses[place])}: {error}")
         return plans[place].loss if place in plans else math.inf
 
-    def guessed_loss(place: int) -> float:
-        size = guesses[place]
-        flops = size.model.flops_per_token(size.model.block_size)
-        return budget.loss(size, 0.5 * budget.seconds * USUAL_UTILIZATION * peak_flops / flops)
-
-    place = min(range(len(SIZES)), key=guessed_loss)
+    place = min(range(len(SIZES)), key=lambda place: budget.loss(guesses[place], tokens[place]))
     while True:
         near = [each for each in (place, place - 1, place + 1) if 0 <= each < len(SIZES)]
         best = min(near, key=loss)
@@ -159,7 +160,7 @@ def choose(budget: Budget, measure: Measures, peak_flops: float, tell: Callable[
             raise problems[0]
         place = 0
     # the batch depends on the length of the run, which is known better now
-    chosen = budget.with_speed(SIZES[place], plans[place].tokens_per_s)
+    chosen = budget.recipe(SIZES[place], budget.tokens(plans[place].tokens_per_s))
     return budget.plan(chosen, measure(chosen, thorough=True))
 
 
