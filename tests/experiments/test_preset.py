@@ -12,8 +12,8 @@ from experiments.automatic.recipe import SIZES, effective_tokens, expected_loss,
 from experiments.automatic.text import READ_BYTES, Text, look_at
 from experiments.automatic.values import run_values, training_values
 from experiments.automatic.writing import as_yaml, with_changes
-from gpt2.__main__ import main
 from gpt2 import device
+from gpt2.__main__ import main
 from gpt2.config import CorpusConfig, TokenizeConfig
 from gpt2.errors import GPT2Error, UserError
 from stages.params import Params, load_params
