@@ -43,8 +43,8 @@ loss on held-out text rises again."""
 # is fitted to reports/ladder, the part of the tokens to runs of 65,536 and 512,000 tokens.
 FLOOR, OF_SIZE, SIZE_EXPONENT, OF_TOKENS, TOKENS_EXPONENT = 2.5, 9.3, 0.30, 36.0, 0.218
 USEFUL_REPETITIONS = 3.0
-"""R* of https://arxiv.org/abs/2305.16264, which has 15 for large models. Between what reports/ladder (about 1.5, without
-dropout) and a run on 30 kB (over 5) suggest."""
+"""R* of https://arxiv.org/abs/2305.16264, which has 15 for large models. Between what reports/ladder (about 1.5,
+without dropout) and a run on 30 kB (over 5) suggest."""
 UNIGRAM_LOSS, UNIGRAM_TOKENS, UNIGRAM_SLOPE = 6.475, 338_025, 0.256
 """`Text.unigram_loss` of Tiny Shakespeare, and how it falls with the logarithm of the size of a text."""
 UNCERTAINTY = 0.10
