@@ -32,7 +32,7 @@ USUAL_TRAINING_SHARE = 0.5
 class Measures(Protocol):
     """What `experiments.automatic.machine` does."""
 
-    def __call__(self, planned: Recipe, *, thorough: bool) -> Speed:
+    def __call__(self, chosen: Recipe, *, thorough: bool) -> Speed:
         """The speed of a training. Raises UserError if it does not fit into memory."""
 
 

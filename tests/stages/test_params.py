@@ -92,7 +92,6 @@ def test_seed_has_the_settings_of_the_original_project():
         ("sequence_length: 128", "sequence_length: 300", "train.sequence_length 300 is over the context"),
         ("freeze_layers: 0", "freeze_layers: -1", "train.freeze_layers is -1; expected greater than or equal to 0"),
         ("freeze_layers: 0", "freeze_layers: 1", "train: freeze_layers 1 keeps random weights as they are"),
-        ("freeze_layers: 0", "freeze_layers: 4", "train.freeze_layers 4 leaves no block to train; it has to be less"),
         ("vocab_size: 50257", "vocab_size: 50000", "model.vocab_size 50000 is less than the tokenizer's 50257"),
         ("fallback: python-docs", "fallback: nothing", "corpus.fallback is 'nothing'; expected null or one of"),
         ("source: tinyshakespeare", "source: ''", "corpus.source is ''"),
@@ -116,6 +115,15 @@ def test_an_invalid_value_is_a_one_line_error_that_names_it(tmp_path, old, new, 
     assert expected in message
     assert "\n" not in message
     assert "params.yaml" in message
+
+
+def test_a_block_is_left_to_train(tmp_path):
+    text = change("freeze_layers: 0", "freeze_layers: 4").replace("init_from: scratch", "init_from: gpt2")
+    with pytest.raises(
+        UserError, match=r"train\.freeze_layers 4 leaves no block to train; .*model\.n_layer 4"
+    ):
+        load(tmp_path, text)
+    assert load(tmp_path, text.replace("freeze_layers: 4", "freeze_layers: 3")).train.freeze_layers == 3
 
 
 def test_all_problems_are_reported_at_once(tmp_path):
