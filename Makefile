@@ -71,9 +71,14 @@ space: setup ## serve dist/space on http://127.0.0.1:7860
 	@test -f dist/space/app.py || { echo "There is no dist/space yet: make repro"; exit 2; }
 	cd dist/space && GRADIO_SERVER_NAME=127.0.0.1 GRADIO_SERVER_PORT=7860 GRADIO_ANALYTICS_ENABLED=False PYTHONDONTWRITEBYTECODE=1 $(CURDIR)/$(BIN)/python app.py
 
-preset: ## params.yaml becomes presets/NAME.yaml: make preset NAME=seed
-	@test -f "presets/$(NAME).yaml" || { echo "There is no preset '$(NAME)'; there are:" $(notdir $(basename $(wildcard presets/*.yaml))); exit 2; }
+ifeq ($(NAME),auto)
+preset: setup
+	python -m gpt2 preset auto $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(SOURCE),--source "$(SOURCE)")
+else
+preset: ## params.yaml becomes presets/NAME.yaml: make preset NAME=seed; or for your text and time: NAME=auto MINUTES=10
+	@test -f "presets/$(NAME).yaml" || { echo "There is no preset '$(NAME)'; there are:" $(notdir $(basename $(wildcard presets/*.yaml))) auto; exit 2; }
 	cp "presets/$(NAME).yaml" params.yaml
+endif
 
 bench: setup ## measure speed and learning beside other implementations and other work (over an hour)
 	python -m benchmarks.train

@@ -95,7 +95,7 @@ def work() -> dict[str, Any]:
     config = GPTConfig(vocab_size=GPT2_VOCAB_SIZE, **sizes)
     torch.manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (2, batch_size, length))
-    step = our_step({"compile": True}, config, choose_precision(device, "auto"), device, [(tokens[0], tokens[1])])
+    step = our_step({"compile": True}, config, choose_precision(device, "auto"), device, [(tokens[0], tokens[1])], [])
     for _ in range(3):
         step()
     tokens_per_s = {}

@@ -242,6 +242,7 @@ def our_step(
     from gpt2.training.mixed_precision import MixedPrecisionModel
 
     settings = dict.fromkeys((field.name for field in fields(TrainConfig)), 1) | {
+        "freeze_layers": 0,
         "optimizer": contender.get("optimizer", "adamw"),
         "learning_rate": 1e-4,
         "muon_learning_rate": 1e-4,

@@ -210,7 +210,12 @@ def describe(config: SweepConfig, base: Any, possible: list[Params], workers: in
 def training_flops(params: Params) -> float:
     """FLOPs of a training."""
     train = params.train
-    return float(params.model.flops_per_token(train.sequence_length) * train.tokens_per_step * train.max_steps)
+    return float(flops_per_token(params.model, train) * train.tokens_per_step * train.max_steps)
+
+
+def flops_per_token(model: GPTConfig, train: TrainConfig) -> int:
+    """FLOPs of training on a token."""
+    return model.flops_per_token(train.sequence_length, train.freeze_layers)
 
 
 def measured_flops_per_s() -> float | None:
@@ -219,6 +224,6 @@ def measured_flops_per_s() -> float | None:
         params = read_yaml(Path("dvc.lock"), "")["stages"]["train"]["params"]["params.yaml"]
         model, train = GPTConfig(**params["model"]), TrainConfig(**params["train"])
         metrics = read_yaml(paths.TRAIN_REPORT / "metrics.json", "")
-        return float(metrics["tokens_per_s"] * model.flops_per_token(train.sequence_length)) or None
+        return float(metrics["tokens_per_s"] * flops_per_token(model, train)) or None
     except (GPT2Error, KeyError, TypeError, ValueError):
         return None

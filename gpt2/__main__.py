@@ -26,6 +26,7 @@ PROJECT_COMMANDS = {
     "reproduce": "train a finished run again, and compare the bits",
     "ladder": "train several sizes, and predict the loss and the cost of a larger run",
     "sweep": "search params with Optuna; each trial is a DVC experiment and an MLflow run",
+    "preset": "write a params.yaml for a text, this machine and the minutes that a run may take",
     "report": "a page that compares runs: leaderboard, curves, samples, token losses",
 }
 """Commands of the project's repository, with their help: modules of `experiments`, imported when they are called."""

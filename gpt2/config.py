@@ -103,21 +103,34 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     def num_parameters(self) -> int:
-        """Number of trained parameters; the tied embedding counts once."""
+        """Number of parameters; the tied embedding counts once."""
         width = self.n_embd
-        per_block = (
-            12 * width * width + 13 * width
-        )  # four matrices of 3, 1, 4 and 4 squares, their biases, two LayerNorms
-        return (self.vocab_size + self.block_size) * width + self.n_layer * per_block + 2 * width
+        return (self.vocab_size + self.block_size) * width + self.n_layer * self._block_parameters + 2 * width
 
-    def flops_per_token(self, sequence_length: int) -> int:
+    def num_trained_parameters(self, freeze_layers: int) -> int:
+        """Number of parameters that a run trains, which keeps so many blocks as they were (`TrainConfig`)."""
+        if not freeze_layers:
+            return self.num_parameters()
+        return (self.n_layer - freeze_layers) * self._block_parameters + 2 * self.n_embd
+
+    @property
+    def _block_parameters(self) -> int:
+        """Four matrices of 3, 1, 4 and 4 squares of the width, their biases, two LayerNorms."""
+        return 12 * self.n_embd**2 + 13 * self.n_embd
+
+    def flops_per_token(self, sequence_length: int, freeze_layers: int = 0) -> int:
         """Floating-point operations of a training step (forward and backward) for each token.
 
         6 for each weight of a matrix product and 12 * n_layer * n_embd * sequence_length for attention: appendix B of
-        PaLM, https://arxiv.org/abs/2204.02311.
+        PaLM, https://arxiv.org/abs/2204.02311. A third of them is the forward pass, which is all that frozen blocks
+        take; a frozen head takes two thirds, as its input has a gradient.
         """
         matrix_weights = self.num_parameters() - self.block_size * self.n_embd
-        return 6 * matrix_weights + 12 * self.n_layer * self.n_embd * sequence_length
+        flops = 6 * matrix_weights + 12 * self.n_layer * self.n_embd * sequence_length
+        if freeze_layers:
+            flops -= 2 * self.vocab_size * self.n_embd
+            flops -= freeze_layers * (4 * self._block_parameters + 8 * self.n_embd * sequence_length)
+        return flops
 
 
 def _gpt2_size(n_layer: int, n_head: int, n_embd: int) -> GPTConfig:
@@ -165,6 +178,8 @@ class TrainConfig:
     """A training run. A step is an optimizer step: `gradient_accumulation_steps` micro-batches.
 
     init_from: "scratch", or a Hugging Face GPT-2 to start from: a name such as "gpt2", or a local folder.
+    freeze_layers: the number of first blocks that stay as they were, with the embeddings and the head, which is tied to
+    them; 0 trains everything.
     batch_size: sequences in a micro-batch. sequence_length: tokens in a sequence.
     optimizer: with "muon", Muon at muon_learning_rate trains the matrices of the blocks and AdamW the rest.
     schedule: after warmup_steps, learning_rate decays to min_learning_rate at max_steps: along a cosine, linearly, or
@@ -177,6 +192,7 @@ class TrainConfig:
     """
 
     init_from: Annotated[str, MinLen(1)]
+    freeze_layers: Annotated[int, Ge(0)]
     seed: Seed
     batch_size: PositiveInt
     sequence_length: PositiveInt
@@ -215,6 +231,11 @@ class TrainConfig:
             ("tie_unseen_tokens", "label_smoothing"),
             lambda tied, smoothing: not (tied and smoothing),
             "tie_unseen_tokens does not work with label_smoothing {1}; set one of them to false or 0",
+        ),
+        Rule(
+            ("freeze_layers", "init_from"),
+            lambda freeze_layers, init_from: freeze_layers == 0 or init_from != "scratch",
+            "freeze_layers {0} keeps random weights as they are; name a model in init_from, or set 0",
         ),
     )
 

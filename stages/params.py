@@ -102,6 +102,11 @@ RULES = (
         lambda sequence_length, block_size: sequence_length <= block_size,
         "train.sequence_length {0} is over the context, model.block_size {1}",
     ),
+    Rule(
+        ("train.freeze_layers", "model.n_layer"),
+        lambda freeze_layers, n_layer: freeze_layers < n_layer,
+        "train.freeze_layers {0} leaves no block to train; it has to be less than model.n_layer {1}",
+    ),
 )
 """Rules across sections."""
 

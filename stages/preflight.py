@@ -67,6 +67,7 @@ def micro_batch_that_fits(params: Params, local_processes: int = 1, processes: i
             reduced_precision=reduced_precision,
             sequence_length=params.train.sequence_length,
             dropout=params.train.dropout > 0,
+            freeze_layers=params.train.freeze_layers,
         )
         if fitting := share.micro_batch_size(limit):
             return fitting
@@ -77,6 +78,7 @@ def micro_batch_that_fits(params: Params, local_processes: int = 1, processes: i
         reduced_precision=reduced_precision,
         gradient_checkpointing=checkpointing,
         dropout=params.train.dropout > 0,
+        freeze_layers=params.train.freeze_layers,
     )
     raise UserError(
         f"training takes about {_gb(needed)} even with a micro-batch of one sequence, and this machine has "

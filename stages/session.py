@@ -79,6 +79,7 @@ def set_up(plan: Plan, stop: StopSignal, world: World) -> TrainingRun:
     sizes = plan.params.model if vocabulary is None else vocabulary.config(plan.params.model)
     master = (initial_model(plan.params, sizes) if checkpoint is None else GPT(sizes)).to(device)
     master.mask_documents, master.dropout = config.mask_documents, config.dropout
+    master.freeze(config.freeze_layers)
     if checkpoint is None:
         precision = world.from_first(world.rank == 0 and choose_precision(device, runtime.precision))
         state = TrainState.initial(precision, plan.micro_batch_size)
@@ -164,8 +165,10 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
         begin = f"resuming from step {state.step} of {config.max_steps} in {folder}, " if run.resumed else ""
         if (vocabulary := run.model.vocabulary) is not None:
             echo(f"{vocabulary.shared:,} tokens do not occur in the training text, and share one embedding")
+        trained, whole = (run.model.config.num_trained_parameters(layers) for layers in (config.freeze_layers, 0))
+        parameters = f"{whole:,}" if trained == whole else f"{trained:,} of {whole:,}"
         echo(
-            f"{begin}training {run.model.config.num_parameters():,} parameters on {run.model.device} in "
+            f"{begin}training {parameters} parameters on {run.model.device} in "
             f"{state.precision}, global batch {config.tokens_per_step:,} tokens"
             + (f", {world.size} processes, {run.strategy}" if world.size > 1 else "")
         )
@@ -267,7 +270,8 @@ def is_compiled(params: Params, sizes: GPTConfig, device_type: str, peak_flops: 
     if device_type == "mps":  # where torch.compile is a prototype
         return False
     config = params.train
-    flops = sizes.flops_per_token(config.sequence_length) * config.tokens_per_step * config.max_steps
+    flops_per_token = sizes.flops_per_token(config.sequence_length, config.freeze_layers)
+    flops = flops_per_token * config.tokens_per_step * config.max_steps
     return flops / peak_flops > MIN_SECONDS_TO_COMPILE
 
 

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 TINY = GPTConfig(block_size=32, vocab_size=50257, n_layer=2, n_head=2, n_embd=16)
 TINY_TRAIN = TrainConfig(
     init_from="scratch",
+    freeze_layers=0,
     seed=7,
     batch_size=4,
     sequence_length=16,

@@ -56,9 +56,10 @@ def history(run: Run) -> pd.DataFrame | None:
 
 def flops_per_token(run: Run) -> float | None:
     """Of training, as `GPTConfig.flops_per_token` counts; None if the params do not say."""
-    length = run.params.get("train", {}).get("sequence_length")
+    train = run.params.get("train", {})
     try:
-        return float(GPTConfig.from_dict(run.params["model"]).flops_per_token(int(length)))
+        length, frozen = int(train["sequence_length"]), int(train.get("freeze_layers", 0))
+        return float(GPTConfig.from_dict(run.params["model"]).flops_per_token(length, frozen))
     except (KeyError, TypeError, ValueError, UserError):
         return None
 

@@ -54,6 +54,7 @@ def choose_strategy(
         reduced_precision=precision != torch.float32,
         on_cpu=on_cpu,
         dropout=config.dropout > 0,
+        freeze_layers=config.freeze_layers,
     )
     return "fsdp" if world.any(needed > memory) else "ddp"
 

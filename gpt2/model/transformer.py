@@ -211,6 +211,15 @@ class GPT(nn.Module):
             else:
                 parameter.normal_(0.0, INIT_STD)
 
+    def freeze(self, layers: int) -> None:
+        """Keeps the embeddings, with the tied head, and so many first blocks as they are: no gradients for them.
+
+        0 freezes nothing. To be called before compute copies and optimizers are made.
+        """
+        blocks = cast(nn.ModuleList, self.transformer["h"])[:layers]
+        for module in (self.transformer["wte"], self.transformer["wpe"], *blocks) if layers else ():
+            module.requires_grad_(False)
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

@@ -39,10 +39,11 @@ class Optimizer:
     ) -> None:
         """muon_type: Muon, or one that computes the same in several processes. dtype: of the matrix products."""
         self.config = config
-        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}
         muon: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained.items():
             (muon if config.optimizer == "muon" and is_hidden_matrix(name, parameter) else rest).append(parameter)
         self.parts: dict[str, torch.optim.Optimizer] = {
             "adamw": torch.optim.AdamW(

@@ -43,14 +43,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        loss, *gradients = _loss_and_gradients(*arguments, with_gradients=True)
+        loss, *gradients = _loss_and_gradients(
+            *arguments, with_gradients=True, with_weight_gradient=ctx.needs_input_grad[1]
+        )
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> Any:
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad.mul_(scale), weight_grad.mul_(scale), None, None, None, None
+        return (
+            hidden_grad.mul_(scale),
+            weight_grad.mul_(scale) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _loss_and_gradients(
@@ -62,15 +71,19 @@ def _loss_and_gradients(
     compiled: bool,
     *,
     with_gradients: bool,
+    with_weight_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean loss and its gradients with respect to hidden and weight, which are empty if not requested."""
+    """The mean loss and its gradients with respect to hidden and weight, which are empty if not requested.
+
+    with_gradients: that of hidden. with_weight_gradient: that of a weight that is trained, too.
+    """
     (N, C), V = hidden.shape, len(weight)
     log_sum_exp, softmax, add, transposed = map(_compiled, KERNELS) if compiled else KERNELS
     total = torch.zeros((), device=hidden.device)
     hidden_grad = torch.empty_like(hidden if with_gradients else hidden[:0])
     in_place = weight.dtype == torch.float32  # a product in fp32 adds to the sum by itself
     # otherwise transposed, (C, V): that product is faster
-    shape = ((V, C) if in_place else (C, V)) if with_gradients else (0, 0)
+    shape = ((V, C) if in_place else (C, V)) if with_weight_gradient else (0, 0)
     weight_grad = hidden.new_zeros(shape, dtype=torch.float32)
     # on a CPU, products are a third faster if rows start at multiples of 64 elements; they read the padding between
     # rows too, and multiply it by 0, so it must not be NaN
@@ -96,6 +109,8 @@ def _loss_and_gradients(
         at_target = (torch.exp(at_target - log_sum) - label_smoothing / V - (1 - label_smoothing)) / N
         gradient[rows, t] = at_target.to(gradient.dtype)
         torch.mm(gradient, weight, out=hidden_grad[chunk])
+        if not with_weight_gradient:
+            continue
         if in_place:
             weight_grad.addmm_(gradient.t(), h)
         else:

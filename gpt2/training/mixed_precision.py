@@ -106,7 +106,8 @@ class MixedPrecisionModel:
 
     def _connect_gradients(self) -> None:
         for master_weight, copy in self._pairs:
-            self._accumulate_in_master(copy, master_weight)
+            if copy.requires_grad:
+                self._accumulate_in_master(copy, master_weight)
 
     def _accumulate_in_master(self, copy: Tensor, master_weight: Tensor) -> None:
         """Adds each gradient of the compute copy to the fp32 gradient as soon as it is computed."""

@@ -174,7 +174,9 @@ class Trainer:
             self.callbacks.log(row)
 
     def _row(self, train_loss: float, learning_rate: float, grad_norm: float) -> LogRow:
-        flops = self.meter.tokens_per_s * self.model.config.flops_per_token(self.config.sequence_length)
+        config = self.config
+        flops_per_token = self.model.config.flops_per_token(config.sequence_length, config.freeze_layers)
+        flops = self.meter.tokens_per_s * flops_per_token
         return {
             "step": self.state.step,
             "train_loss": train_loss,
@@ -183,7 +185,7 @@ class Trainer:
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens_per_s": self.meter.tokens_per_s,
             "mfu": flops / self.peak_flops if self.peak_flops else None,
-            "tokens": self.state.step * self.config.tokens_per_step,
+            "tokens": self.state.step * config.tokens_per_step,
         }
 
     def _is_evaluated(self, step: int) -> bool:

@@ -39,6 +39,7 @@ RUN_GPT2 = (
     "tests/experiments/test_sweep.py",
     "tests/experiments/test_report.py",
     "tests/experiments/test_registry.py",
+    "tests/experiments/test_preset.py",
 )
 RUN_MLFLOW = ("tests/stages/test_mlflow_model.py",)
 RUN_STAGES = ("tests/stages/test_pipeline.py", "tests/stages/test_tracking.py")
@@ -230,4 +231,7 @@ def test_a_preset_becomes_the_params(tmp_path):
     wrong = subprocess.run([*make, "NAME=large"], cwd=tmp_path, capture_output=True, text=True)
     assert wrong.returncode == 2
     names = [path.stem for path in sorted((ROOT / "presets").glob("*.yaml"))]
-    assert f"There is no preset 'large'; there are: {' '.join(names)}" in wrong.stdout
+    assert f"There is no preset 'large'; there are: {' '.join(names)} auto" in wrong.stdout
+    shown = [*make, "--dry-run", "--assume-old=setup", "NAME=auto", "MINUTES=3", "SOURCE=my text.txt"]
+    done = subprocess.run(shown, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert 'python -m gpt2 preset auto --minutes "3" --source "my text.txt"' in done.stdout

@@ -51,5 +51,21 @@ def test_warm_up_and_learning_rates_must_fit(train_config):
         train_config(min_learning_rate=1.0)
 
 
+def test_frozen_blocks_take_a_third_of_the_flops():
+    sizes = GPTConfig(block_size=32, vocab_size=50257, n_layer=4, n_head=2, n_embd=16)
+    all_of_it, *frozen = (sizes.flops_per_token(32, n) for n in range(4))
+    assert all_of_it == sizes.flops_per_token(32)
+    differences = [frozen[0] - frozen[1], frozen[1] - frozen[2]]
+    block = GPTConfig(32, 50257, 5, 2, 16).flops_per_token(32) - all_of_it
+    assert differences == [2 * block // 3] * 2
+    assert all_of_it - frozen[0] == 2 * block // 3 + 2 * 50257 * 16
+
+
+def test_frozen_blocks_need_trained_weights(train_config):
+    with pytest.raises(ValueError, match="freeze_layers 1 keeps random weights as they are; name a model in init_from"):
+        train_config(freeze_layers=1)
+    assert train_config(freeze_layers=1, init_from="gpt2").freeze_layers == 1
+
+
 def test_step_tokens_counts_all_micro_batches(train_config):
     assert train_config().tokens_per_step == 4 * 2 * 16

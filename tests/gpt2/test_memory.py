@@ -50,5 +50,13 @@ def test_gradient_checkpointing_takes_less_memory():
         assert less < plain
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_frozen_block_takes_less_memory(checkpointing):
+    options = {"reduced_precision": True, "gradient_checkpointing": checkpointing}
+    needed = [training_bytes(PRESETS["gpt2"], 8, 128, freeze_layers=n, **options) for n in range(12)]
+    assert needed == sorted(needed, reverse=True)
+    assert needed[11] < 0.6 * needed[0]
+
+
 def test_the_chunk_size_matches_the_loss():
     assert memory.CHUNK_TOKENS == loss.CHUNK_TOKENS

@@ -34,6 +34,7 @@ def test_each_preset_is_complete_and_valid(path):
 def test_the_presets_are_there_and_laptop_is_the_default():
     assert [path.stem for path in PRESETS] == [
         "colab-t4",
+        "finetune",
         "fineweb-124m-muon",
         "fineweb-124m",
         "gpt2-large-8gpu",
@@ -91,6 +92,8 @@ def test_seed_has_the_settings_of_the_original_project():
         ("patience: null", "patience: 0", "train.patience is 0; expected more than 0"),
         ("warmup_steps: 20", "warmup_steps: 5000", "train: warmup_steps 5000 is longer than the run"),
         ("sequence_length: 128", "sequence_length: 300", "train.sequence_length 300 is over the context"),
+        ("freeze_layers: 0", "freeze_layers: -1", "train.freeze_layers is -1; expected greater than or equal to 0"),
+        ("freeze_layers: 0", "freeze_layers: 1", "train: freeze_layers 1 keeps random weights as they are"),
         ("vocab_size: 50257", "vocab_size: 50000", "model.vocab_size 50000 is less than the tokenizer's 50257"),
         ("fallback: python-docs", "fallback: nothing", "corpus.fallback is 'nothing'; expected null or one of"),
         ("source: tinyshakespeare", "source: ''", "corpus.source is ''"),
@@ -114,6 +117,13 @@ def test_an_invalid_value_is_a_one_line_error_that_names_it(tmp_path, old, new, 
     assert expected in message
     assert "\n" not in message
     assert "params.yaml" in message
+
+
+def test_a_block_is_left_to_train(tmp_path):
+    text = change("freeze_layers: 0", "freeze_layers: 4").replace("init_from: scratch", "init_from: gpt2")
+    with pytest.raises(UserError, match=r"train\.freeze_layers 4 leaves no block to train; .*model\.n_layer 4"):
+        load(tmp_path, text)
+    assert load(tmp_path, text.replace("freeze_layers: 4", "freeze_layers: 3")).train.freeze_layers == 3
 
 
 def test_all_problems_are_reported_at_once(tmp_path):

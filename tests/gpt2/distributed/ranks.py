@@ -54,6 +54,7 @@ class Run:
         vocabulary = text_vocabulary(open_tokens(tokens, "train"), config, TINY.vocab_size)
         master = GPT(TINY if vocabulary is None else vocabulary.config(TINY))
         master.mask_documents, master.dropout = config.mask_documents, config.dropout
+        master.freeze(config.freeze_layers)
         self.model = parts.make_model(
             master, precision, world, strategy, gradient_checkpointing=checkpointing, vocabulary=vocabulary
         )
@@ -179,6 +180,8 @@ def parts_of(world, tokens, folder, steps):
             found[name] = Run(tokens, small, world, strategy, precision, checkpointing).go()
         tied = recipe(max_steps=6, optimizer="muon", tie_unseen_tokens=True)
         found[f"{strategy} tied"] = Run(tokens, tied, world, strategy).go()
+        frozen = recipe(max_steps=6, optimizer="muon", init_from="elsewhere", freeze_layers=1)
+        found[f"{strategy} frozen"] = Run(tokens, frozen, world, strategy, torch.bfloat16).go()
     run = Run(tokens, recipe(optimizer="adamw"), world, "fsdp")
     run.optimizer.initialize_state()
     inputs = torch.zeros(2, 16, dtype=torch.long)

@@ -113,6 +113,13 @@ def test_tokens_that_do_not_occur_share_a_row_in_several_processes(of_four, toke
     assert of_four[f"{strategy} tied"] == pytest.approx(ranks.Run(tokens, config).go(), rel=1e-4)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_frozen_blocks_work_in_several_processes(of_four, tokens, strategy):
+    config = ranks.recipe(max_steps=6, optimizer="muon", init_from="elsewhere", freeze_layers=1)
+    expected = ranks.Run(tokens, config, precision=torch.bfloat16).go()
+    assert of_four[f"{strategy} frozen"] == pytest.approx(expected, rel=3e-3)
+
+
 def test_each_of_four_processes_holds_its_part_of_a_sharded_model(of_four):
     assert 0.25 <= of_four["fsdp share"] <= 0.30
 

@@ -45,6 +45,7 @@ class Run:
         vocabulary = text_vocabulary(open_tokens(tokens, "train"), config, TINY.vocab_size)
         self.model = GPT(TINY if vocabulary is None else vocabulary.config(TINY))
         self.model.dropout = config.dropout
+        self.model.freeze(config.freeze_layers)
         self.compute = MixedPrecisionModel(self.model, precision, vocabulary=vocabulary, **options)
         self.optimizer = Optimizer(self.model, config, dtype=precision)
         self.state = TrainState.initial(precision, config.batch_size)

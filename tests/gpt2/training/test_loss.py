@@ -118,6 +118,16 @@ def test_gradients_are_not_computed_if_nothing_needs_them(monkeypatch, with_grad
         assert linear_cross_entropy(hidden, weight, targets).item() > 0
 
 
+def test_a_frozen_head_gets_no_gradient_and_passes_on_the_same():
+    trained, frozen = example(21), example(21)
+    for hidden, weight, targets in (trained, frozen):
+        weight.requires_grad_(weight is trained[1])
+        linear_cross_entropy(hidden, weight, targets).backward()
+    assert trained[1].grad is not None
+    assert frozen[1].grad is None
+    assert torch.equal(frozen[0].grad, trained[0].grad)
+
+
 def test_a_loss_without_gradients_has_no_memory_for_them():
     hidden, weight, targets = (x.detach() for x in example(21))
     _, *gradients = loss._loss_and_gradients(hidden, weight, targets, 0.0, 1, False, with_gradients=False)

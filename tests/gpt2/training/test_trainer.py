@@ -135,6 +135,50 @@ def test_every_kind_of_run_resumes_exactly(tokens, train_config, changes, precis
     assert torch.equal(resumed.weights(), whole.weights())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_frozen_weights_stay_as_they_were_and_take_no_memory(tokens, train_config, optimizer, precision):
+    config = train_config(optimizer=optimizer, init_from="elsewhere", freeze_layers=1)
+    run = Run(tokens, config, precision)
+    before = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
+    run.go(Recorder())
+    changed = {name for name, weight in run.model.named_parameters() if not torch.equal(weight, before[name])}
+    expected = {name for name in before if ".h.1." in name or ".ln_f." in name}
+    assert changed == expected
+    assert {name.split(".", 1)[1].rpartition(".")[0] for name in run.optimizer.named_tensors()} == expected
+    assert {name for name, weight in run.model.named_parameters() if weight.requires_grad} == expected
+    assert sum(before[name].numel() for name in expected) == TINY.num_trained_parameters(1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_with_frozen_blocks_resumes_exactly(tokens, train_config, optimizer):
+    config = train_config(optimizer=optimizer, init_from="elsewhere", freeze_layers=1)
+    whole, parts = Run(tokens, config, torch.bfloat16), Run(tokens, config, torch.bfloat16)
+    whole.go(Recorder())
+    assert not parts.go(Recorder(stop_after=3))
+    file = io.BytesIO()
+    torch.save(checkpoint_content(parts.model, parts.optimizer, parts.state), file)
+    file.seek(0)
+    resumed = Run(tokens, config, torch.bfloat16)
+    with torch.no_grad():  # all weights, also frozen ones, are those of the checkpoint
+        resumed.model.transformer["wpe"].weight.zero_()
+    resumed.state = restore_checkpoint(torch.load(file, weights_only=True), resumed.model, resumed.optimizer)
+    assert resumed.go(Recorder())
+    assert torch.equal(resumed.weights(), whole.weights())
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_frozen_blocks_compile(tokens, train_config):
+    config = train_config(max_steps=4, init_from="elsewhere", freeze_layers=1)
+    plain, compiled = Run(tokens, config), Run(tokens, config)
+    compiled.compute.compile(4, 16)
+    for run in (plain, compiled):
+        run.go(Recorder())
+    expected = [row["train_loss"] for row in plain.state.history]
+    assert [row["train_loss"] for row in compiled.state.history] == pytest.approx(expected, rel=1e-5)
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_a_compiled_run_resumes_exactly(tokens, train_config):

@@ -1,0 +1,111 @@
+"""The choices of `preset auto`: sizes, rates, batch and regularization, and the loss that they lead to.
+
+All constants that were found by trying stand here. Rates and schedule are those of the preset laptop, which
+reports/tuning.md compares; Muon's fit all widths (docs/experiments.md, ladder).
+"""
+
+import math
+from dataclasses import dataclass
+
+from experiments.automatic.text import Text
+from gpt2.config import GPT2_VOCAB_SIZE, GPTConfig
+
+SIZES = ((2, 2, 128), (2, 4, 256), (4, 4, 256), (4, 6, 384), (6, 8, 512), (8, 12, 768), (12, 12, 768), (24, 16, 1024))
+"""Layers, heads, width. Small models are wide rather than deep: most of their work is the head, whatever the depth."""
+CONTEXTS = {128: 4e6, 256: 40e6, 512: 400e6, 1024: math.inf}
+"""Context in tokens, for runs of up to so many tokens."""
+MIN_CONTEXT = 32
+WINDOWS = 20
+"""Least number of contexts in a text."""
+STEP_TOKENS, RUN_TOKENS = 1024, 512_000
+"""Tokens in a step of a run of RUN_TOKENS: those of the preset laptop. A step grows as the root of the run, as the
+critical batch does (https://arxiv.org/abs/1812.06162)."""
+MAX_STEP_TOKENS = 2**19
+MICRO_BATCH_TOKENS = 16_384
+RATES = {
+    "optimizer": "muon",
+    "learning_rate": 6.0e-3,
+    "muon_learning_rate": 2.0e-2,
+    "min_learning_rate": 0.0,
+    "schedule": "linear",
+}
+WARM_UP = 0.04
+"""Share of the steps."""
+REGULARIZATION = ((2, 0.0, 0.1), (6, 0.1, 0.1), (20, 0.2, 0.3), (math.inf, 0.3, 1.0))
+"""For runs that read the text up to so many times: dropout, weight decay. Repeated text needs more of both
+(https://arxiv.org/abs/2509.14786)."""
+EVALUATIONS = ((2, 4), (6, 8), (math.inf, 16))
+"""For runs that read the text up to so many times: evaluations. The best weights are kept, so many are good where the
+loss on held-out text rises again."""
+
+# loss = FLOOR + OF_SIZE / parameters^SIZE_EXPONENT + OF_TOKENS / tokens^TOKENS_EXPONENT, in nats per token of Tiny
+# Shakespeare; parameters without embeddings, and tokens counted as new ones by `effective_tokens`. The part of the size
+# is fitted to reports/ladder, the part of the tokens to runs of 65,536 and 512,000 tokens.
+FLOOR, OF_SIZE, SIZE_EXPONENT, OF_TOKENS, TOKENS_EXPONENT = 2.5, 9.3, 0.30, 36.0, 0.218
+USEFUL_REPETITIONS = 3.0
+"""R* of https://arxiv.org/abs/2305.16264, which has 15 for large models. Between what reports/ladder (about 1.5,
+without dropout) and a run on 30 kB (over 5) suggest."""
+UNIGRAM_LOSS, UNIGRAM_TOKENS, UNIGRAM_SLOPE = 6.475, 338_025, 0.256
+"""`Text.unigram_loss` of Tiny Shakespeare, and how it falls with the logarithm of the size of a text."""
+UNCERTAINTY = 0.10
+"""Relative; measured losses of other texts and sizes were up to so far from the law."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run trains, in which batches. evaluations: during the run."""
+
+    model: GPTConfig
+    batch_size: int
+    gradient_accumulation_steps: int
+    dropout: float
+    weight_decay: float
+    evaluations: int
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens in a step."""
+        return self.batch_size * self.gradient_accumulation_steps * self.model.block_size
+
+
+def recipe(size: tuple[int, int, int], tokens: float, training_tokens: float) -> Recipe:
+    """The run of a size on about `tokens` tokens, from a text of training_tokens."""
+    context = next(length for length, limit in CONTEXTS.items() if tokens <= limit)
+    while context > MIN_CONTEXT and context * WINDOWS > training_tokens:
+        context //= 2
+    ideal = STEP_TOKENS * math.sqrt(tokens / RUN_TOKENS)
+    step_tokens = min(MAX_STEP_TOKENS, max(STEP_TOKENS, 2 ** round(math.log2(ideal))))
+    batch_size = min(step_tokens, max(MICRO_BATCH_TOKENS, context)) // context
+    epochs = tokens / training_tokens
+    dropout, weight_decay = next(each[1:] for each in REGULARIZATION if epochs <= each[0])
+    return Recipe(
+        GPTConfig(context, GPT2_VOCAB_SIZE, *size),
+        batch_size,
+        step_tokens // (batch_size * context),
+        dropout,
+        weight_decay,
+        next(count for limit, count in EVALUATIONS if epochs <= limit),
+    )
+
+
+def expected_loss(model: GPTConfig, tokens: float, training_tokens: float, text: Text) -> float:
+    """Validation loss in nats per token after training on `tokens` tokens.
+
+    That of Tiny Shakespeare, times how much harder the frequencies of the tokens of this text are to predict.
+    """
+    parameters = model.num_parameters() - (model.vocab_size + model.block_size) * model.n_embd
+    new = effective_tokens(tokens, training_tokens * text.new_tokens / text.tokens)
+    usual: float = FLOOR + OF_SIZE * parameters**-SIZE_EXPONENT + OF_TOKENS * new**-TOKENS_EXPONENT
+    unigram_loss = UNIGRAM_LOSS - UNIGRAM_SLOPE * math.log(text.tokens / UNIGRAM_TOKENS)
+    return min(text.unigram_loss, usual * text.unigram_loss / unigram_loss)
+
+
+def effective_tokens(tokens: float, new_tokens: float) -> float:
+    """Tokens of training as if all were new. new_tokens: of the text; read again, they count less.
+
+    U + U R* (1 - exp(-R / R*)) for R repetitions of U tokens, https://arxiv.org/abs/2305.16264, equation 5.
+    """
+    if tokens <= new_tokens:
+        return tokens
+    repetitions = tokens / new_tokens - 1
+    return new_tokens * (1 + USEFUL_REPETITIONS * (1 - math.exp(-repetitions / USEFUL_REPETITIONS)))
