@@ -89,7 +89,7 @@ def test_seed_has_the_settings_of_the_original_project():
         ("learning_rate: 6.0e-3", "learning_rate: [1]", "train.learning_rate is [1]"),
         ("beta1: 0.9", "beta1: 1.0", "train.beta1 is 1.0; expected less than 1"),
         ("dropout: 0.0", "dropout: 1.0", "train.dropout is 1.0; expected less than 1"),
-        ("patience: null", "patience: 0", "train.patience is 0; expected more than 0"),
+        ("patience: null", "patience: 0", "train.patience is 0; expected greater than 0"),
         ("warmup_steps: 20", "warmup_steps: 5000", "train: warmup_steps 5000 is longer than the run"),
         ("sequence_length: 128", "sequence_length: 300", "train.sequence_length 300 is over the context"),
         ("freeze_layers: 0", "freeze_layers: -1", "train.freeze_layers is -1; expected greater than or equal to 0"),

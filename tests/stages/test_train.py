@@ -99,7 +99,7 @@ def test_the_fingerprint_covers_the_code_that_decides_the_numbers(monkeypatch):
 @pytest.mark.parametrize(("peak_flops", "compiled"), [(1.0, True), (1e30, False)])
 def test_long_runs_are_compiled(params, peak_flops, compiled):
     assert session.is_compiled(params, TINY, "cpu", peak_flops) == compiled
-    assert not session.is_compiled(params, "mps", peak_flops)
+    assert not session.is_compiled(params, TINY, "mps", peak_flops)
     for setting, expected in (("always", True), ("never", False)):
         chosen = replace(params, runtime=replace(params.runtime, compile=setting))
         assert session.is_compiled(chosen, TINY, "cpu", peak_flops) == expected
@@ -145,7 +145,7 @@ def test_early_stopping_is_one_line(tmp_path, never_stops, capsys):
     callbacks = StageCallbacks(CheckpointStore(tmp_path), None, never_stops, state, 500)
     callbacks.stopped_early(state)
     callbacks.close()
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert printed == (
         "stopped early, after step 300 of 500: the validation loss has not improved since step 200 (train.patience)\n"
     )
