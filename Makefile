@@ -82,9 +82,11 @@ endif
 
 bench: setup ## measure speed and learning beside other implementations and other work (over an hour)
 	python -m benchmarks.train
+	python -m benchmarks.roofline
 	python -m benchmarks.generate
 	python -m benchmarks.drafts
 	python -m benchmarks.learning
+	python -m benchmarks.ablations
 	python -m benchmarks.compare
 	python -m benchmarks.concurrency --busy --experiments
 	python -m benchmarks.communication

@@ -120,6 +120,9 @@ def settings(contender: dict[str, Any]) -> Any:
             "beta1": 0.9,
             "beta2": 0.95,
             "dropout": 0.0,
+            "freeze_layers": 0,
+            "label_smoothing": 0.0,
+            "tie_unseen_tokens": False,
         }  # type: ignore[arg-type]
     )
 

@@ -252,6 +252,8 @@ def our_step(
         "beta1": 0.9,
         "beta2": 0.95,
         "dropout": 0.0,
+        "label_smoothing": 0.0,
+        "tie_unseen_tokens": False,
     }
     model = GPT(config).to(device)
     optimizer = Optimizer(model, TrainConfig(**settings), dtype=precision)  # type: ignore[arg-type]

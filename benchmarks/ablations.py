@@ -1,0 +1,197 @@
+"""What changes of the optimizer are worth: short runs of the preset laptop, one change at a time, on the same seeds.
+
+    python -m benchmarks.ablations               three seeds of each, over an hour on two cores
+    python -m benchmarks.ablations --only cautious
+
+Each run has 120 steps, 24 % of those in which the baseline recipe reaches its best loss (benchmarks/learning.py), and
+no dropout. Runs that are in the report already are not repeated. Changes that pay are in the preset; the others exist
+only here. Writes reports/benchmarks/ablations.{json,md}.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import t as student_t
+from torch import Tensor, nn
+
+from benchmarks.learning import REPORT, run
+from gpt2.optimizers.muon import Muon
+
+STEPS, WARM_UP = 120, 10
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
+)
+"""Coefficients of each iteration: Amsel et al., 2025, https://arxiv.org/abs/2505.16932, algorithm 2."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change to the preset. train: its values. muon: options of `StudiedMuon`. source: who proposed it."""
+
+    train: dict[str, Any] = field(default_factory=dict)
+    muon: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+
+CHANGES = {
+    "the preset": Change(),
+    "learning rate 6e-3": Change({"learning_rate": 6e-3}),
+    "beta2 0.95": Change({"beta2": 0.95}),
+    "an embedding for each token": Change({"tie_unseen_tokens": False}),
+    "momentum 0.9": Change(muon={"momentum": 0.9}),
+    "NorMuon": Change(muon={"normalized": True}, source="https://arxiv.org/abs/2510.05491"),
+    "Polar Express": Change(muon={"polar_express": True}, source="https://arxiv.org/abs/2505.16932"),
+    "cautious weight decay": Change(muon={"cautious": True}, source="https://arxiv.org/abs/2510.12402"),
+}
+
+
+class StudiedMuon(Muon):
+    """Muon with changes.
+
+    momentum: in place of 0.95. normalized: rows (or columns of a wide matrix) of the update have equal mean squares
+    over time. polar_express: coefficients that differ by iteration. cautious: only weights that the update makes
+    smaller decay.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        momentum: float = 0.95,
+        normalized: bool = False,
+        polar_express: bool = False,
+        cautious: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, **options)
+        self.momentum, self.normalized = momentum, normalized
+        self.polar_express, self.cautious = polar_express, cautious
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of all matrices."""
+        if not self.cautious:
+            return super().step(closure)
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter, update in zip(
+                parameters, self.updates(parameters, [self._momentum(p) for p in parameters]), strict=True
+            ):
+                rows, columns = parameter.shape
+                decayed = (update * parameter > 0).to(parameter.dtype)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"] * decayed)
+                parameter.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
+        return None
+
+    def updates(self, parameters: list[Tensor], parts: list[Tensor]) -> list[Tensor]:
+        """Orthogonalized, and normalized if that is the change."""
+        if self.polar_express:
+            found = [polar_express(part, self.dtype) for part in parts]
+        else:
+            found = super().updates(parameters, parts)
+        return [self._normalize(p, update) for p, update in zip(parameters, found, strict=True)]
+
+    def _normalize(self, parameter: Tensor, update: Tensor) -> Tensor:
+        if not self.normalized:
+            return update
+        rows, columns = update.shape
+        squares = update.square().mean(1 if rows >= columns else 0, keepdim=True)
+        mean: Tensor = self.state[parameter].setdefault("mean_squares", torch.zeros_like(squares))
+        mean.lerp_(squares, 0.05)
+        scaled = update * mean.clamp_min(1e-10).rsqrt()
+        return scaled * (update.norm() / scaled.norm())
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        assert parameter.grad is not None
+        buffer: Tensor = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        buffer.lerp_(parameter.grad, 1 - self.momentum)
+        return parameter.grad.lerp(buffer, self.momentum)
+
+
+def polar_express(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Orthogonalizes a matrix, like `gpt2.optimizers.muon.orthogonalize`."""
+    is_tall = matrix.size(0) > matrix.size(1)
+    x = matrix.to(dtype, copy=True)
+    x = x.T if is_tall else x
+    x.div_(x.norm() * 1.01 + 1e-7)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if is_tall else x
+
+
+def main() -> None:
+    """Trains what the report lacks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--only", default="", help="changes with this in their name")
+    arguments = parser.parse_args()
+    from stages.params import load_params
+
+    laptop = load_params(Path("presets/laptop.yaml"))
+    path = REPORT / "ablations.json"
+    runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.is_file() else []
+    for seed in range(laptop.train.seed, laptop.train.seed + arguments.seeds):
+        for name, change in CHANGES.items():
+            is_known = any((known["change"], known["seed"]) == (name, seed) for known in runs)
+            if is_known or arguments.only not in name:
+                continue
+            short = {"max_steps": STEPS, "warmup_steps": WARM_UP, "eval_interval": STEPS, "dropout": 0.0, "seed": seed}
+            config = replace(laptop.train, **{**short, **change.train})
+            curve = run(laptop, config, partial(StudiedMuon, **change.muon))
+            runs.append({"change": name, "seed": seed, "val_loss": curve["val_loss"][-1]})
+            print(f"{name}, seed {seed}: {curve['val_loss'][-1]:.4f}", flush=True)
+            REPORT.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "runs": runs}, indent=1) + "\n")
+    (REPORT / "ablations.md").write_text(table(runs))
+
+
+def difference(runs: list[dict[str, Any]], name: str) -> tuple[float, float]:
+    """Mean difference of a change to the preset on the same seeds, and the half-width of its 95 % t interval."""
+    losses = {(one["change"], one["seed"]): one["val_loss"] for one in runs}
+    seeds = [seed for change, seed in losses if change == name and ("the preset", seed) in losses]
+    pairs = [losses[name, seed] - losses["the preset", seed] for seed in seeds]
+    if len(pairs) < 2:
+        return statistics.mean(pairs or [math.nan]), math.inf
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return statistics.mean(pairs), float(student_t.ppf(0.975, len(pairs) - 1)) * error
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """The report in Markdown."""
+    lines = [
+        "# Ablations",
+        "",
+        f"Made by `python -m benchmarks.ablations`: the validation loss after {STEPS} steps of the preset `laptop`, "
+        "without dropout, and the mean difference to the preset on the same seeds with its 95 % interval. A "
+        "negative difference is better than the preset.",
+        "",
+        "| change | seeds | validation loss | difference |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, change in CHANGES.items():
+        losses = [one["val_loss"] for one in runs if one["change"] == name]
+        if not losses:
+            continue
+        shown = f"[{name}]({change.source})" if change.source else name
+        mean, width = difference(runs, name)
+        told = "" if name == "the preset" else f"{mean:+.3f} ({mean - width:+.3f} to {mean + width:+.3f})"
+        lines.append(f"| {shown} | {len(losses)} | {statistics.mean(losses):.3f} | {told} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
