@@ -112,7 +112,8 @@ class StudiedMuon(Muon):
         mean: Tensor = self.state[parameter].setdefault("mean_squares", torch.zeros_like(squares))
         mean.lerp_(squares, 0.05)
         scaled = update * mean.clamp_min(1e-10).rsqrt()
-        return scaled * (update.norm() / scaled.norm())
+        ratio: Tensor = update.norm() / scaled.norm()
+        return scaled * ratio
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         assert parameter.grad is not None

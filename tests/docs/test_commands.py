@@ -191,9 +191,9 @@ def repository(tmp_path_factory):
     for command in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-qm", "start"]):
         subprocess.run(["git", *command], cwd=folder, env=environment, check=True)
     metrics = json.loads((folder / "reports/train/metrics.json").read_text())
-    (folder / "reports/train/metrics.json").write_text(json.dumps(metrics | {"steps": 501}))
+    (folder / "reports/train/metrics.json").write_text(json.dumps(metrics | {"steps": 901}))
     text = (folder / "params.yaml").read_text()
-    (folder / "params.yaml").write_text(text.replace("max_steps: 500", "max_steps: 501"))
+    (folder / "params.yaml").write_text(text.replace("max_steps: 900", "max_steps: 901"))
     program = [sys.executable, "-c", IN_ONE_PROCESS, json.dumps(DVC_COMMANDS), "outputs.json"]
     done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -205,7 +205,7 @@ def repository(tmp_path_factory):
 def test_metrics_and_plots_compare_with_the_last_commit(repository):
     folder, told = repository
     assert "best_val_loss" in told["metrics show"]
-    assert re.search(r"train/metrics.json +steps +500 +501 +1\n", told["metrics diff"])
+    assert re.search(r"train/metrics.json +steps +900 +901 +1\n", told["metrics diff"])
     page = (folder / "dvc_plots/index.html").read_text()
     for plot in ("learning rate", "gradient norm"):
         assert plot in page
@@ -213,7 +213,7 @@ def test_metrics_and_plots_compare_with_the_last_commit(repository):
 
 def test_an_experiment_is_adopted_by_its_name(repository):
     folder, _ = repository
-    assert "max_steps: 501" in (folder / "params.yaml").read_text()  # before, it was another preset
+    assert "max_steps: 901" in (folder / "params.yaml").read_text()  # before, it was another preset
 
 
 def test_a_queued_experiment_waits_under_its_name(repository):
