@@ -83,12 +83,12 @@ def test_seed_has_the_settings_of_the_original_project():
         ("n_layer: 4", "n_layer:", "model.n_layer is None"),
         ("n_layer: 4", "n_layer: 4\n  n_layer: 5", 'duplicate key "n_layer"'),
         ("n_head: 4", "n_head: 3", "model: n_embd 256 is not a multiple of n_head 3"),
-        ("learning_rate: 6.0e-3", "learning_rate: '1e-3'", "train.learning_rate is '1e-3', which is text"),
-        ("learning_rate: 6.0e-3", "learning_rate: .inf", "train.learning_rate is inf"),
-        ("learning_rate: 6.0e-3", "learning_rate: .nan", "train.learning_rate is nan"),
-        ("learning_rate: 6.0e-3", "learning_rate: [1]", "train.learning_rate is [1]"),
+        ("learning_rate: 1.2e-2", "learning_rate: '1e-3'", "train.learning_rate is '1e-3', which is text"),
+        ("learning_rate: 1.2e-2", "learning_rate: .inf", "train.learning_rate is inf"),
+        ("learning_rate: 1.2e-2", "learning_rate: .nan", "train.learning_rate is nan"),
+        ("learning_rate: 1.2e-2", "learning_rate: [1]", "train.learning_rate is [1]"),
         ("beta1: 0.9", "beta1: 1.0", "train.beta1 is 1.0; expected less than 1"),
-        ("dropout: 0.0", "dropout: 1.0", "train.dropout is 1.0; expected less than 1"),
+        ("dropout: 0.1", "dropout: 1.0", "train.dropout is 1.0; expected less than 1"),
         ("patience: null", "patience: 0", "train.patience is 0; expected greater than 0"),
         ("warmup_steps: 20", "warmup_steps: 5000", "train: warmup_steps 5000 is longer than the run"),
         ("sequence_length: 128", "sequence_length: 300", "train.sequence_length 300 is over the context"),
@@ -127,7 +127,7 @@ def test_a_block_is_left_to_train(tmp_path):
 
 
 def test_all_problems_are_reported_at_once(tmp_path):
-    text = COMMITTED.replace("n_layer: 4", "n_layer: -1").replace("beta2: 0.95", "beta2: x")
+    text = COMMITTED.replace("n_layer: 4", "n_layer: -1").replace("beta2: 0.99", "beta2: x")
     with pytest.raises(UserError, match=r"(?s)has 2 problems:.*model\.n_layer.*train\.beta2"):
         load(tmp_path, text)
 
@@ -144,7 +144,7 @@ def test_a_missing_file_error_names_the_command_that_creates_it(tmp_path):
 
 
 def test_a_float_may_be_written_without_a_point(tmp_path):
-    assert load(tmp_path, change("learning_rate: 6.0e-3", "learning_rate: 3e-4")).train.learning_rate == 3e-4
+    assert load(tmp_path, change("learning_rate: 1.2e-2", "learning_rate: 3e-4")).train.learning_rate == 3e-4
 
 
 def test_a_source_may_be_a_list_and_a_limit_a_text(tmp_path):
