@@ -163,8 +163,6 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
         echo(f"this run is complete in {folder}, using its results; delete that folder to train again")
     else:
         begin = f"resuming from step {state.step} of {config.max_steps} in {folder}, " if run.resumed else ""
-        if (vocabulary := run.model.vocabulary) is not None:
-            echo(f"{vocabulary.shared:,} tokens do not occur in the training text, and share one embedding")
         trained, whole = (run.model.config.num_trained_parameters(layers) for layers in (config.freeze_layers, 0))
         parameters = f"{whole:,}" if trained == whole else f"{trained:,} of {whole:,}"
         echo(
@@ -172,6 +170,8 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
             f"{state.precision}, global batch {config.tokens_per_step:,} tokens"
             + (f", {world.size} processes, {run.strategy}" if world.size > 1 else "")
         )
+        if (vocabulary := run.model.vocabulary) is not None:
+            echo(f"{vocabulary.shared:,} tokens do not occur in the training text, and share one embedding")
         with stop.exit_immediately():
             works = state.compiled and compile_model(run.model, state, config.sequence_length)
             state.compiled = not world.any(not works)

@@ -135,7 +135,7 @@ def test_a_dry_run_shows_the_space_and_the_expected_minutes_and_leaves_nothing(s
     before = sorted(tmp_path.rglob("*"))
     code, told = sweep_here("--dry-run")
     assert code == 0
-    assert "train.learning_rate: 0.001 to 0.02, log (now 0.006)" in told
+    assert "train.learning_rate: 0.001 to 0.02, log (now 0.012)" in told
     assert re.search(r"24 trials, about [0-9.]+ minutes of training for each trial", told)
     assert sorted(tmp_path.rglob("*")) == before
 

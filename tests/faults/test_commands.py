@@ -4,6 +4,7 @@ import re
 import resource
 import signal
 import subprocess
+from functools import partial
 
 import pytest
 
@@ -37,23 +38,35 @@ def test_an_orphaned_stage_ends_and_no_second_run_writes(tmp_path, trained):
     orphaned_processes(tmp_path, trained, 2).check(at_least=2)
 
 
-def full_disk():
-    """Limits the file size to less than a checkpoint."""
+def full_disk(size):
+    """Limits the size of files, in bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, trained):
+@pytest.mark.parametrize(
+    ("size", "warnings", "advice"),
+    [
+        (30_000, 2, "free disk space, and run again to continue"),  # less than a checkpoint
+        (3_000_000, 0, "free disk space, and run again: the checkpoint is complete"),  # less than the model
+    ],
+)
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, trained, size, warnings, advice):
     project = trained.copy(tmp_path / "project")
     forget(project)
     command = subprocess.run(
-        PLAIN, cwd=project.folder, env=project.environment, capture_output=True, text=True, preexec_fn=full_disk
+        PLAIN,
+        cwd=project.folder,
+        env=project.environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=partial(full_disk, size),
     )
     assert command.returncode == 74
-    assert command.stderr.count("WARNING: cannot write the checkpoint") == 2
+    assert command.stderr.count("WARNING: cannot write the checkpoint") == warnings
     (line,) = [line for line in command.stderr.splitlines() if line.startswith("error:")]
     assert "File too large" in line
-    assert "free disk space, and run again to continue" in line
+    assert advice in line
     assert "Traceback" not in command.stderr
     assert finish(project, PLAIN) is None
     assert results(project) == trained.expected

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from gpt2 import tokenizer
-from gpt2.evaluation import breakdown
-from gpt2.evaluation.breakdown import Calibration, LossByFrequency, LossByPosition, count_tokens, measure
+from gpt2.data import token_files
+from gpt2.data.token_files import count_tokens
+from gpt2.evaluation.breakdown import Calibration, LossByFrequency, LossByPosition, measure
 from gpt2.evaluation.scores import Predictions, score
 from gpt2.tokenizer import END_OF_TEXT
 from tests.gpt2.reference import expected_losses
@@ -77,7 +78,7 @@ def test_loss_by_frequency_groups_tokens_by_their_count_in_training():
 
 
 def test_tokens_are_counted_in_chunks(monkeypatch):
-    monkeypatch.setattr(breakdown, "CHUNK_TOKENS", 7)
+    monkeypatch.setattr(token_files, "CHUNK_TOKENS", 7)
     tokens = np.array([5, 5, END_OF_TEXT, 0] * 5, dtype=np.uint16)
     read = []
     counts = count_tokens(tokens, progress=read.append)
