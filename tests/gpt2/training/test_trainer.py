@@ -237,7 +237,7 @@ class StopsAt(Recorder):
 
 @pytest.mark.parametrize("precision", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_stop_at_any_moment_loses_nothing(tokens, train_config, precision):
-    config = train_config(max_steps=5, eval_interval=2)
+    config = train_config(max_steps=5, eval_interval=2, tie_unseen_tokens=True)
     whole = Run(tokens, config, precision)
     whole.go(Recorder())
     stopped_in_evaluation = 0
