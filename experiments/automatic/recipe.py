@@ -1,7 +1,7 @@
 """The choices of `preset auto`: sizes, rates, batch and regularization, and the loss that they lead to.
 
-All constants that were found by trying stand here. Rates and schedule are those that reports/tuning.md found best, before
-the preset laptop took twice the rate of AdamW; Muon's fit all widths (docs/experiments.md, ladder).
+All constants that were found by trying stand here. Rates and schedule are those that reports/tuning.md found best,
+before the preset laptop took twice the rate of AdamW; Muon's fit all widths (docs/experiments.md, ladder).
 """
 
 import math
