@@ -50,7 +50,7 @@ CHANGES = {
     "the preset": Change(),
     "learning rate 6e-3": Change({"learning_rate": 6e-3}),
     "beta2 0.95": Change({"beta2": 0.95}),
-    "an embedding for each token": Change({"tie_unseen_tokens": False}),
+    "an embedding for each token": Change({"min_token_count": 0}),
     "momentum 0.9": Change(muon={"momentum": 0.9}),
     "NorMuon": Change(muon={"normalized": True}, source="https://arxiv.org/abs/2510.05491"),
     "Polar Express": Change(muon={"polar_express": True}, source="https://arxiv.org/abs/2505.16932"),

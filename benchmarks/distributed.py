@@ -122,7 +122,7 @@ def settings(contender: dict[str, Any]) -> Any:
             "dropout": 0.0,
             "freeze_layers": 0,
             "label_smoothing": 0.0,
-            "tie_unseen_tokens": False,
+            "min_token_count": 0,
         }  # type: ignore[arg-type]
     )
 

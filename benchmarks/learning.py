@@ -67,7 +67,7 @@ def main() -> None:
         parser.error(f"at least one seed, and more steps than the baseline recipe's warm-up, {seed.train.warmup_steps}")
     taken = [
         *("optimizer", "learning_rate", "min_learning_rate", "schedule", "warmup_steps", "weight_decay", "beta2"),
-        "tie_unseen_tokens",
+        "min_token_count",
     ]
     recipes = {**RECIPES, "baseline recipe": {name: getattr(seed.train, name) for name in taken}}
     baseline_step_s = time_baseline_step(laptop)

@@ -253,7 +253,7 @@ def our_step(
         "beta2": 0.95,
         "dropout": 0.0,
         "label_smoothing": 0.0,
-        "tie_unseen_tokens": False,
+        "min_token_count": 0,
     }
     model = GPT(config).to(device)
     optimizer = Optimizer(model, TrainConfig(**settings), dtype=precision)  # type: ignore[arg-type]

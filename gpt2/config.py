@@ -186,8 +186,8 @@ class TrainConfig:
     ("wsd": warm-up, stable, decay) linearly over the last decay_fraction of the steps. muon_learning_rate follows the
     same schedule. label_smoothing: fraction of each target's probability that is spread over all tokens.
     dropout: probability, at GPT-2's three places (`gpt2.model.transformer.GPT`). mask_documents: whether attention
-    stops at the borders of documents. tie_unseen_tokens: whether tokens that do not occur in the training text share
-    one embedding, in a run from scratch. eval_interval: in steps.
+    stops at the borders of documents. min_token_count: tokens that occur fewer times in the training text share
+    one embedding, in a run from scratch; 0 gives each its own. eval_interval: in steps.
     patience: early stopping: the run ends after so many evaluations in a row without a better validation loss.
     """
 
@@ -212,7 +212,7 @@ class TrainConfig:
     label_smoothing: Annotated[float, Ge(0), Lt(1)]
     dropout: Annotated[float, Ge(0), Lt(1)]
     mask_documents: bool
-    tie_unseen_tokens: bool
+    min_token_count: Annotated[int, Ge(0)]
     eval_interval: PositiveInt
     patience: PositiveInt | None
 
@@ -228,9 +228,9 @@ class TrainConfig:
             "min_learning_rate {0} is over learning_rate {1}",
         ),
         Rule(
-            ("tie_unseen_tokens", "label_smoothing"),
-            lambda tied, smoothing: not (tied and smoothing),
-            "tie_unseen_tokens does not work with label_smoothing {1}; set one of them to false or 0",
+            ("min_token_count", "label_smoothing"),
+            lambda count, smoothing: not (count and smoothing),
+            "min_token_count {0} does not work with label_smoothing {1}; set one of them to 0",
         ),
         Rule(
             ("freeze_layers", "init_from"),

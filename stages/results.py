@@ -6,12 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from gpt2.data.token_files import split_sha256
 from gpt2.device import device_name
-from gpt2.errors import FileError, one_line
 from gpt2.files import sha256_of, write_json
 from gpt2.model.storage import CONFIG_FILE, MODEL_FILE, save_weights
 from gpt2.training.state import Weights
@@ -36,13 +34,7 @@ def write_results(run: TrainingRun, tracker: tracking.Run) -> None:
     if vocabulary is not None:
         last, best = vocabulary.whole(last), vocabulary.whole(best)
     for weights, name in ((last, LAST_FILE), (best, MODEL_FILE)):
-        try:
-            save_weights(weights, paths.MODELS / name)
-        except SafetensorError as error:
-            raise FileError(
-                f"cannot write {paths.MODELS / name} ({one_line(error)}); free disk space, and run again: the "
-                "checkpoint is complete"
-            ) from None
+        save_weights(weights, paths.MODELS / name)
     write_json(paths.MODELS / CONFIG_FILE, run.plan.params.model.to_dict())
     config = run.plan.params.train
     facts = {"sequence_length": config.sequence_length, "mask_documents": config.mask_documents}

@@ -171,7 +171,8 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
             + (f", {world.size} processes, {run.strategy}" if world.size > 1 else "")
         )
         if (vocabulary := run.model.vocabulary) is not None:
-            echo(f"{vocabulary.shared:,} tokens do not occur in the training text, and share one embedding")
+            rare = f"that the training text has fewer than {config.min_token_count} times"
+            echo(f"{vocabulary.shared:,} tokens {rare} share one embedding")
         with stop.exit_immediately():
             works = state.compiled and compile_model(run.model, state, config.sequence_length)
             state.compiled = not world.any(not works)

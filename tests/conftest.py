@@ -48,7 +48,7 @@ TINY_TRAIN = TrainConfig(
     label_smoothing=0.0,
     dropout=0.0,
     mask_documents=False,
-    tie_unseen_tokens=False,
+    min_token_count=0,
     eval_interval=3,
     patience=None,
 )

@@ -31,12 +31,15 @@ class Watch:
         self.study, self.trial = study, trial
         self.folder: Path | None = None
         self.seen_step = -1
-        self.pruned_at: int | None = None
+        self.is_pruned = False
         self.last_loss = math.nan
         self.alive_at = time.monotonic()
 
     def look(self, final: bool = False) -> None:
-        """Reads new rows. final: the training has ended, nothing is pruned any more."""
+        """Reads new rows. final: the training has ended, nothing is pruned any more.
+
+        A training that is told to stop may still evaluate before it does; the final look reports that, too.
+        """
         if time.monotonic() - self.alive_at > ALIVE_S:
             self.study.show_alive(self.trial)
             self.alive_at = time.monotonic()
@@ -45,7 +48,7 @@ class Watch:
                 self.folder = check(load_params(paths.PARAMS)).folder
             except GPT2Error:  # the stage says what is wrong
                 return
-        if self.pruned_at is not None:
+        if self.is_pruned and not final:
             return
         for row in read_history(self.folder):
             step, loss = int(row["step"]), row.get("val_loss")
@@ -54,7 +57,7 @@ class Watch:
             self.seen_step, self.last_loss = step, float(loss)
             self.trial.report(float(loss), step)
             if not final and self.trial.should_prune() and stop_stage(self.folder):
-                self.pruned_at = step
+                self.is_pruned = True
                 return
 
 

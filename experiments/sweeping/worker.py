@@ -132,8 +132,8 @@ class Worker:
             watch = Watch(self.study, trial) if targets[0] != "tokenize" else None
             code = self._finish(dvc, watch)
             self.stop.check()
-            if watch is not None and watch.pruned_at is not None and code:
-                return "pruned", f"pruned at step {watch.pruned_at}, validation loss {shown(watch.last_loss)}"
+            if watch is not None and watch.is_pruned and code:
+                return "pruned", f"pruned at step {watch.seen_step}, validation loss {shown(watch.last_loss)}"
             stage_code = _last_exit_code(log)
             if code and stage_code == BUSY and time.monotonic() < deadline:
                 time.sleep(1)  # what a killed worker started is ending

@@ -22,9 +22,15 @@ RUN_FILE = "run.json"
 
 
 def save_weights(state_dict: dict[str, Tensor], path: Path) -> None:
-    """Writes weights as safetensors, without the head, which is tied to the embedding."""
+    """Writes weights as safetensors, without the head, which is tied to the embedding.
+
+    Raises FileError if they cannot be written: safetensors reports a full disk with an error of its own.
+    """
     weights = {name: w.detach().cpu().contiguous() for name, w in state_dict.items() if name != "lm_head.weight"}
-    atomic_save(path, lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))
+    try:
+        atomic_save(path, lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))
+    except SafetensorError as error:
+        raise FileError(f"cannot write {path} ({one_line(error)}); free disk space, and run again") from None
 
 
 def load_model(source: str | Path) -> GPT:

@@ -221,8 +221,6 @@ def test_eight_trials_of_two_workers_are_the_same_in_dvc_mlflow_and_optuna_after
 
 @pytest.mark.slow
 def test_a_bad_trial_is_pruned_and_remains_an_experiment(project):
-    project.change(train={"tie_unseen_tokens": False})  # slower: no evaluation comes after a trial is told to stop
-    project.run("git", "commit", "-qam", "slower")
     write(project, trials=6, steps=600, pruner=ASHA)
     output = project.run(*COMMAND)
     known = trials(project)

@@ -48,7 +48,7 @@ def full_disk(size):
     ("size", "warnings", "advice"),
     [
         (30_000, 2, "free disk space, and run again to continue"),  # less than a checkpoint
-        (3_000_000, 0, "free disk space, and run again: the checkpoint is complete"),  # less than the model
+        (3_000_000, 0, "cannot write models/last.safetensors"),  # less than the model
     ],
 )
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, trained, size, warnings, advice):

@@ -60,7 +60,7 @@ def test_tokens_that_the_text_lacks_share_a_row_until_the_model_is_written(param
     monkeypatch.setattr(session, "configure_device", lambda *_: None)  # it changes the allocator of this process
     write_documents(paths.CORPUS.parent, [our_text(20, seed) for seed in range(10)])
     tokenize(paths.CORPUS.parent)
-    config = replace(params.train, tie_unseen_tokens=True)
+    config = replace(params.train, min_token_count=1)
 
     def rows(**changes):
         chosen = replace(params, train=replace(config, **changes))
@@ -69,7 +69,7 @@ def test_tokens_that_the_text_lacks_share_a_row_until_the_model_is_written(param
 
     num_tokens = len(np.unique(open_tokens(paths.TOKENS, "train")[:]))
     assert rows() == num_tokens + 1
-    assert rows(tie_unseen_tokens=False) == TINY.vocab_size
+    assert rows(min_token_count=0) == TINY.vocab_size
     monkeypatch.setattr(vocabulary, "MAX_COUNTED_TOKENS", 10)
     assert rows() == TINY.vocab_size
 

@@ -15,6 +15,8 @@ import sys
 import time
 
 KIND = os.environ.get("FAULT_KIND", "signal")
+DISK_BYTES = 10_000
+"""Room for reports and records; too little for a checkpoint of the smallest model."""
 
 
 class Patch(importlib.abc.MetaPathFinder):
@@ -69,7 +71,7 @@ class Patch(importlib.abc.MetaPathFinder):
         elif KIND == "error":
             raise ValueError("a bug")
         elif KIND == "disk":
-            limit_files(300_000)
+            limit_files(DISK_BYTES)
         return True
 
 

@@ -178,7 +178,7 @@ def parts_of(world, tokens, folder, steps):
             small = recipe(max_steps=6, optimizer="muon", label_smoothing=0.1, mask_documents=True)
             name = f"{strategy} bf16{' checkpointing' if checkpointing else ''}"
             found[name] = Run(tokens, small, world, strategy, precision, checkpointing).go()
-        tied = recipe(max_steps=6, optimizer="muon", tie_unseen_tokens=True)
+        tied = recipe(max_steps=6, optimizer="muon", min_token_count=2)
         found[f"{strategy} tied"] = Run(tokens, tied, world, strategy).go()
         frozen = recipe(max_steps=6, optimizer="muon", init_from="elsewhere", freeze_layers=1)
         found[f"{strategy} frozen"] = Run(tokens, frozen, world, strategy, torch.bfloat16).go()

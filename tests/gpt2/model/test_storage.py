@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gpt2.errors import FileError
@@ -17,6 +18,16 @@ def test_a_saved_model_loads(tiny_model, tmp_path):
     assert torch.equal(loaded(idx)[0], tiny_model(idx)[0])
     assert loaded.lm_head.weight is loaded.transformer["wte"].weight
     assert not loaded.training
+
+
+def test_a_full_disk_is_told(tiny_model, tmp_path, monkeypatch):
+    def save_file(weights, path, metadata):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(storage, "save_file", save_file)
+    with pytest.raises(FileError, match=r"cannot write .*model.safetensors \(I/O error: .*\); free disk space"):
+        save_weights(tiny_model.state_dict(), tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

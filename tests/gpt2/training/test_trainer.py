@@ -118,7 +118,7 @@ def test_reduced_precision_learns_like_fp32(tokens, train_config, precision, tol
 
 
 @pytest.mark.parametrize(
-    "changes", [{"optimizer": "adamw", "label_smoothing": 0.1}, {"optimizer": "muon", "tie_unseen_tokens": True}]
+    "changes", [{"optimizer": "adamw", "label_smoothing": 0.1}, {"optimizer": "muon", "min_token_count": 2}]
 )
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_kind_of_run_resumes_exactly(tokens, train_config, changes, precision):
@@ -237,7 +237,7 @@ class StopsAt(Recorder):
 
 @pytest.mark.parametrize("precision", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_stop_at_any_moment_loses_nothing(tokens, train_config, precision):
-    config = train_config(max_steps=5, eval_interval=2, tie_unseen_tokens=True)
+    config = train_config(max_steps=5, eval_interval=2, min_token_count=2)
     whole = Run(tokens, config, precision)
     whole.go(Recorder())
     stopped_in_evaluation = 0
