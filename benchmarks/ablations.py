@@ -27,6 +27,7 @@ from benchmarks.learning import REPORT, run
 from gpt2.optimizers.muon import Muon
 
 STEPS, WARM_UP = 120, 10
+FIRST_MOMENTUM = 0.85
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -39,19 +40,27 @@ POLAR_EXPRESS = (
 
 @dataclass(frozen=True)
 class Change:
-    """A change to the preset. train: its values. muon: options of `StudiedMuon`. source: who proposed it."""
+    """A change to the preset. train: its values. muon: options of `StudiedMuon`. source: who proposed it.
+
+    averaged_steps: last steps whose weights are averaged.
+    """
 
     train: dict[str, Any] = field(default_factory=dict)
     muon: dict[str, Any] = field(default_factory=dict)
+    averaged_steps: int = 0
     source: str = ""
 
 
 CHANGES = {
     "the preset": Change(),
     "learning rate 6e-3": Change({"learning_rate": 6e-3}),
+    "learning rate 2.4e-2": Change({"learning_rate": 2.4e-2}),
     "beta2 0.95": Change({"beta2": 0.95}),
-    "an embedding for each token": Change({"min_token_count": 0}),
+    "min_token_count 1": Change({"min_token_count": 1}),
+    "min_token_count 0": Change({"min_token_count": 0}),
     "momentum 0.9": Change(muon={"momentum": 0.9}),
+    "momentum 0.85 to 0.95 in 40 steps": Change(muon={"warm_up_steps": 40}),
+    "mean of the weights of the last 12 steps": Change(averaged_steps=12),
     "NorMuon": Change(muon={"normalized": True}, source="https://arxiv.org/abs/2510.05491"),
     "Polar Express": Change(muon={"polar_express": True}, source="https://arxiv.org/abs/2505.16932"),
     "cautious weight decay": Change(muon={"cautious": True}, source="https://arxiv.org/abs/2510.12402"),
@@ -61,40 +70,37 @@ CHANGES = {
 class StudiedMuon(Muon):
     """Muon with changes.
 
-    momentum: in place of 0.95. normalized: rows (or columns of a wide matrix) of the update have equal mean squares
+    normalized: rows (or columns of a wide matrix) of the update have equal mean squares
     over time. polar_express: coefficients that differ by iteration. cautious: only weights that the update makes
-    smaller decay.
+    smaller decay. warm_up_steps: in which the momentum rises.
     """
 
     def __init__(
         self,
         params: Iterable[nn.Parameter],
         *,
-        momentum: float = 0.95,
         normalized: bool = False,
         polar_express: bool = False,
         cautious: bool = False,
+        warm_up_steps: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(params, **options)
-        self.momentum, self.normalized = momentum, normalized
-        self.polar_express, self.cautious = polar_express, cautious
+        self.normalized, self.polar_express, self.cautious = normalized, polar_express, cautious
+        self.last_momentum, self.warm_up_steps, self.steps = self.momentum, warm_up_steps, 0
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of all matrices."""
-        if not self.cautious:
-            return super().step(closure)
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            for parameter, update in zip(
-                parameters, self.updates(parameters, [self._momentum(p) for p in parameters]), strict=True
-            ):
-                rows, columns = parameter.shape
-                decayed = (update * parameter > 0).to(parameter.dtype)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"] * decayed)
-                parameter.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
-        return None
+        if self.steps < self.warm_up_steps:
+            self.momentum = FIRST_MOMENTUM + (self.last_momentum - FIRST_MOMENTUM) * self.steps / self.warm_up_steps
+        else:
+            self.momentum = self.last_momentum
+        self.steps += 1
+        super().step(closure)
+
+    def decay(self, part: Tensor, update: Tensor, share: float) -> None:
+        """All weights decay, or only those that the update makes smaller."""
+        part.mul_(1 - share * (update * part > 0).to(part.dtype) if self.cautious else 1 - share)
 
     def updates(self, parameters: list[Tensor], parts: list[Tensor]) -> list[Tensor]:
         """Orthogonalized, and normalized if that is the change."""
@@ -114,12 +120,6 @@ class StudiedMuon(Muon):
         scaled = update * mean.clamp_min(1e-10).rsqrt()
         ratio: Tensor = update.norm() / scaled.norm()
         return scaled * ratio
-
-    def _momentum(self, parameter: Tensor) -> Tensor:
-        assert parameter.grad is not None
-        buffer: Tensor = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-        buffer.lerp_(parameter.grad, 1 - self.momentum)
-        return parameter.grad.lerp(buffer, self.momentum)
 
 
 def polar_express(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,7 +152,7 @@ def main() -> None:
                 continue
             short = {"max_steps": STEPS, "warmup_steps": WARM_UP, "eval_interval": STEPS, "dropout": 0.0, "seed": seed}
             config = replace(laptop.train, **{**short, **change.train})
-            curve = run(laptop, config, partial(StudiedMuon, **change.muon))
+            curve = run(laptop, config, partial(StudiedMuon, **change.muon), change.averaged_steps)
             runs.append({"change": name, "seed": seed, "val_loss": curve["val_loss"][-1]})
             print(f"{name}, seed {seed}: {curve['val_loss'][-1]:.4f}", flush=True)
             REPORT.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,8 @@ def work() -> dict[str, Any]:
     """Times the training step beside 0, 2 and 8 busy processes."""
     import torch
 
-    from benchmarks.train import CASES, our_step
+    from benchmarks.steps import our_step
+    from benchmarks.train import CASES
     from gpt2.config import GPT2_VOCAB_SIZE, GPTConfig
     from gpt2.device import choose_precision, configure_device, device_name
 

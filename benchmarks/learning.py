@@ -12,6 +12,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,8 +89,41 @@ def main() -> None:
     draw(result)
 
 
-def run(params: Any, config: Any, muon_type: Any = Muon) -> dict[str, list[float]]:
-    """The validation losses of a training run, with their steps and seconds of training. muon_type: as of Optimizer."""
+class LastMean:
+    """The mean of a model's weights after each of the last steps of a run."""
+
+    def __init__(self, model: Any, optimizer: Any, first_step: int) -> None:
+        """first_step: counted from 1."""
+        self.weights, self.steps, self.first_step = list(model.parameters()), 0, first_step
+        self.means: list[Any] = []
+        self._update, optimizer.step = optimizer.step, self._step
+
+    def _step(self) -> None:
+        self._update()
+        self.steps += 1
+        if self.steps == self.first_step:
+            self.means = [weight.detach().clone() for weight in self.weights]
+        for mean, weight in zip(self.means, self.weights, strict=False):
+            mean.lerp_(weight.detach(), 1 / (self.steps - self.first_step + 1))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the mean weights meanwhile, if the first step is done."""
+        kept = [weight.detach().clone() for weight in self.weights]
+        self._set(self.means)
+        yield
+        self._set(kept)
+
+    def _set(self, values: list[Any]) -> None:
+        for weight, value in zip(self.weights, values, strict=False):
+            weight.data.copy_(value)
+
+
+def run(params: Any, config: Any, muon_type: Any = Muon, averaged_steps: int = 0) -> dict[str, list[float]]:
+    """The validation losses of a training run, with their steps and seconds of training.
+
+    muon_type: as of Optimizer. averaged_steps: last steps whose weights are averaged.
+    """
     import torch
 
     from gpt2.data.sampler import Sampler
@@ -124,13 +159,17 @@ def run(params: Any, config: Any, muon_type: Any = Muon) -> dict[str, list[float
         nonlocal evaluated_s
         seconds.append(state.elapsed_s - evaluated_s)
         start_s = time.perf_counter()
-        loss = validation_loss(
-            compute, validation, sequence_length=config.sequence_length, batch_size=batch_size, progress=progress
-        )
+        with mean.in_place() if averaged_steps else nullcontext():
+            compute.cast_weights()
+            loss = validation_loss(
+                compute, validation, sequence_length=config.sequence_length, batch_size=batch_size, progress=progress
+            )
+        compute.cast_weights()
         evaluated_s += time.perf_counter() - start_s
         return loss
 
     optimizer = Optimizer(model, config, muon_type, precision)
+    mean = LastMean(model, optimizer, config.max_steps - averaged_steps + 1)
     Trainer(compute, optimizer, sampler, validate, config, state, SilentCallbacks(), log_interval=10**9).train()
     return {
         "step": [float(row["step"] or 0) for row in state.history],

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.train import CASES, our_step
+from benchmarks.steps import our_step
+from benchmarks.train import CASES
 from gpt2.config import GPT2_VOCAB_SIZE, GPTConfig
 from gpt2.device import PROBE_SIZE, choose_precision, configure_device, device_name, matmul_flops
 from gpt2.model.transformer import causal_attention

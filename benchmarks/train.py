@@ -5,8 +5,10 @@
     python -m benchmarks.train --device cuda
 
 Each contender runs in its own process, one after the other, on the same random tokens; the result is the median step.
+"The tokens of a text" trains on those of the last pipeline run, with train.min_token_count 2; `dvc repro` first.
 Peers run as their users run them, without our allocator settings, except where the name says so. The baseline is the
-plain fp32 training script of the original project. Writes reports/benchmarks/train.{json,md,png}.
+plain fp32 training script of the original project. Writes reports/benchmarks/train.{json,md,png}, or with --name the
+files of another machine beside them.
 """
 
 import argparse
@@ -16,9 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.steps import make_step, text_batches
 
 if TYPE_CHECKING:
     from gpt2.device import DeviceName
@@ -40,6 +43,7 @@ OURS = {
     "ours, {reduced}, not compiled": {"precision": "reduced", "compile": False},
     "ours, {reduced}, gradient checkpointing": {"precision": "reduced", "compile": True, "checkpointing": True},
     "ours, {reduced}, Muon": {"precision": "reduced", "compile": True, "optimizer": "muon"},
+    "ours, {reduced}, the tokens of a text": {"precision": "reduced", "compile": True, "text": True},
     "ours, fp32": {"precision": "fp32", "compile": True},
 }
 PEERS = {
@@ -69,17 +73,20 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="contenders with this in their name; the others keep their numbers")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: %(default)s)")
+    parser.add_argument("--name", default="train", help="of the report's files (default: %(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         print(json.dumps(work(json.loads(arguments.worker), arguments.device)))
         return
     cases = arguments.case or default_cases(arguments.device)
-    results = json.loads((REPORT / "train.json").read_text()) if (REPORT / "train.json").is_file() else {}
+    path = REPORT / f"{arguments.name}.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
     for case in cases:
         rows = results.get(case, {}).get("rows", [])
         for name, contender in CONTENDERS.items():
-            if arguments.only not in name:
+            is_known = name == "ours, fp32" and any(row["reduced"] == "fp32" for row in rows)
+            if arguments.only not in name or is_known:
                 continue
             command = [sys.executable, "-m", "benchmarks.train", "--device", arguments.device, "--worker"]
             worker = subprocess.run(
@@ -89,19 +96,24 @@ def main() -> None:
                 print(f"{case}: {name} failed with exit code {worker.returncode}", file=sys.stderr)
                 continue
             row = json.loads(worker.stdout.splitlines()[-1])
-            row = {"contender": name.format(reduced=row["reduced"]), **contender, **row}
+            row = {"contender": full_name(name, row["reduced"]), **contender, **row}
             rows = [other for other in rows if other["machine"] == row["machine"]]  # numbers of two are not compared
             rows = [*(other for other in rows if other["contender"] != row["contender"]), row]
             print(
                 f"{case}: {row['contender']}: {row['tokens_per_s']:,.0f} tokens/s, {row['peak_gb']:.2f} GB", flush=True
             )
-        order = [name.format(reduced=rows[0]["reduced"]) for name in CONTENDERS]
+        order = [full_name(name, rows[0]["reduced"]) for name in CONTENDERS]
         rows.sort(key=lambda row: order.index(row["contender"]))
         results[case] = {"date": time.strftime("%Y-%m-%d"), "machine": rows[0]["machine"], "rows": rows}
         REPORT.mkdir(parents=True, exist_ok=True)
-        (REPORT / "train.json").write_text(json.dumps(results, indent=1) + "\n")
-    write_table(results)
-    draw(results)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    write_table(results, arguments.name)
+    draw(results, arguments.name)
+
+
+def full_name(name: str, reduced: str) -> str:
+    """The name of a contender in a table. reduced: the dtype that is fastest on the machine."""
+    return name.format(reduced=reduced).replace("fp32 autocast", "fp32")
 
 
 def default_cases(device_name: "DeviceName") -> list[str]:
@@ -148,7 +160,10 @@ def work(contender: dict[str, Any], device_name: "DeviceName") -> dict[str, Any]
 
     start_s = time.perf_counter()
     optimizer_seconds: list[float] = []
-    step = make_step(contender, config, precision, device, batches, optimizer_seconds)
+    vocabulary = None
+    if contender.get("text"):
+        batches, vocabulary = text_batches(batch_size, length, accumulation, device)
+    step = make_step(contender, config, precision, device, batches, optimizer_seconds, vocabulary)
     timed(step)
     set_up_s = time.perf_counter() - start_s
     timed(step)
@@ -164,7 +179,7 @@ def work(contender: dict[str, Any], device_name: "DeviceName") -> dict[str, Any]
         "seconds": seconds,
         "set_up_s": set_up_s,
         "peak_flops": peak,
-        "mfu": tokens_per_s * config.flops_per_token(length) / peak,
+        "mfu": tokens_per_s * (vocabulary.config(config) if vocabulary else config).flops_per_token(length) / peak,
         "peak_gb": peak_memory_bytes(device) / 1e9,
         # on CUDA, the call returns before the work is done
         "optimizer_share": statistics.median(optimizer_seconds[2:]) / statistics.median(seconds)
@@ -173,113 +188,12 @@ def work(contender: dict[str, Any], device_name: "DeviceName") -> dict[str, Any]
     }
 
 
-def make_step(
-    contender: dict[str, Any],
-    config: Any,
-    precision: Any,
-    device: Any,
-    batches: Any,
-    optimizer_seconds: list[float] | None = None,
-) -> Callable[[], None]:
-    """A contender's step. optimizer_seconds: ours appends what the optimizer took of it."""
-    import torch
-
-    from benchmarks import plain
-
-    if contender.get("bound"):
-        batch_size, length = batches[0][0].shape
-        products = list(plain.products_alone(config, batch_size, length, precision, device))
-
-        def all_products() -> None:
-            for _ in batches:
-                for product in products:
-                    product()
-
-        return all_products
-    if "peer" not in contender:
-        seconds = [] if optimizer_seconds is None else optimizer_seconds
-        return our_step(contender, config, precision, device, batches, seconds)
-    if contender["peer"] == "plain":
-        model: Any = plain.PlainGPT(config).to(device)
-        loss = torch.compile(model) if contender["compile"] else model
-    else:
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        sizes = GPT2Config(
-            n_positions=config.block_size,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_embd=config.n_embd,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-        )
-        model = GPT2LMHeadModel(sizes).to(device).train()
-        call = torch.compile(model) if contender["compile"] else model
-
-        def loss(inputs: Any, targets: Any) -> Any:
-            logits = call(input_ids=inputs).logits
-            return torch.nn.functional.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.view(-1))
-
-    return plain.plain_step(loss, model, batches, precision, device)
-
-
-def our_step(
-    contender: dict[str, Any],
-    config: Any,
-    precision: Any,
-    device: Any,
-    batches: Any,
-    optimizer_seconds: list[float],
-) -> Callable[[], None]:
-    """The optimizer step of gpt2.training.trainer."""
-    import torch
-
-    from gpt2.config import TrainConfig
-    from gpt2.model.transformer import GPT
-    from gpt2.optimizers.optimizer import Optimizer
-    from gpt2.training.mixed_precision import MixedPrecisionModel
-
-    settings = dict.fromkeys((field.name for field in fields(TrainConfig)), 1) | {
-        "freeze_layers": 0,
-        "optimizer": contender.get("optimizer", "adamw"),
-        "learning_rate": 1e-4,
-        "muon_learning_rate": 1e-4,
-        "min_learning_rate": 0.0,
-        "warmup_steps": 0,
-        "weight_decay": 0.1,
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "dropout": 0.0,
-        "label_smoothing": 0.0,
-        "min_token_count": 0,
-    }
-    model = GPT(config).to(device)
-    optimizer = Optimizer(model, TrainConfig(**settings), dtype=precision)  # type: ignore[arg-type]
-    compute = MixedPrecisionModel(model, precision, gradient_checkpointing=contender.get("checkpointing", False))
-    if contender["compile"]:
-        compute.compile(*batches[0][0].shape)
-
-    def step() -> None:
-        for inputs, targets in batches:
-            (compute.loss(inputs, targets) / len(batches)).backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        start_s = time.perf_counter()
-        optimizer.step()
-        optimizer_seconds.append(time.perf_counter() - start_s)
-        compute.cast_weights()
-        optimizer.zero_grad()
-
-    return step
-
-
-def write_table(results: dict[str, Any]) -> None:
-    """Writes reports/benchmarks/train.md."""
+def write_table(results: dict[str, Any], report: str) -> None:
+    """Writes the table of a report."""
     lines = [
         "# Training step, side by side",
         "",
-        "Made by `python -m benchmarks.train`; the numbers are in train.json.",
+        f"Made by `python -m benchmarks.train`; the numbers are in {report}.json.",
     ]
     for case, result in results.items():
         sizes, batch_size, length, accumulation = CASES[case]
@@ -307,11 +221,11 @@ def write_table(results: dict[str, Any]) -> None:
             f"| {r['peak_gb']:.2f} | {r['set_up_s']:.1f} |"
             for r in rows
         ]
-    (REPORT / "train.md").write_text("\n".join(lines) + "\n")
+    (REPORT / f"{report}.md").write_text("\n".join(lines) + "\n")
 
 
-def draw(results: dict[str, Any]) -> None:
-    """reports/benchmarks/train.png."""
+def draw(results: dict[str, Any], report: str) -> None:
+    """Writes the picture of a report."""
     from matplotlib.figure import Figure
 
     from benchmarks import charts
@@ -323,7 +237,7 @@ def draw(results: dict[str, Any]) -> None:
         labels = [f"{r['tokens_per_s']:,.0f}  ({r['peak_gb']:.1f} GB)" for r in rows]
         names, values = [r["contender"] for r in rows], [r["tokens_per_s"] for r in rows]
         charts.draw_bars(axes, names, values, labels, colors, f"{case}: tokens/s (peak memory)")
-    figure.savefig(REPORT / "train.png", dpi=110, metadata={"Software": None})
+    figure.savefig(REPORT / f"{report}.png", dpi=110, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def training_values(chosen: Recipe, text: Text) -> Values:
         ("train", "weight_decay"): (chosen.weight_decay, "more for a text that is read many times"),
         ("train", "dropout"): (chosen.dropout, "more for a text that is read many times"),
         ("train", "min_token_count"): (
-            1 if share < SHARED_ROW else 0,
+            2 if share < SHARED_ROW else 0,
             f"the text has {share:.0%} of the {GPT2_VOCAB_SIZE:,} tokens",
         ),
     }

@@ -42,10 +42,18 @@ class Muon(torch.optim.Optimizer):
     The learning rate of a matrix is scaled by sqrt(max(1, rows / columns)). Weight decay is decoupled.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], *, lr: float, weight_decay: float, dtype: torch.dtype) -> None:
-        """params: matrices. dtype: of the orthogonalization."""
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+        momentum: float = MOMENTUM,
+    ) -> None:
+        """params: matrices. dtype: of the orthogonalization. momentum: that of the author."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.dtype = dtype
+        self.dtype, self.momentum = dtype, momentum
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -55,13 +63,17 @@ class Muon(torch.optim.Optimizer):
             updates = self.updates(parameters, [self._momentum(p) for p in parameters])
             for parameter, update in zip(parameters, updates, strict=True):
                 part = local_part(parameter)
-                part.mul_(1 - group["lr"] * group["weight_decay"])
+                self.decay(part, update, group["lr"] * group["weight_decay"])
                 rows, columns = parameter.shape
                 part.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
 
     def updates(self, parameters: list[Tensor], parts: list[Tensor]) -> list[Tensor]:
         """The orthogonalized updates of parameters, of this process's part, given those before orthogonalization."""
         return [orthogonalize(part, self.dtype) for part in parts]
+
+    def decay(self, part: Tensor, update: Tensor, share: float) -> None:
+        """Makes the weights of this process's part smaller by a share."""
+        part.mul_(1 - share)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         """The gradient with Nesterov's momentum, of this process's part."""
@@ -70,5 +82,5 @@ class Muon(torch.optim.Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter.grad)
         buffer, gradient = local_part(state["momentum_buffer"]), local_part(parameter.grad)
-        buffer.lerp_(gradient, 1 - MOMENTUM)
-        return gradient.lerp(buffer, MOMENTUM)
+        buffer.lerp_(gradient, 1 - self.momentum)
+        return gradient.lerp(buffer, self.momentum)

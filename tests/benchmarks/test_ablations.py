@@ -1,9 +1,11 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.ablations import CHANGES, StudiedMuon, difference, polar_express, table
+from benchmarks.learning import LastMean
 from gpt2.optimizers.muon import Muon
 
 
@@ -48,3 +50,27 @@ def test_the_interval_is_that_of_the_differences_on_the_same_seeds():
     assert width == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
     assert "| 3 | 5.800 | -0.200 (-0.448 to +0.048) |" in table(runs)
     assert difference(runs[:4], "NorMuon") == (pytest.approx(-0.1), math.inf)
+
+
+def test_momentum_rises_in_the_warm_up():
+    optimizer = StudiedMuon(
+        [torch.nn.Parameter(torch.ones(2, 2))], warm_up_steps=2, lr=0.1, weight_decay=0.0, dtype=torch.float32
+    )
+    seen = []
+    for _ in range(4):
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(2, 2)
+        optimizer.step()
+        seen.append(optimizer.momentum)
+    assert seen == pytest.approx([0.85, 0.9, 0.95, 0.95])
+
+
+def test_the_mean_of_the_last_weights_is_in_place_only_while_it_is_used():
+    model = torch.nn.Linear(1, 1, bias=False)
+    optimizer = SimpleNamespace(step=lambda: model.weight.data.add_(1))
+    model.weight.data.zero_()
+    mean = LastMean(model, optimizer, first_step=3)
+    for step in range(1, 6):
+        optimizer.step()
+        with mean.in_place():
+            assert model.weight.item() == (step if step < 3 else (3 + step) / 2)
+        assert model.weight.item() == step

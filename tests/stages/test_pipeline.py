@@ -209,7 +209,7 @@ def test_an_experiment_in_a_temporary_copy_reports_to_the_one_database(project):
 @pytest.mark.slow
 def test_queued_experiments_report_to_the_one_database(project):
     before = {run.info.run_id for run in project.runs()}
-    project.run("dvc", "exp", "run", "--queue", "-S", "train.seed=3,4")
+    project.run("dvc", "exp", "run", "train", "--queue", "-S", "train.seed=3,4")
     project.run("dvc", "exp", "run", "--run-all")
     new = [run for run in project.runs() if run.info.run_id not in before]
     assert sorted(run.data.params["train.seed"] for run in new) == ["3", "4"]
@@ -234,9 +234,9 @@ def test_a_stage_that_takes_all_cores_waits_for_the_other_one(project, stage, mo
 
 
 EXPERIMENTS = {
-    "in the workspace": [["dvc", "exp", "run", "-S", "train.seed=31"]],
-    "in a copy": [["dvc", "exp", "run", "--temp", "-S", "train.seed=32"]],
-    "queued": [["dvc", "exp", "run", "--queue", "-S", "train.seed=33"], ["dvc", "exp", "run", "--run-all"]],
+    "in the workspace": [["dvc", "exp", "run", "train", "-S", "train.seed=31"]],
+    "in a copy": [["dvc", "exp", "run", "train", "--temp", "-S", "train.seed=32"]],
+    "queued": [["dvc", "exp", "run", "train", "--queue", "-S", "train.seed=33"], ["dvc", "exp", "run", "--run-all"]],
 }
 
 
