@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     root = repository_root()
     target = load_target(arguments.target, arguments.gpu, arguments.gpus)
     config, base = load_sweep(arguments.file, paths.PARAMS)
-    check(config, arguments.file)
+    check(config, arguments.file, config.fixed.get("train.patience", base["train"]["patience"]))
     code = sweep.run(argparse.Namespace(**{**vars(arguments), "resume": False}))
     if code or arguments.dry_run:
         return code
@@ -90,12 +90,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def check(config: SweepConfig, path: Path) -> None:
-    """Raises UserError unless the sweep is a ladder."""
+def check(config: SweepConfig, path: Path, patience: int | None) -> None:
+    """Raises UserError unless the sweep is a ladder. patience: train.patience of the runs."""
     if config.objective not in ("train.best_val_loss", "train.last_val_loss") or config.direction != "minimize":
         raise UserError(f"{path}: objective is {config.objective!r}; a ladder minimizes train.best_val_loss")
     if config.sampler.name != "grid" or config.pruner.name != "none":
         raise UserError(f"{path}: a ladder needs sampler.name grid and pruner.name none, so that all runs end")
+    if patience is not None:
+        raise UserError(
+            f"{path}: train.patience is {patience}; set it to null here, as the law counts all planned tokens"
+        )
 
 
 def load_target(path: Path, gpu_name: str, gpus: int) -> Target:

@@ -163,7 +163,7 @@ def train(run: TrainingRun, tracker: tracking.Run, stop: StopSignal) -> None:
         echo(f"this run is complete in {folder}, using its results; delete that folder to train again")
     else:
         begin = f"resuming from step {state.step} of {config.max_steps} in {folder}, " if run.resumed else ""
-        trained, whole = (run.model.config.num_trained_parameters(layers) for layers in (config.freeze_layers, 0))
+        trained, whole = run.model.config.num_trained_parameters(config.freeze_layers), params.model.num_parameters()
         parameters = f"{whole:,}" if trained == whole else f"{trained:,} of {whole:,}"
         echo(
             f"{begin}training {parameters} parameters on {run.model.device} in "

@@ -42,14 +42,16 @@ def target():
 
 def test_the_committed_ladder_is_one(committed):
     config, _ = committed
-    ladder.check(config, Path("ladder.yaml"))
+    ladder.check(config, Path("ladder.yaml"), None)
     for changed in (
         replace(config, objective="train.tokens_per_s"),
         replace(config, sampler=replace(config.sampler, name="tpe")),
         replace(config, pruner=replace(config.pruner, name="asha")),
     ):
         with pytest.raises(UserError, match=r"ladder\.yaml: .*a ladder"):
-            ladder.check(changed, Path("ladder.yaml"))
+            ladder.check(changed, Path("ladder.yaml"), None)
+    with pytest.raises(UserError, match=r"ladder\.yaml: train\.patience is 3; set it to null"):
+        ladder.check(config, Path("ladder.yaml"), 3)
 
 
 def test_it_predicts_loss_and_cost(trained, target, monkeypatch, tmp_path):
