@@ -4,7 +4,7 @@ import textwrap
 from typing import Any
 
 from experiments.automatic.plan import Plan
-from experiments.automatic.recipe import RATES, UNCERTAINTY, WARM_UP, Recipe
+from experiments.automatic.recipe import OPTIMIZER, UNCERTAINTY, WARM_UP, Recipe, rates
 from experiments.automatic.text import READ_BYTES, Text
 from gpt2.config import GPT2_VOCAB_SIZE
 
@@ -34,7 +34,7 @@ def training_values(chosen: Recipe, text: Text) -> Values:
             chosen.gradient_accumulation_steps,
             f"micro-batches in a step, of {chosen.step_tokens:,} tokens: more in longer runs",
         ),
-        **{("train", key): (value, "") for key, value in RATES.items()},
+        **{("train", key): (value, "") for key, value in OPTIMIZER.items()},
         ("train", "weight_decay"): (chosen.weight_decay, "more for a text that is read many times"),
         ("train", "dropout"): (chosen.dropout, "more for a text that is read many times"),
         ("train", "min_token_count"): (
@@ -56,6 +56,10 @@ def run_values(plan: Plan, text: Text) -> Values:
             plan.steps,
             f"what fits the time at {plan.tokens_per_s:,.0f} tokens/s; reads the text {plan.epochs:.2g} times",
         ),
+        **{
+            ("train", key): (rate, "lower for a text that is read many times")
+            for key, rate in rates(plan.epochs).items()
+        },
         ("train", "warmup_steps"): (max(1, round(WARM_UP * plan.steps)), f"{WARM_UP:.0%} of the steps"),
         ("train", "eval_interval"): (
             plan.eval_interval,

@@ -8,7 +8,7 @@ from experiments import preset
 from experiments.automatic import machine
 from experiments.automatic.plan import MIN_TRAINING_SHARE, Budget, choose
 from experiments.automatic.probe import Speed
-from experiments.automatic.recipe import SIZES, effective_tokens, expected_loss, recipe
+from experiments.automatic.recipe import RATES, SIZES, effective_tokens, expected_loss, rates, recipe
 from experiments.automatic.text import READ_BYTES, Text, look_at
 from experiments.automatic.values import run_values, training_values
 from experiments.automatic.writing import as_yaml, with_changes
@@ -89,6 +89,11 @@ def test_a_text_that_is_read_many_times_is_regularized_and_evaluated_often():
     assert once.dropout == 0 < often.dropout
     assert once.weight_decay < often.weight_decay
     assert once.evaluations < often.evaluations
+
+
+def test_learning_rates_fall_with_the_repetitions():
+    assert rates(1.0) == rates(3.0) == RATES
+    assert rates(11.3) == {"learning_rate": 3.2e-3, "muon_learning_rate": 5.3e-3}
 
 
 def test_context_and_batch_grow_with_the_run_and_fit_the_text():
