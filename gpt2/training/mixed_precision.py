@@ -31,7 +31,7 @@ RECOMPUTED = {
     "ban_recompute_long_fusible_chains": False,
     "ban_recompute_materialized_backward": False,
 }
-"""Settings of torch.compile: the backward pass recomputes GELU and LayerNorm, which is as fast as storing them."""
+"""Settings of torch.compile: the backward pass recomputes GELU and LayerNorm instead of storing them."""
 
 
 class CompileError(GPT2Error):
