@@ -76,6 +76,8 @@ def set_up(plan: Plan, stop: StopSignal, world: World) -> TrainingRun:
     checkpoint = store.load_newest(warn)
     check_stop(stop, world)
     vocabulary = text_vocabulary(train_tokens, config, plan.params.model.vocab_size)
+    if vocabulary is not None and not len(vocabulary.tokens):
+        raise UserError(f"no token is {config.min_token_count} times in the text; lower train.min_token_count")
     sizes = plan.params.model if vocabulary is None else vocabulary.config(plan.params.model)
     master = (initial_model(plan.params, sizes) if checkpoint is None else GPT(sizes)).to(device)
     master.mask_documents, master.dropout = config.mask_documents, config.dropout

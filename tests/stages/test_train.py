@@ -70,6 +70,9 @@ def test_tokens_that_the_text_lacks_share_a_row_until_the_model_is_written(param
     num_tokens = len(np.unique(open_tokens(paths.TOKENS, "train")[:]))
     assert rows() == num_tokens + 1
     assert rows(min_token_count=0) == TINY.vocab_size
+    assert 1 < rows(min_token_count=2) < rows()
+    with pytest.raises(UserError, match=r"no token is 100000 times in the text; lower train\.min_token_count"):
+        rows(min_token_count=100_000)
     monkeypatch.setattr(vocabulary, "MAX_COUNTED_TOKENS", 10)
     assert rows() == TINY.vocab_size
 
