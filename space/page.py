@@ -8,6 +8,7 @@ from gradio.events import api
 
 from space.handlers import READY, Handlers
 from space.service import (
+    DEFAULTS,
     MAX_NEW_TOKENS,
     MAX_PROMPT_CHARACTERS,
     MAX_SAMPLES,
@@ -73,27 +74,48 @@ def build_page(metadata: dict[str, Any], model_table: str, handlers: Handlers, *
             with gr.Column(scale=2):
                 with gr.Accordion("Settings"):
                     max_new_tokens = gr.Slider(
-                        1, MAX_NEW_TOKENS, step=1, label="Max new tokens", info="A token is a word or a part of one"
+                        1,
+                        MAX_NEW_TOKENS,
+                        DEFAULTS["max_new_tokens"],
+                        step=1,
+                        label="Max new tokens",
+                        info="A token is a word or a part of one",
                     )
                     temperature = gr.Slider(
                         0,
                         MAX_TEMPERATURE,
+                        DEFAULTS["temperature"],
                         step=0.05,
                         label="Temperature",
                         info="Higher is more random; 0 is greedy decoding",
                     )
-                    samples = gr.Slider(1, MAX_SAMPLES, step=1, label="Samples", info="Generated in one batch")
+                    samples = gr.Slider(
+                        1, MAX_SAMPLES, DEFAULTS["samples"], step=1, label="Samples", info="Generated in one batch"
+                    )
                 with gr.Accordion("More settings", open=False):
-                    top_k = gr.Slider(0, MAX_TOP_K, step=1, label="Top-k", info="Sample from the k likeliest; 0 is off")
+                    top_k = gr.Slider(
+                        0,
+                        MAX_TOP_K,
+                        DEFAULTS["top_k"],
+                        step=1,
+                        label="Top-k",
+                        info="Sample from the k likeliest; 0 is off",
+                    )
                     top_p = gr.Slider(
                         0.01,
                         1,
+                        DEFAULTS["top_p"],
                         step=0.01,
                         label="Top-p",
                         info="Sample from the likeliest up to this share; 1 is off",
                     )
                     repetition_penalty = gr.Slider(
-                        0.5, 2, step=0.05, label="Repetition penalty", info="Over 1 repeats less; 1 is off"
+                        0.5,
+                        2,
+                        DEFAULTS["repetition_penalty"],
+                        step=0.05,
+                        label="Repetition penalty",
+                        info="Over 1 repeats less; 1 is off",
                     )
                     stop_text = gr.Textbox(
                         label="Stop string",

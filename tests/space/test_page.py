@@ -4,6 +4,7 @@ import pytest
 
 from space import server
 from space.model_files import load_model
+from space.service import DEFAULTS
 from tests.space.conftest import FACTS, write_manifest
 
 
@@ -31,3 +32,10 @@ def test_a_title_is_no_markup(folder):
     write_manifest(folder, {**FACTS, "title": "<script>alert(1)</script>"})
     parts = server.build(folder)[0].get_config_file()["components"]
     assert all("<script>alert" not in str(part["props"].get("value")) for part in parts)
+
+
+def test_a_click_before_the_page_has_loaded_uses_the_defaults(folder):
+    parts = server.build(folder)[0].get_config_file()["components"]
+    values = [part["props"]["value"] for part in parts if part["type"] == "slider"]
+    names = ("max_new_tokens", "temperature", "samples", "top_k", "top_p", "repetition_penalty")
+    assert values == [DEFAULTS[name] for name in names]
