@@ -70,9 +70,9 @@ CHANGES = {
 class StudiedMuon(Muon):
     """Muon with changes.
 
-    normalized: rows (or columns of a wide matrix) of the update have equal mean squares
-    over time. polar_express: coefficients that differ by iteration. cautious: only weights that the update makes
-    smaller decay. warm_up_steps: in which the momentum rises.
+    normalized: rows (or columns of a wide matrix) of the update have equal mean squares over time. polar_express:
+    coefficients that differ by iteration. cautious: only weights that the update makes smaller decay. warm_up_steps: in
+    which the momentum rises.
     """
 
     def __init__(

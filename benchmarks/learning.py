@@ -93,8 +93,9 @@ class LastMean:
     """The mean of a model's weights after each of the last steps of a run."""
 
     def __init__(self, model: Any, optimizer: Any, first_step: int) -> None:
-        """first_step: counted from 1."""
-        self.weights, self.steps, self.first_step = list(model.parameters()), 0, first_step
+        """model: a `MixedPrecisionModel`. first_step: counted from 1."""
+        self.model, self.weights = model, list(model.master.parameters())
+        self.steps, self.first_step = 0, first_step
         self.means: list[Any] = []
         self._update, optimizer.step = optimizer.step, self._step
 
@@ -103,20 +104,23 @@ class LastMean:
         self.steps += 1
         if self.steps == self.first_step:
             self.means = [weight.detach().clone() for weight in self.weights]
-        for mean, weight in zip(self.means, self.weights, strict=False):
+        if not self.means:
+            return
+        for mean, weight in zip(self.means, self.weights, strict=True):
             mean.lerp_(weight.detach(), 1 / (self.steps - self.first_step + 1))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model has the mean weights meanwhile, if the first step is done."""
         kept = [weight.detach().clone() for weight in self.weights]
-        self._set(self.means)
+        self._set(self.means or kept)
         yield
         self._set(kept)
 
     def _set(self, values: list[Any]) -> None:
-        for weight, value in zip(self.weights, values, strict=False):
+        for weight, value in zip(self.weights, values, strict=True):
             weight.data.copy_(value)
+        self.model.cast_weights()
 
 
 def run(params: Any, config: Any, muon_type: Any = Muon, averaged_steps: int = 0) -> dict[str, list[float]]:
@@ -159,17 +163,15 @@ def run(params: Any, config: Any, muon_type: Any = Muon, averaged_steps: int = 0
         nonlocal evaluated_s
         seconds.append(state.elapsed_s - evaluated_s)
         start_s = time.perf_counter()
-        with mean.in_place() if averaged_steps else nullcontext():
-            compute.cast_weights()
+        with mean.in_place() if mean else nullcontext():
             loss = validation_loss(
                 compute, validation, sequence_length=config.sequence_length, batch_size=batch_size, progress=progress
             )
-        compute.cast_weights()
         evaluated_s += time.perf_counter() - start_s
         return loss
 
     optimizer = Optimizer(model, config, muon_type, precision)
-    mean = LastMean(model, optimizer, config.max_steps - averaged_steps + 1)
+    mean = LastMean(compute, optimizer, config.max_steps - averaged_steps + 1) if averaged_steps else None
     Trainer(compute, optimizer, sampler, validate, config, state, SilentCallbacks(), log_interval=10**9).train()
     return {
         "step": [float(row["step"] or 0) for row in state.history],

@@ -68,7 +68,7 @@ def test_the_mean_of_the_last_weights_is_in_place_only_while_it_is_used():
     model = torch.nn.Linear(1, 1, bias=False)
     optimizer = SimpleNamespace(step=lambda: model.weight.data.add_(1))
     model.weight.data.zero_()
-    mean = LastMean(model, optimizer, first_step=3)
+    mean = LastMean(SimpleNamespace(master=model, cast_weights=lambda: None), optimizer, first_step=3)
     for step in range(1, 6):
         optimizer.step()
         with mean.in_place():

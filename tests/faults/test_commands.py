@@ -67,6 +67,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, trained, size, warn
     (line,) = [line for line in command.stderr.splitlines() if line.startswith("error:")]
     assert "File too large" in line
     assert advice in line
+    assert "free disk space, and run again" in line
     assert "Traceback" not in command.stderr
     assert finish(project, PLAIN) is None
     assert results(project) == trained.expected

@@ -108,7 +108,7 @@ def test_mixed_precision_checkpointing_smoothing_and_masks_work_in_several_proce
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_tokens_that_do_not_occur_share_a_row_in_several_processes(of_four, tokens, strategy):
+def test_rare_tokens_share_a_row_in_several_processes(of_four, tokens, strategy):
     config = ranks.recipe(max_steps=6, optimizer="muon", min_token_count=2)
     assert of_four[f"{strategy} tied"] == pytest.approx(ranks.Run(tokens, config).go(), rel=1e-4)
 

@@ -46,6 +46,13 @@ def test_the_tokens_that_do_not_occur_share_the_last_row(vocabulary):
     assert vocabulary.rows(torch.tensor([[3, 49], [0, 13]])).tolist() == [[0, 6], [7, 7]]
 
 
+def test_tokens_that_occur_fewer_times_share_it_too():
+    vocabulary = TextVocabulary(np.array([0, 1, 2, 3, 1]), min_count=2)
+    assert vocabulary.tokens.tolist() == [2, 3]
+    assert vocabulary.shared == 3
+    assert vocabulary.rows(torch.arange(5)).tolist() == [2, 2, 0, 1, 2]
+
+
 def test_the_whole_model_has_a_row_for_each_token(pair, vocabulary):
     small, whole = (model.master.state_dict() for model in pair)
     for name in ("transformer.wte.weight", "lm_head.weight"):
