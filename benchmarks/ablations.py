@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from scipy.stats import t as student_t
 from torch import Tensor, nn
 
 from benchmarks.learning import REPORT, run
-from gpt2.optimizers.muon import Muon
+from gpt2.optimizers.muon import COEFFICIENTS, Muon, orthogonalize
 
 STEPS, WARM_UP = 120, 10
 FIRST_MOMENTUM = 0.85
@@ -62,7 +62,9 @@ CHANGES = {
     "momentum 0.85 to 0.95 in 40 steps": Change(muon={"warm_up_steps": 40}),
     "mean of the weights of the last 12 steps": Change(averaged_steps=12),
     "NorMuon": Change(muon={"normalized": True}, source="https://arxiv.org/abs/2510.05491"),
-    "Polar Express": Change(muon={"polar_express": True}, source="https://arxiv.org/abs/2505.16932"),
+    "Polar Express": Change(muon={"coefficients": POLAR_EXPRESS}, source="https://arxiv.org/abs/2505.16932"),
+    "4 iterations": Change(muon={"coefficients": COEFFICIENTS[:4]}),
+    "3 iterations": Change(muon={"coefficients": COEFFICIENTS[:3]}),
     "cautious weight decay": Change(muon={"cautious": True}, source="https://arxiv.org/abs/2510.12402"),
 }
 
@@ -70,8 +72,8 @@ CHANGES = {
 class StudiedMuon(Muon):
     """Muon with changes.
 
-    normalized: rows (or columns of a wide matrix) of the update have equal mean squares over time. polar_express:
-    coefficients that differ by iteration. cautious: only weights that the update makes smaller decay. warm_up_steps: in
+    normalized: rows (or columns of a wide matrix) of the update have equal mean squares over time. coefficients: of
+    `orthogonalize`. cautious: only weights that the update makes smaller decay. warm_up_steps: in
     which the momentum rises.
     """
 
@@ -80,13 +82,13 @@ class StudiedMuon(Muon):
         params: Iterable[nn.Parameter],
         *,
         normalized: bool = False,
-        polar_express: bool = False,
+        coefficients: Sequence[tuple[float, float, float]] = COEFFICIENTS,
         cautious: bool = False,
         warm_up_steps: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(params, **options)
-        self.normalized, self.polar_express, self.cautious = normalized, polar_express, cautious
+        self.normalized, self.coefficients, self.cautious = normalized, coefficients, cautious
         self.last_momentum, self.warm_up_steps, self.steps = self.momentum, warm_up_steps, 0
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -104,10 +106,7 @@ class StudiedMuon(Muon):
 
     def updates(self, parameters: list[Tensor], parts: list[Tensor]) -> list[Tensor]:
         """Orthogonalized, and normalized if that is the change."""
-        if self.polar_express:
-            found = [polar_express(part, self.dtype) for part in parts]
-        else:
-            found = super().updates(parameters, parts)
+        found = [orthogonalize(part, self.dtype, self.coefficients) for part in parts]
         return [self._normalize(p, update) for p, update in zip(parameters, found, strict=True)]
 
     def _normalize(self, parameter: Tensor, update: Tensor) -> Tensor:
@@ -120,18 +119,6 @@ class StudiedMuon(Muon):
         scaled = update * mean.clamp_min(1e-10).rsqrt()
         ratio: Tensor = update.norm() / scaled.norm()
         return scaled * ratio
-
-
-def polar_express(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Orthogonalizes a matrix, like `gpt2.optimizers.muon.orthogonalize`."""
-    is_tall = matrix.size(0) > matrix.size(1)
-    x = matrix.to(dtype, copy=True)
-    x = x.T if is_tall else x
-    x.div_(x.norm() * 1.01 + 1e-7)
-    for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
 
 
 def main() -> None:

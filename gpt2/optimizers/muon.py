@@ -5,7 +5,7 @@ as for the whole rest of a step.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +13,49 @@ from torch import Tensor, nn
 from gpt2.world import local_part
 
 MOMENTUM = 0.95
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-ITERATIONS = 5
+COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5
+"""Of x, x^3 and x^5 in each iteration: those of Muon's author."""
 EPS = 1e-7
 
 
-def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+def orthogonalize(
+    matrix: Tensor, dtype: torch.dtype, coefficients: Sequence[tuple[float, float, float]] = COEFFICIENTS
+) -> Tensor:
     """The nearest matrix with orthonormal rows or columns, roughly: its singular values are about 0.7 to 1.2.
 
-    A Newton-Schulz iteration of degree five, with the coefficients of Muon's author. matrix: (rows, columns). dtype: of
-    the products, and of the result.
+    A Newton-Schulz iteration of degree five. matrix: (rows, columns). dtype: of the products, and of the result.
     """
-    a, b, c = COEFFICIENTS
     is_tall = matrix.size(0) > matrix.size(1)
     x = matrix.to(dtype, copy=True)
     if is_tall:
         x = x.T
     x.div_(x.norm().clamp(min=EPS))  # so that no singular value is over 1
-    for _ in range(ITERATIONS):
+    iterate = _iterate_on_gram if dtype == torch.float32 and x.size(0) < x.size(1) else _iterate
+    x = iterate(x, coefficients)
+    return x.T if is_tall else x
+
+
+def _iterate(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    for a, b, c in coefficients:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
+    return x
+
+
+def _iterate_on_gram(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """The same with products of (rows, rows) only, but for the first and the last: 0.6 of the FLOPs in GPT-2.
+
+    Each iteration multiplies x by a polynomial of its Gram matrix, so the Gram matrix of the result is known without
+    the result. Not in bf16, whose rounding errors grow with each of these products.
+    """
+    gram, factor, product = x @ x.T, None, None
+    for a, b, c in coefficients:
+        if factor is not None:
+            gram = gram @ (factor @ factor)
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        product = factor if product is None else factor @ product
+    return x if product is None else product @ x
 
 
 class Muon(torch.optim.Optimizer):

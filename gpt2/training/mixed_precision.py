@@ -133,7 +133,7 @@ class MixedPrecisionModel:
         try:
             _choose_cache()
             self._compile_blocks()
-            with torch._functorch.config.patch(RECOMPUTED):
+            with torch._functorch.config.patch(RECOMPUTED), _trusted_instruction_sets():
                 for _ in range(2):  # the second pass adds to gradients
                     self.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
                 with torch.no_grad():
@@ -210,9 +210,10 @@ def _choose_cache() -> None:
     torch's own folder is temporary, and does not distinguish the instruction sets of a CPU: a kernel of another one
     computes wrong numbers.
     """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir  # takes seconds to import
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir  # takes seconds to import
 
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    # torch sets the variable itself, to its own folder, when it is imported
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
         with suppress(OSError):  # where that cannot be written, torch's folder has to do
             folder = cache_folder() / "torch"
             folder.mkdir(parents=True, exist_ok=True)
@@ -220,6 +221,14 @@ def _choose_cache() -> None:
     folder, name = Path(cache_dir()), torch.backends.cpu.get_cpu_capability().lower()
     if folder.name != name:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / name)
+
+
+def _trusted_instruction_sets() -> AbstractContextManager[None]:
+    """Without trial compilations for each instruction set of the CPU, which a C++20 compiler knows anyway."""
+    from torch._inductor import config
+
+    is_set = config.cpp.vec_isa_ok is not None
+    return nullcontext() if is_set else cast(AbstractContextManager[None], config.patch({"cpp.vec_isa_ok": True}))
 
 
 def grow_loss_scale(state: TrainState) -> None:

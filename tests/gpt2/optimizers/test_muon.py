@@ -18,6 +18,16 @@ def test_the_singular_values_of_an_update_are_near_one(shape, dtype, tolerance):
     assert ((values - 1).abs() < tolerance).sum() >= len(values) - 1  # the smallest of a square one may be tiny
 
 
+@pytest.mark.parametrize("rank", [1, 8, 32])
+@pytest.mark.parametrize("shape", [(32, 96), (128, 32)])
+def test_the_iteration_on_the_gram_matrix_gives_the_same_update(shape, rank):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1]) + 1e-4 * torch.randn(shape)
+    # in fp64 and bf16, each iteration multiplies the whole matrix
+    expected = orthogonalize(matrix, torch.float64)
+    torch.testing.assert_close(orthogonalize(matrix, torch.float32).double(), expected, rtol=0, atol=1e-3)
+
+
 def test_a_step_equals_that_of_torchs_muon():
     torch.manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.randn(8, 4)), torch.nn.Parameter(torch.randn(4, 8))] for _ in range(2))
