@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.steps import make_step, text_batches
+from gpt2.errors import GPT2Error
 
 if TYPE_CHECKING:
     from gpt2.device import DeviceName
@@ -77,7 +78,10 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(work(json.loads(arguments.worker), arguments.device)))
+        try:
+            print(json.dumps(work(json.loads(arguments.worker), arguments.device)))
+        except GPT2Error as error:
+            parser.exit(1, f"{error}\n")
         return
     cases = arguments.case or default_cases(arguments.device)
     path = REPORT / f"{arguments.name}.json"

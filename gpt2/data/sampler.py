@@ -43,7 +43,7 @@ class Sampler:
     """Batches of windows of the training tokens, as a pure function of (seed, step, micro-step).
 
     Each epoch cuts the tokens into adjacent windows of `sequence_length`, starting at a random offset, and visits each
-    window once. About a million tokens, a whole number of windows, are a chunk. The chunks come in random order, and
+    window once. So a token has another position and another context in each epoch. About a million tokens, a whole number of windows, are a chunk. The chunks come in random order, and
     GROUP_CHUNKS of them at a time are read into memory, where their windows are visited in random order. A thread reads
     the next group meanwhile. A text of one group is in memory as a whole.
 
@@ -64,7 +64,8 @@ class Sampler:
         self.gradient_accumulation_steps = share.gradient_accumulation_steps
         self.rank, self.processes = rank, processes
         self.seed = config.seed
-        self.num_windows = (len(tokens) - 1) // self.sequence_length
+        # one less than fits, so that an epoch may start at any of the first tokens
+        self.num_windows = max(1, len(tokens) // self.sequence_length - 1)
         self.chunk_windows = max(1, CHUNK_TOKENS // self.sequence_length)
         self.num_chunks = -(-self.num_windows // self.chunk_windows)
         self.num_groups = -(-self.num_chunks // GROUP_CHUNKS)

@@ -38,13 +38,14 @@ def test_batches_are_a_pure_function_of_seed_and_step():
 
 
 def test_an_epoch_visits_each_window_once():
-    draws = sampler(num_tokens=401, batch_size=4, gradient_accumulation_steps=1)
-    starts = [int(row[0]) for step in range(10) for row in draws.batch(step, 0)[0]]
+    draws = sampler(num_tokens=411, batch_size=4, gradient_accumulation_steps=1)
     assert draws.num_windows == 40
-    assert sorted(starts) == list(range(0, 400, 10))
-    again = [int(row[0]) for step in range(10, 20) for row in draws.batch(step, 0)[0]]
-    assert sorted(again) == sorted(starts)
-    assert again != starts
+    orders = [[int(row[0]) for step in range(10) for row in draws.batch(first + step, 0)[0]] for first in (0, 10)]
+    for starts in orders:
+        assert sorted(starts) == list(range(min(starts), min(starts) + 400, 10))
+        assert 0 <= min(starts) <= 10
+    first, second = ([(start - min(starts)) for start in starts] for starts in orders)
+    assert first != second
 
 
 def test_accumulation_sees_the_same_sequences_as_a_large_batch():
@@ -78,18 +79,27 @@ def test_a_split_of_one_window_is_enough():
     assert targets.tolist() == 2 * [list(range(1, 11))]
 
 
+@pytest.mark.parametrize("num_tokens", [11, 12, 19, 20, 21, 29, 30, 31, 95])
+def test_every_token_of_a_short_split_is_read_in_some_epoch(num_tokens):
+    draws = sampler(num_tokens=num_tokens, batch_size=1, gradient_accumulation_steps=1)
+    batches = [draws.batch(step, 0) for step in range(200 * draws.num_windows)]
+    assert {int(token) for inputs, _ in batches for token in inputs.flat} == set(range(num_tokens - 1))
+    assert {int(token) for _, targets in batches for token in targets.flat} == set(range(1, num_tokens))
+
+
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 def test_a_run_resumes_in_any_epoch(epoch):
-    whole = sampler(num_tokens=401, gradient_accumulation_steps=1)  # ten batches in an epoch
+    whole = sampler(num_tokens=411, gradient_accumulation_steps=1)  # ten batches in an epoch
     batches = [whole.batch(step, 0)[0] for step in range(30)]
-    resumed = sampler(num_tokens=401, gradient_accumulation_steps=1)
+    resumed = sampler(num_tokens=411, gradient_accumulation_steps=1)
     assert np.array_equal(resumed.batch(10 * epoch, 0)[0], batches[10 * epoch])
 
 
-def test_each_epoch_has_an_offset_of_its_own():
-    draws = sampler(num_tokens=406, gradient_accumulation_steps=1)  # 40 windows and 5 tokens to spare
-    offsets = {int(start) % 10 for epoch in range(40) for start in draws.batch(10 * epoch, 0)[0][:, 0]}
-    assert offsets == {0, 1, 2, 3, 4, 5}
+@pytest.mark.parametrize("num_tokens", [411, 416])
+def test_a_token_has_another_position_in_each_epoch(num_tokens):
+    draws = sampler(num_tokens=num_tokens, gradient_accumulation_steps=1)  # 40 windows in an epoch
+    offsets = {int(start) % 10 for epoch in range(80) for start in draws.batch(10 * epoch, 0)[0][:, 0]}
+    assert offsets == set(range(10))
 
 
 @pytest.mark.parametrize("num_tokens", [11, 12, 61, 65])
@@ -99,10 +109,10 @@ def test_windows_are_never_empty_and_hold_token_ids(num_tokens):
         assert inputs.dtype == targets.dtype == np.int64  # what an embedding takes
 
 
-def earlier_batch(tokens, config, step, micro_step):
-    """The batches of the version that had all windows in one order."""
+def batch_of_one_order(tokens, config, step, micro_step):
+    """A batch of all windows in one order."""
     length = config.sequence_length
-    count = (len(tokens) - 1) // length
+    count = len(tokens) // length - 1
     first = (step * config.gradient_accumulation_steps + micro_step) * config.batch_size
     rows = []
     for index in range(first, first + config.batch_size):
@@ -114,12 +124,12 @@ def earlier_batch(tokens, config, step, micro_step):
     return np.stack(rows).astype(np.int64)
 
 
-def test_a_text_of_one_group_has_the_order_of_earlier_versions():
+def test_a_text_of_one_group_has_all_windows_in_one_order():
     draws = sampler(num_tokens=1007)
     config = replace(TINY_TRAIN, sequence_length=10, batch_size=4, gradient_accumulation_steps=2, seed=5)
     for step in (0, 1, 12, 13, 40):
         for micro_step in (0, 1):
-            windows = earlier_batch(draws.tokens, config, step, micro_step)
+            windows = batch_of_one_order(draws.tokens, config, step, micro_step)
             inputs, targets = draws.batch(step, micro_step)
             assert np.array_equal(inputs, windows[:, :-1])
             assert np.array_equal(targets, windows[:, 1:])
@@ -132,7 +142,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(sampler_module, "GROUP_CHUNKS", 4)
 
 
-@pytest.mark.parametrize("num_tokens", [131, 401, 406, 421])
+@pytest.mark.parametrize("num_tokens", [141, 401, 406, 421])
 def test_an_epoch_of_groups_visits_each_window_once(small_chunks, num_tokens):
     draws = sampler(num_tokens=num_tokens, batch_size=1, gradient_accumulation_steps=1)
     count = draws.num_windows
@@ -168,7 +178,8 @@ def test_a_group_reads_whole_chunks_in_sequence(small_chunks):
     assert all(stop - start in (31, 11) for start, stop in reads)
     draws.batch(1, 0)
     assert len(reads) == 8
-    first = {int(draws.batch(step, 0)[0][0, 0]) // 10 for step in range(12)}
+    offset = draws._epoch.offset
+    first = {(int(draws.batch(step, 0)[0][0, 0]) - offset) // 10 for step in range(12)}
     assert len({number // 3 for number in first}) == 4  # of four chunks
 
 
