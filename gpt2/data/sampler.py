@@ -43,9 +43,10 @@ class Sampler:
     """Batches of windows of the training tokens, as a pure function of (seed, step, micro-step).
 
     Each epoch cuts the tokens into adjacent windows of `sequence_length`, starting at a random offset, and visits each
-    window once. So a token has another position and another context in each epoch. About a million tokens, a whole number of windows, are a chunk. The chunks come in random order, and
-    GROUP_CHUNKS of them at a time are read into memory, where their windows are visited in random order. A thread reads
-    the next group meanwhile. A text of one group is in memory as a whole.
+    window once. So a token has another position and another context in each epoch. About a million tokens, a whole
+    number of windows, are a chunk. The chunks come in random order, and GROUP_CHUNKS of them at a time are read into
+    memory, where their windows are visited in random order. A thread reads the next group meanwhile. A text of one
+    group is in memory as a whole.
 
     Offset and orders depend only on the seed, the epoch and the group. So a run can resume at any step, and several
     processes each take a part of the same order. Windows cross the borders of documents and of shards.
