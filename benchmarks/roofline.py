@@ -24,7 +24,7 @@ from benchmarks.steps import our_step
 from benchmarks.train import CASES
 from gpt2.config import GPT2_VOCAB_SIZE, GPTConfig
 from gpt2.device import PROBE_SIZE, choose_precision, configure_device, device_name, matmul_flops
-from gpt2.model.transformer import causal_attention
+from gpt2.model.transformer import INIT_STD, causal_attention
 from gpt2.training.loss import linear_cross_entropy
 
 REPORT, PICTURE = Path("reports/benchmarks/roofline.json"), Path("docs/training-roofline.png")
@@ -128,7 +128,8 @@ def measure(case: str, dtype: torch.dtype) -> list[dict[str, Any]]:
         }
     )
     for row in rows:
-        print(f"{case}: {row['part']}: {row['seconds']:.3f} s, {row['flops'] / row['seconds'] / 1e9:,.1f} GFLOP/s")
+        speed = row["flops"] / row["seconds"] / 1e9 if row["seconds"] else 0.0
+        print(f"{case}: {row['part']}: {row['seconds']:.3f} s, {speed:,.1f} GFLOP/s", flush=True)
     return rows
 
 
@@ -147,7 +148,7 @@ def parts_of(config: GPTConfig, batch_size: int, length: int, dtype: torch.dtype
     )
     gradient = torch.randn(batch_size, config.n_head, length, config.head_size).to(dtype)
     hidden = torch.randn(tokens, C).to(dtype).requires_grad_()
-    weight = torch.randn(V, C).to(dtype).requires_grad_()
+    weight = (INIT_STD * torch.randn(V, C)).to(dtype).requires_grad_()  # otherwise most probabilities are denormal
     targets = torch.randint(0, V, (tokens,))
     return [
         Part(

@@ -72,7 +72,9 @@ def main() -> None:
     parser.add_argument(
         "--case", choices=CASES, action="append", help="default: gpt2-gpu on CUDA, the others elsewhere"
     )
-    parser.add_argument("--only", default="", help="contenders with this in their name; the others keep their numbers")
+    parser.add_argument(
+        "--only", default="", help="contenders with this name, or with this in it; the others keep their numbers"
+    )
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: %(default)s)")
     parser.add_argument("--name", default="train", help="of the report's files (default: %(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -84,13 +86,14 @@ def main() -> None:
             parser.exit(1, f"{error}\n")
         return
     cases = arguments.case or default_cases(arguments.device)
+    chosen = {arguments.only} & set(CONTENDERS) or {name for name in CONTENDERS if arguments.only in name}
     path = REPORT / f"{arguments.name}.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
     for case in cases:
         rows = results.get(case, {}).get("rows", [])
         for name, contender in CONTENDERS.items():
             is_known = name == "ours, fp32" and any(row["reduced"] == "fp32" for row in rows)
-            if arguments.only not in name or is_known:
+            if name not in chosen or is_known:
                 continue
             command = [sys.executable, "-m", "benchmarks.train", "--device", arguments.device, "--worker"]
             worker = subprocess.run(
