@@ -73,8 +73,8 @@ class StudiedMuon(Muon):
     """Muon with changes.
 
     normalized: rows (or columns of a wide matrix) of the update have equal mean squares over time. coefficients: of
-    `orthogonalize`. cautious: only weights that the update makes smaller decay. warm_up_steps: in
-    which the momentum rises.
+    `orthogonalize`. cautious: only weights that the update makes smaller decay. warm_up_steps: in which the momentum
+    rises.
     """
 
     def __init__(

@@ -31,6 +31,8 @@ REPORT, PICTURE = Path("reports/benchmarks/roofline.json"), Path("docs/training-
 ROUNDS = 5
 SUMMED_BYTES = 1 << 29
 COLORS = {"gpt2-128": "#c2410c", "laptop": "#2563eb"}
+HEIGHTS = {"gpt2-128": 4, "laptop": -4}
+"""Of the labels of a case over the middle of their discs, in points, so that those of two cases do not overlap."""
 LABELS = {"products of the blocks": ((-16, 0), "right"), "head and loss": ((20, -6), "left")}
 """Where a label is, in points from the middle of its disc, and the side that it is aligned at."""
 DEVICE = torch.device("cpu")
@@ -201,7 +203,7 @@ def draw(result: dict[str, Any]) -> None:
     axes.loglog(intensity, np.minimum(peak, speed * intensity), color="#475569", linewidth=1.5)
     axes.annotate(f"{peak:,.0f} GFLOP/s, {result['dtype']}", (2000, peak), ha="right", va="bottom", fontsize=9)
     axes.annotate(f"{speed:,.1f} GB/s", (0.11, 0.16 * speed), fontsize=9)
-    for above, (case, rows) in zip((4, -4), result["cases"].items(), strict=False):
+    for case, rows in result["cases"].items():
         total = sum(row["seconds"] for row in rows)
         for row in rows:
             if not row["seconds"]:
@@ -209,7 +211,7 @@ def draw(result: dict[str, Any]) -> None:
             x, y = row["flops"] / row["bytes"], row["flops"] / row["seconds"] / 1e9
             share = row["seconds"] / total
             axes.scatter(x, y, s=30 + 1500 * share, color=COLORS[case], alpha=0.45, linewidths=0)
-            place, side = LABELS.get(row["part"], ((8, above), "left"))
+            place, side = LABELS.get(row["part"], ((8, HEIGHTS[case]), "left"))
             label = f"{row['part']} {share:.0%}"
             axes.annotate(label, (x, y), xytext=place, textcoords="offset points", ha=side, va="center", fontsize=7.5)
         axes.scatter([], [], color=COLORS[case], label=case)
