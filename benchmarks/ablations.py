@@ -4,8 +4,8 @@
     python -m benchmarks.ablations --only cautious
 
 Each run has 120 steps, 24 % of those in which the baseline recipe reaches its best loss (benchmarks/learning.py), and
-no dropout. Runs that are in the report already are not repeated. Changes that pay are in the preset; the others exist
-only here. Writes reports/benchmarks/ablations.{json,md}.
+no dropout, and momentum 0.95: each change is made to that, alone. Runs that are in the report already are not repeated.
+Changes that pay are in the preset (momentum 0.9); the others exist only here. Writes reports/benchmarks/ablations.{json,md}.
 """
 
 import argparse
@@ -27,7 +27,9 @@ from benchmarks.learning import REPORT, run
 from gpt2.optimizers.muon import COEFFICIENTS, Muon, orthogonalize
 
 STEPS, WARM_UP = 120, 10
-FIRST_MOMENTUM = 0.85
+FIRST_MOMENTUM, MOMENTUM = 0.85, 0.95
+BASE = "momentum 0.95"
+"""What each change is made to."""
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -40,7 +42,7 @@ POLAR_EXPRESS = (
 
 @dataclass(frozen=True)
 class Change:
-    """A change to the preset. train: its values. muon: options of `StudiedMuon`. source: who proposed it.
+    """A change to the base. train: its values. muon: options of `StudiedMuon`. source: who proposed it.
 
     averaged_steps: last steps whose weights are averaged.
     """
@@ -52,13 +54,13 @@ class Change:
 
 
 CHANGES = {
-    "the preset": Change(),
+    BASE: Change(),
     "learning rate 6e-3": Change({"learning_rate": 6e-3}),
     "learning rate 2.4e-2": Change({"learning_rate": 2.4e-2}),
     "beta2 0.95": Change({"beta2": 0.95}),
     "min_token_count 1": Change({"min_token_count": 1}),
     "min_token_count 0": Change({"min_token_count": 0}),
-    "momentum 0.9": Change(muon={"momentum": 0.9}),
+    "momentum 0.9, in the preset": Change(muon={"momentum": 0.9}),
     "momentum 0.85 to 0.95 in 40 steps": Change(muon={"warm_up_steps": 40}),
     "mean of the weights of the last 12 steps": Change(averaged_steps=12),
     "NorMuon": Change(muon={"normalized": True}, source="https://arxiv.org/abs/2510.05491"),
@@ -85,9 +87,10 @@ class StudiedMuon(Muon):
         coefficients: Sequence[tuple[float, float, float]] = COEFFICIENTS,
         cautious: bool = False,
         warm_up_steps: int = 0,
+        momentum: float = MOMENTUM,
         **options: Any,
     ) -> None:
-        super().__init__(params, **options)
+        super().__init__(params, momentum=momentum, **options)
         self.normalized, self.coefficients, self.cautious = normalized, coefficients, cautious
         self.last_momentum, self.warm_up_steps, self.steps = self.momentum, warm_up_steps, 0
 
@@ -148,10 +151,10 @@ def main() -> None:
 
 
 def difference(runs: list[dict[str, Any]], name: str) -> tuple[float, float]:
-    """Mean difference of a change to the preset on the same seeds, and the half-width of its 95 % t interval."""
+    """Mean difference of a change to the base on the same seeds, and the half-width of its 95 % t interval."""
     losses = {(one["change"], one["seed"]): one["val_loss"] for one in runs}
-    seeds = [seed for change, seed in losses if change == name and ("the preset", seed) in losses]
-    pairs = [losses[name, seed] - losses["the preset", seed] for seed in seeds]
+    seeds = [seed for change, seed in losses if change == name and (BASE, seed) in losses]
+    pairs = [losses[name, seed] - losses[BASE, seed] for seed in seeds]
     if len(pairs) < 2:
         return statistics.mean(pairs or [math.nan]), math.inf
     error = statistics.stdev(pairs) / math.sqrt(len(pairs))
@@ -164,8 +167,8 @@ def table(runs: list[dict[str, Any]]) -> str:
         "# Ablations",
         "",
         f"Made by `python -m benchmarks.ablations`: the validation loss after {STEPS} steps of the preset `laptop`, "
-        "without dropout, and the mean difference to the preset on the same seeds with its 95 % interval. A "
-        "negative difference is better than the preset.",
+        "without dropout and with momentum 0.95, and the mean difference of a change to that on the same seeds with its "
+        "95 % interval. A negative difference is better.",
         "",
         "| change | seeds | validation loss | difference |",
         "|---|---:|---:|---:|",
@@ -176,7 +179,7 @@ def table(runs: list[dict[str, Any]]) -> str:
             continue
         shown = f"[{name}]({change.source})" if change.source else name
         mean, width = difference(runs, name)
-        told = "" if name == "the preset" else f"{mean:+.3f} ({mean - width:+.3f} to {mean + width:+.3f})"
+        told = "" if name == BASE else f"{mean:+.3f} ({mean - width:+.3f} to {mean + width:+.3f})"
         lines.append(f"| {shown} | {len(losses)} | {statistics.mean(losses):.3f} | {told} |")
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from gpt2.world import local_part
 
-MOMENTUM = 0.95
+MOMENTUM = 0.9
+"""Lower than 0.95, its author's: our runs have few steps (reports/benchmarks/ablations.md)."""
 COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5
 """Of x, x^3 and x^5 in each iteration: those of Muon's author."""
 EPS = 1e-7
@@ -73,7 +74,7 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype,
         momentum: float = MOMENTUM,
     ) -> None:
-        """params: matrices. dtype: of the orthogonalization. momentum: that of the author."""
+        """params: matrices. dtype: of the orthogonalization. momentum: of the gradients."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.dtype, self.momentum = dtype, momentum
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.ablations import CHANGES, POLAR_EXPRESS, StudiedMuon, difference, table
+from benchmarks.ablations import BASE, CHANGES, MOMENTUM, POLAR_EXPRESS, StudiedMuon, difference, table
 from benchmarks.learning import LastMean
 from gpt2.optimizers.muon import Muon, orthogonalize
 
@@ -20,14 +20,14 @@ def weights_after(optimizer_type, **options):
     return torch.cat([matrix.detach().flatten() for matrix in matrices])
 
 
-def test_without_a_change_it_is_the_muon_of_the_preset():
-    assert torch.equal(weights_after(StudiedMuon), weights_after(Muon))
+def test_without_a_change_it_is_the_muon_of_the_project():
+    assert torch.equal(weights_after(StudiedMuon), weights_after(Muon, momentum=MOMENTUM))
 
 
 @pytest.mark.parametrize("name", [name for name, change in CHANGES.items() if change.muon])
 def test_each_change_of_muon_changes_the_weights(name):
     changed = weights_after(StudiedMuon, **CHANGES[name].muon)
-    assert not torch.allclose(changed, weights_after(Muon), atol=1e-5)
+    assert not torch.allclose(changed, weights_after(Muon, momentum=MOMENTUM), atol=1e-5)
     assert torch.isfinite(changed).all()
 
 
@@ -39,7 +39,7 @@ def test_polar_express_brings_the_singular_values_closer_to_one(shape):
 
 
 def test_the_interval_is_that_of_the_differences_on_the_same_seeds():
-    losses = {"the preset": [5.0, 6.0, 7.0], "NorMuon": [4.9, 5.8, 6.7]}
+    losses = {BASE: [5.0, 6.0, 7.0], "NorMuon": [4.9, 5.8, 6.7]}
     runs = [
         {"change": name, "seed": seed, "val_loss": loss}
         for name, of_name in losses.items()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gpt2.optimizers.muon import Muon, orthogonalize
+from gpt2.optimizers.muon import MOMENTUM, Muon, orthogonalize
 from gpt2.optimizers.optimizer import Optimizer
 
 
@@ -34,7 +34,7 @@ def test_a_step_equals_that_of_torchs_muon():
     for mine, other in zip(ours, theirs, strict=True):
         other.data.copy_(mine)
     options = {"lr": 0.02, "weight_decay": 0.1}
-    optimizers = [Muon(ours, dtype=torch.bfloat16, **options), torch.optim.Muon(theirs, momentum=0.95, **options)]
+    optimizers = [Muon(ours, dtype=torch.bfloat16, **options), torch.optim.Muon(theirs, momentum=MOMENTUM, **options)]
     for _ in range(3):
         for mine, other in zip(ours, theirs, strict=True):
             mine.grad = torch.randn_like(mine)
