@@ -5,7 +5,8 @@
 
 Each run has 120 steps, 24 % of those in which the baseline recipe reaches its best loss (benchmarks/learning.py), and
 no dropout, and momentum 0.95: each change is made to that, alone. Runs that are in the report already are not repeated.
-Changes that pay are in the preset (momentum 0.9); the others exist only here. Writes reports/benchmarks/ablations.{json,md}.
+Changes that pay are in the preset (momentum 0.9); the others exist only here. Writes
+reports/benchmarks/ablations.{json,md}.
 """
 
 import argparse
@@ -167,8 +168,8 @@ def table(runs: list[dict[str, Any]]) -> str:
         "# Ablations",
         "",
         f"Made by `python -m benchmarks.ablations`: the validation loss after {STEPS} steps of the preset `laptop`, "
-        "without dropout and with momentum 0.95, and the mean difference of a change to that on the same seeds with its "
-        "95 % interval. A negative difference is better.",
+        "without dropout and with momentum 0.95, and the mean difference of a change to that on the same seeds with "
+        "its 95 % interval. A negative difference is better.",
         "",
         "| change | seeds | validation loss | difference |",
         "|---|---:|---:|---:|",
