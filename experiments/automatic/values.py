@@ -87,7 +87,7 @@ def describe_loss(plan: Plan, text: Text) -> str:
     low, high = plan.loss * (1 - UNCERTAINTY), plan.loss * (1 + UNCERTAINTY)
     return (
         f"expected validation loss {plan.loss:.2f} ({low:.2f} to {high:.2f}), from the size, the tokens of training "
-        f"and {text.unigram_loss:.2f} for the frequencies of tokens alone"
+        f"and {text.counting_loss:.2f} for predictions by counting tokens and pairs of them"
     )
 
 

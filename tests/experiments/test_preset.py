@@ -8,8 +8,8 @@ from experiments import preset
 from experiments.automatic import machine
 from experiments.automatic.plan import MIN_TRAINING_SHARE, Budget, choose
 from experiments.automatic.probe import Speed
-from experiments.automatic.recipe import RATES, SIZES, effective_tokens, expected_loss, rates, recipe
-from experiments.automatic.text import READ_BYTES, Text, look_at
+from experiments.automatic.recipe import RATES, SIZES, rates, recipe
+from experiments.automatic.text import READ_BYTES, look_at
 from experiments.automatic.values import run_values, training_values
 from experiments.automatic.writing import as_yaml, with_changes
 from gpt2 import device
@@ -18,9 +18,8 @@ from gpt2.config import CorpusConfig, TokenizeConfig
 from gpt2.errors import GPT2Error, UserError
 from stages.params import Params, load_params
 from tests.conftest import ROOT, our_text
+from tests.experiments.texts import NOTE, NOVEL
 
-NOVEL = Text(1_100_000, 1, 338_000, 11_000, 0.004, 0.002, 6.5, False)
-NOTE = Text(30_000, 1, 9_100, 1_776, 0.001, 0.0, 7.4, False)
 LAPTOP = (ROOT / "presets/laptop.yaml").read_text()
 PEAK = 1e11
 
@@ -101,40 +100,6 @@ def test_context_and_batch_grow_with_the_run_and_fit_the_text():
     assert (short.model.block_size, short.step_tokens) == (128, 1024)
     assert (long.model.block_size, long.step_tokens) == (1024, 32768)
     assert recipe((2, 2, 128), 500_000, 1_000).model.block_size == 32
-
-
-def test_the_expected_loss_falls_with_tokens_and_never_exceeds_that_of_frequencies():
-    model = recipe((2, 4, 256), 1e6, 300_000).model
-    losses = [expected_loss(model, tokens, 300_000, NOVEL) for tokens in (1e3, 1e5, 1e6, 1e7)]
-    assert losses == sorted(losses, reverse=True)
-    assert losses[0] == NOVEL.unigram_loss
-    assert expected_loss(model, 512_000, 302_000, NOVEL) == pytest.approx(4.67, rel=0.05)  # reports/tuning.md
-
-
-def test_repetitions_count_less_and_less():
-    assert effective_tokens(80, 100) == 80
-    found = [effective_tokens(100 * epochs, 100) for epochs in (1, 2, 4, 1000)]
-    assert found == sorted(found)
-    assert found[1] - found[0] == pytest.approx(85, abs=1)
-    assert found[3] == pytest.approx(400)
-
-
-def test_what_is_found_out_about_a_text(tmp_path):
-    def look(text):
-        (tmp_path / "mine.txt").write_text(text)
-        config = CorpusConfig(str(tmp_path / "mine.txt"), None, "text", None)
-        return look_at(config, TokenizeConfig(0.3, "tail", False), tmp_path / "work", 1)
-
-    random, thrice = look(our_text(300)), look(our_text(100) * 3)
-    assert random.documents == 1
-    assert random.bytes == len(our_text(300))
-    assert random.bytes / 6 < random.tokens < random.bytes / 3
-    assert random.repeated < 0.2 < 0.6 < thrice.repeated < 0.7
-    assert thrice.repeated_lines == pytest.approx(2 / 3, abs=0.05)
-    assert thrice.new_tokens < thrice.tokens / 2
-    assert thrice.distinct <= random.distinct
-    assert 3 < random.unigram_loss < 8
-    assert not random.is_cut
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda path: path.stem)
