@@ -87,6 +87,7 @@ bench: setup ## measure speed and learning beside other implementations and othe
 	python -m benchmarks.drafts
 	python -m benchmarks.learning
 	python -m benchmarks.ablations
+	python -m benchmarks.automatic
 	python -m benchmarks.compare
 	python -m benchmarks.concurrency --busy --experiments
 	python -m benchmarks.communication
