@@ -39,13 +39,15 @@ class Machine:
 
         train = {key: value for key, value in asdict(params.train).items() if key not in NOT_MEASURED}
         runtime = {key: getattr(params.runtime, key) for key in ("precision", "compile", "gradient_checkpointing")}
-        shape = {**params.model.to_dict(), **train, **runtime, "distinct": self.distinct_tokens, "thorough": thorough}
+        names = [field.name for field in fields(Speed)]
+        options = {"distinct": self.distinct_tokens, "thorough": thorough, "measured": names}
+        shape = {**params.model.to_dict(), **train, **runtime, **options}
         threads = params.runtime.threads or torch.get_num_threads()
         device = choose_device(params.runtime.device)
         key = f"{device_name(device)}, {threads} threads, torch {torch.__version__}, {json.dumps(shape)}"
         measured = remembered(self.cache, key, lambda: self._measure(text, THOROUGH_S if thorough else QUICK_S))
         values = json.loads(measured)
-        return Speed(**{field.name: values[field.name] for field in fields(Speed)})
+        return Speed(**{name: values[name] for name in names})
 
     def _measure(self, text: str, seconds: float) -> str:
         """The content of the file that the measurement writes."""

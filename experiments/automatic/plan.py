@@ -16,7 +16,9 @@ up a training: the stages import torch three times, and draw, generate, export a
 SECONDS_PER_PARAMETER = 1.5e-7
 """Of the stages that read, write, quantize and compare weights."""
 SCORING_PASSES = 4.0
-"""Time of the evaluate stage and of the export to score the held-out tokens, in passes of the validation loss."""
+"""Of the evaluate stage and of the export over the held-out tokens: with confidences, and in each dtype."""
+VERBATIM_SECONDS = 1.2e-6
+"""Of the search for copies, for each token of training."""
 VALIDATION_SHARE = 0.12
 """Most of the time that goes into scoring held-out tokens."""
 MIN_VALIDATION_TOKENS = 1_000
@@ -96,15 +98,17 @@ class Budget:
 
     def plan(self, chosen: Recipe, speed: Speed) -> Plan:
         """As many steps as there is time for. Raises UserError if there is hardly any."""
-        tokens, passes = self.text.tokens, chosen.evaluations + SCORING_PASSES
-        most = VALIDATION_SHARE * self.seconds * speed.validation_tokens_per_s / passes
+        tokens = self.text.tokens
+        scored_s = chosen.evaluations / speed.validation_tokens_per_s + SCORING_PASSES / speed.scoring_tokens_per_s
+        most = VALIDATION_SHARE * self.seconds / scored_s
         fraction = float(f"{min(self.fraction, max(most, MIN_VALIDATION_TOKENS) / tokens):.2g}")
         other_s = (
             self.reading_s
             + START_UPS * speed.set_up_s
             + speed.compile_s
             + SECONDS_PER_PARAMETER * chosen.model.num_parameters()
-            + passes * fraction * tokens / speed.validation_tokens_per_s
+            + VERBATIM_SECONDS * tokens
+            + scored_s * fraction * tokens
         )
         if other_s > (1 - MIN_TRAINING_SHARE) * self.seconds:
             raise UserError(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt2.data.token_files import Tokens
 from gpt2.files import write_json
 from stages import paths, preflight
 from stages.cores import reserve_cores
@@ -19,13 +20,15 @@ from stages.process import StopSignal, run_stage
 
 RESULT = Path("probe.json")
 WARM_UP_STEPS, MIN_STEPS = 2, 3
-VALIDATION_BATCHES = 4
+VALIDATION_BATCHES, SCORED_BATCHES = 4, 2
 KERNELS_WAIT_S = 180.0
 
 
 @dataclass(frozen=True)
 class Speed:
-    """A measured training. step_s: of an optimizer step. validation_tokens_per_s: of the validation loss.
+    """A measured training. step_s: of an optimizer step. validation_tokens_per_s: of the validation loss in training.
+
+    scoring_tokens_per_s: of the scores of the stages after it, which predict the whole vocabulary, in fp32.
 
     set_up_s: from the start of the process to the model in memory. compile_s: of torch.compile with its cache filled;
     0 if it is not used.
@@ -33,6 +36,7 @@ class Speed:
 
     step_s: float
     validation_tokens_per_s: float
+    scoring_tokens_per_s: float
     set_up_s: float
     compile_s: float
 
@@ -91,7 +95,24 @@ def measure(params: Params, seconds: float, stop: StopSignal) -> Speed:
     start_s = time.perf_counter()
     validation_loss(run.model, tokens, sequence_length=length, batch_size=micro_batch)
     validation_tokens_per_s = (len(tokens) - 1) / (time.perf_counter() - start_s)
-    return Speed(step_s, validation_tokens_per_s, set_up_s, compile_s)
+    scoring_tokens_per_s = measure_scoring(params, run.train_tokens)
+    return Speed(step_s, validation_tokens_per_s, scoring_tokens_per_s, set_up_s, compile_s)
+
+
+def measure_scoring(params: Params, tokens: Tokens) -> float:
+    """Tokens/s of `gpt2.evaluation.scores`, with a model of random weights."""
+    from gpt2.device import choose_device
+    from gpt2.evaluation.scores import score
+    from gpt2.model.transformer import GPT
+
+    model, length = GPT(params.model).to(choose_device(params.runtime.device)).eval(), params.train.sequence_length
+    size = params.evaluate.batch_size
+    rates = []
+    for batch in (tokens[: size * length + 1], tokens[: SCORED_BATCHES * size * length + 1]):  # the first warms up
+        start_s = time.perf_counter()
+        score(model, batch, sequence_length=length, batch_size=size)
+        rates.append((len(batch) - 1) / (time.perf_counter() - start_s))
+    return rates[-1]
 
 
 def fill_caches(run: Any) -> None:

@@ -11,7 +11,8 @@ from gpt2.progress import ProgressCallback, no_progress
 from gpt2.tokenizer import token_bytes
 
 MIN_MATCH_BYTES = 8
-CHUNK_TOKENS = 1 << 20
+CHUNK_TOKENS = 1 << 17
+"""Short, so that a long match is known early: only longer ones are looked at after it."""
 FILTER_BITS = 16
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 Grams = npt.NDArray[np.uint64]
@@ -40,7 +41,10 @@ def longest_verbatim(samples: list[str], tokens: Tokens, *, progress: ProgressCa
         tail = training[-max_match_bytes:]
         grams = _grams(training)
         candidates = np.flatnonzero(may_occur[_filter_places(grams)])
-        for place in candidates[np.isin(grams[candidates], wanted)].tolist():
+        shared = candidates[np.isin(grams[candidates], wanted)]
+        more = max(0, len(best) - MIN_MATCH_BYTES + 1)  # 8-grams in a row after the first, of a match that is longer
+        starts = shared[: max(0, len(shared) - more)]
+        for place in starts[shared[more:] - starts == more].tolist():
             for text, start in places[int(grams[place])]:
                 length = len(best) + 1
                 if len(text) - start < length or training[place : place + length] != text[start : start + length]:

@@ -30,7 +30,7 @@ def speed_of(flops_per_s):
     def measure(chosen, *, thorough):
         flops = chosen.model.flops_per_token(chosen.model.block_size)
         step_s = chosen.step_tokens * flops / flops_per_s / (1.3 if thorough else 1.0)
-        return Speed(step_s, 3 * flops_per_s / flops, 2.0, 10.0 if thorough else 0.0)
+        return Speed(step_s, 3 * flops_per_s / flops, 3 * flops_per_s / flops, 2.0, 10.0 if thorough else 0.0)
 
     return measure
 
@@ -48,6 +48,17 @@ def test_a_plan_fills_the_time_and_is_not_longer(text, minutes):
     assert plan.steps * plan.speed.step_s > MIN_TRAINING_SHARE * 60 * minutes
     assert plan.recipe.evaluations >= -(-plan.steps // plan.eval_interval)
     assert len(told) >= 2
+
+
+def test_where_scoring_is_slow_less_is_held_out():
+    def measure(chosen, *, thorough):
+        fast = speed_of(0.35 * PEAK)(chosen, thorough=thorough)
+        return replace(fast, scoring_tokens_per_s=fast.scoring_tokens_per_s / 30)
+
+    (usual, _), (slow, _) = plan_for(NOVEL, 3), plan_for(NOVEL, 3, measure=measure)
+    assert slow.validation_fraction < usual.validation_fraction / 2
+    assert slow.steps < usual.steps
+    assert slow.seconds <= 180
 
 
 def test_more_time_and_a_faster_machine_train_larger_models_to_a_lower_loss():
