@@ -3,8 +3,8 @@
     python -m benchmarks.ablations               three seeds of each, over an hour on two cores
     python -m benchmarks.ablations --only cautious
 
-Each run has 120 steps, 24 % of those in which the baseline recipe reaches its best loss (benchmarks/learning.py), and
-no dropout, and momentum 0.95: each change is made to that, alone. Runs that are in the report already are not repeated.
+Each run has 120 steps, 24 % of those in which the baseline recipe reaches its best loss (benchmarks/learning.py), no
+dropout, and momentum 0.95: each change is made to that, alone. Runs that are in the report already are not repeated.
 Changes that pay are in the preset (momentum 0.9); the others exist only here. Writes
 reports/benchmarks/ablations.{json,md}.
 """

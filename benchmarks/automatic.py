@@ -4,8 +4,9 @@
     python -m benchmarks.automatic --minutes 20 --only note
 
 Each run is a `dvc repro` in a clone of this repository. The preset laptop trains as many steps as fit the seconds that
-the other run trained, and holds out as much of the text. Runs that are in the report already are
-not repeated. Writes reports/benchmarks/automatic.{json,md}.
+the other run trained, and holds out as much of the text. Runs that are in the report already are not repeated. The last
+commit is measured, with Tiny Shakespeare from the last run of the pipeline. Writes
+reports/benchmarks/automatic.{json,md}.
 """
 
 import argparse
@@ -34,7 +35,10 @@ CALIBRATION_STEPS = 40
 
 def shakespeare(num_bytes: int | None = None) -> str:
     """The start of Tiny Shakespeare, of the last run of the pipeline."""
-    return (ROOT / "data/downloads/tinyshakespeare.txt").read_bytes()[:num_bytes].decode()
+    path = ROOT / "data/downloads/tinyshakespeare.txt"
+    if not path.is_file():
+        sys.exit(f"{path} is not there: dvc repro fetch")
+    return path.read_bytes()[:num_bytes].decode()
 
 
 def python_code(num_bytes: int = 20_000_000) -> str:

@@ -20,18 +20,20 @@ def test_the_expected_loss_falls_with_tokens_and_rises_with_the_difficulty_of_a_
 
 
 @pytest.mark.parametrize(
-    ("size", "tokens", "training_tokens", "text", "measured"),
+    ("size", "tokens", "training_tokens", "text", "measured", "tolerance"),
     [
-        ((4, 4, 256), 921_600, 301_966, NOVEL, 4.51),
-        ((2, 2, 128), 375_808, 301_966, NOVEL, 4.82),
-        ((4, 4, 256), 122_880, 301_966, NOVEL, 5.22),
-        ((4, 4, 256), 131_072, 8_193, NOTE, 5.84),
-        ((4, 4, 256), 102_400, 8_687_000, CODE, 3.41),
+        ((4, 4, 256), 921_600, 301_966, NOVEL, 4.51, 0.03),
+        ((2, 2, 128), 375_808, 301_966, NOVEL, 4.82, 0.03),
+        ((4, 4, 256), 122_880, 301_966, NOVEL, 5.22, 0.03),
+        ((4, 4, 256), 131_072, 8_193, NOTE, 5.84, 0.03),
+        ((4, 4, 256), 102_400, 8_687_000, CODE, 3.41, UNCERTAINTY),
     ],
 )
-def test_the_expected_loss_is_near_that_of_runs_on_novel_note_and_code(size, tokens, training_tokens, text, measured):
+def test_the_expected_loss_is_near_that_of_runs_on_novel_note_and_code(
+    size, tokens, training_tokens, text, measured, tolerance
+):
     model = recipe(size, tokens, training_tokens).model
-    assert expected_loss(model, tokens, training_tokens, text) == pytest.approx(measured, rel=UNCERTAINTY)
+    assert expected_loss(model, tokens, training_tokens, text) == pytest.approx(measured, rel=tolerance)
 
 
 def test_counting_predicts_by_tokens_and_by_pairs():
