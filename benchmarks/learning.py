@@ -1,6 +1,7 @@
 """Loss against steps and against seconds: the baseline recipe, tuned AdamW and Muon, on the same model and batches.
 
     python -m benchmarks.learning                   three seeds, about 25 minutes on two cores
+    python -m benchmarks.learning --only planned    one recipe again, beside the others of the report
 
 Uses the model and the batch of the preset laptop and the tokens of the last pipeline run. The baseline is the plain
 fp32 training script of the original project, with an embedding for each token; its own step (not compiled) is timed in
@@ -28,7 +29,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "baseline recipe": {},  # presets/seed.yaml
     "tuned AdamW": {"optimizer": "adamw", "learning_rate": 1.0e-3, "min_learning_rate": 1.0e-4, "schedule": "cosine"},
     "Muon": {},  # presets/laptop.yaml
-    "Muon, planned for 24 % of the steps": {"share": 0.24, "warmup_steps": 10},
+    "Muon, planned for 24 % of the steps": {"share": 0.24, "warmup_steps": 2, "learning_rate": 6e-3},
 }
 COLORS = {"baseline recipe": "#64748b", "tuned AdamW": "#2563eb", "Muon": "#c2410c"} | {
     "Muon, planned for 24 % of the steps": "#15803d"
@@ -61,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=500, help="default: %(default)s")
+    parser.add_argument("--only", default="", help="recipes with this in their name")
     arguments = parser.parse_args()
     from stages.params import load_params
 
@@ -72,19 +74,26 @@ def main() -> None:
         "min_token_count",
     ]
     recipes = {**RECIPES, "baseline recipe": {name: getattr(seed.train, name) for name in taken}}
-    baseline_step_s = time_baseline_step(laptop)
-    runs = []
+    path = REPORT / "learning.json"
+    known = json.loads(path.read_text()) if arguments.only else {"runs": []}
+    baseline_step_s = known.get("baseline_step_s") or time_baseline_step(laptop)
+    runs = [curve for curve in known["runs"] if arguments.only not in curve["recipe"]]
     for number in range(arguments.seeds):
         for name, recipe in recipes.items():
+            if arguments.only not in name:
+                continue
             changes = {"dropout": 0.0, "max_steps": arguments.steps, **recipe}  # no recipe reads the text twice
             changes["max_steps"] = round(changes["max_steps"] * changes.pop("share", 1.0))
             config = replace(laptop.train, **changes, seed=laptop.train.seed + number, eval_interval=EVAL_INTERVAL)
             curve = run(laptop, config)
             runs.append({"recipe": name, "seed": config.seed, **curve})
-            print(f"{name}, seed {config.seed}: best {min(curve['val_loss']):.3f}, {curve['seconds'][-1]:.0f} s")
+            print(
+                f"{name}, seed {config.seed}: best {min(curve['val_loss']):.3f}, {curve['seconds'][-1]:.0f} s",
+                flush=True,
+            )
     result = {"date": time.strftime("%Y-%m-%d"), "baseline_step_s": baseline_step_s, "runs": runs}
     REPORT.mkdir(parents=True, exist_ok=True)
-    (REPORT / "learning.json").write_text(json.dumps(result) + "\n")
+    path.write_text(json.dumps(result) + "\n")
     write_table(result)
     draw(result)
 

@@ -6,6 +6,7 @@ The protocol is described in `stages.tracking.protocol`.
 import argparse
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from gpt2.errors import BusyError
 from gpt2.files import file_lock
 from stages import paths
 from stages.process import echo, redact_secrets, warn
-from stages.tracking.protocol import MODEL_STAGE, PATIENCE_S, PREPARATION_PATIENCE_S, Message, records
+from stages.tracking.protocol import MODEL_STAGE, PATIENCE_S, PREPARATION_PATIENCE_S, Message, is_record, records
 from stages.tracking.uploader import MlflowStore, Uploader, monitor_system
 
 UNDELIVERED_EXIT_CODE = 74
@@ -54,11 +55,24 @@ def sync() -> int:
 
 
 def upload(folder: Path, store: MlflowStore) -> None:
-    """Uploads a record that does not grow any more. Raises BusyError, or any error of MLflow."""
+    """Uploads a record that does not grow any more, unless another process has just done so.
+
+    Raises BusyError, or any error of MLflow.
+    """
     with file_lock(folder / "lock", what=folder.name):
+        if not is_record(folder):
+            remove_locks(folder)
+            return
         uploader = Uploader(folder, store)
         uploader.deliver()
     uploader.close()
+
+
+def remove_locks(folder: Path) -> None:
+    """Deletes what asking for the locks of a record has left, after another process delivered it."""
+    with file_lock(paths.outbox() / "lock", wait_s=PATIENCE_S):
+        if not is_record(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def deliver(folder: Path) -> int:

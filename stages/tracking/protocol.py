@@ -33,6 +33,7 @@ it.
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from typing import Any
 from gpt2.files import write_json
 from stages import paths
 
+RECORD_FILE = "record.json"
 PATIENCE_S = 4.0
 """Total time that a stage waits for MLflow, mostly at its end."""
 MODEL_STAGE = "model"
@@ -90,12 +92,12 @@ class Record:
 
     def write(self) -> None:
         """Writes record.json. Raises OSError."""
-        write_json(self.folder / "record.json", asdict(self))
+        write_json(self.folder / RECORD_FILE, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
         """The record in a folder. Raises OSError, ValueError or TypeError."""
-        return cls(**json.loads((folder / "record.json").read_text(encoding="utf-8")))
+        return cls(**json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,16 @@ class Message:
 
 def records(run_id: str = "*") -> list[Path]:
     """The folders of the records in the outbox, the oldest first."""
-    found = [path.parent for path in paths.outbox().glob(f"{run_id}.*/record.json")]
-    return sorted(found, key=lambda folder: (folder / "record.json").stat().st_mtime)
+    written_s = {}
+    for path in paths.outbox().glob(f"{run_id}.*/{RECORD_FILE}"):
+        with suppress(FileNotFoundError):  # another process has delivered it meanwhile
+            written_s[path.parent] = path.stat().st_mtime
+    return sorted(written_s, key=written_s.__getitem__)
+
+
+def is_record(folder: Path) -> bool:
+    """Whether a folder is a record that is not delivered yet."""
+    return (folder / RECORD_FILE).is_file()
 
 
 def events_file(folder: Path) -> Path:

@@ -177,6 +177,14 @@ def test_sync_reports_what_it_cannot_deliver(project, params, monkeypatch, capsy
     assert folder.exists()
 
 
+def test_a_record_that_another_process_delivers_meanwhile_is_no_failure(project, params, monkeypatch, capsys):
+    folder = project / "mlflow-outbox/abc.train"
+    monkeypatch.setattr(sync, "records", lambda: [folder])  # as it was a moment ago
+    assert sync.sync() == 0
+    assert "WARNING" not in capsys.readouterr().err
+    assert not folder.exists()
+
+
 def test_a_record_that_cannot_be_written_is_a_warning(project, params, capsys):
     (project / "mlflow-outbox").write_text("no folder")
     with tracking.start_run(params, "train", IDS, STOP) as run:
