@@ -2,6 +2,7 @@
 
     python -m benchmarks.automatic                        three texts, three minutes each: half an hour on two cores
     python -m benchmarks.automatic --minutes 20 --only note
+    taskset -c 0 python -m benchmarks.automatic --only note         on one core, while another text has the other
 
 Each run is a `dvc repro` in a clone of this repository. The preset laptop trains as many steps as fit the seconds that
 the other run trained, and holds out as much of the text. Runs that are in the report already are not repeated. The last
@@ -24,10 +25,12 @@ from typing import Any
 
 from benchmarks.learning import REPORT
 from experiments.automatic.writing import Changes, with_changes
+from stages.cores import available
 from stages.params import load_params
 
 ROOT = Path(__file__).parent.parent
 SOURCE = Path("data/own.txt")
+RUNS = REPORT / "automatic.json"
 WARM_UP, EVALUATIONS, STEP_TOKENS = 20 / 900, 9, 1024
 """Of presets/laptop.yaml: share of the steps; evaluations; tokens in a step."""
 CALIBRATION_STEPS = 40
@@ -99,18 +102,24 @@ def main() -> None:
     arguments = parser.parse_args()
     from gpt2.device import choose_device, device_name
 
-    path, machine = REPORT / "automatic.json", device_name(choose_device("auto"))
-    runs: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+    cores = available()
+    machine = f"{device_name(choose_device('auto'))}, {cores} {'core' if cores == 1 else 'cores'}"
     for name, read in TEXTS.items():
         key = {"text": name, "minutes": arguments.minutes, "machine": machine}
-        if arguments.only not in name or any(key.items() <= known.items() for known in runs):
+        if arguments.only not in name or any(key.items() <= known.items() for known in reported()):
             continue
         with tempfile.TemporaryDirectory(prefix="automatic-") as folder:
-            runs.append({**key, **side_by_side(Path(folder), read(), arguments.minutes)})
-        print(json.dumps(runs[-1]), flush=True)
+            run = {**key, **side_by_side(Path(folder), read(), arguments.minutes)}
+        print(json.dumps(run), flush=True)
         REPORT.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(runs, indent=1) + "\n")
-    (REPORT / "automatic.md").write_text(table(runs))
+        RUNS.write_text(json.dumps([*reported(), run], indent=1) + "\n")  # others may run on other cores
+    (REPORT / "automatic.md").write_text(table(reported()))
+
+
+def reported() -> list[dict[str, Any]]:
+    """The runs in the report."""
+    runs: list[dict[str, Any]] = json.loads(RUNS.read_text()) if RUNS.is_file() else []
+    return runs
 
 
 def side_by_side(folder: Path, text: str, minutes: float) -> dict[str, Any]:
