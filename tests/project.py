@@ -10,6 +10,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from tests.conftest import ROOT, our_text
+from tests.warm import warm_python
 
 COPIED = (
     "dvc.yaml",
@@ -41,6 +42,8 @@ TINY = {
 
 class Project:
     """A repository with this code and tiny params."""
+
+    is_warm = True
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -78,8 +81,18 @@ class Project:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         return {**kept, **author, "PATH": path, "MLFLOW_DISABLE_TELEMETRY": "true", "DVC_NO_ANALYTICS": "1"}
 
+    def warm(self, command):
+        """The command, and the environment in which its stages are forks of a warm process (tests/warm.py)."""
+        environment, python = self.environment, self.is_warm and warm_python()
+        if not python:
+            return list(command), environment
+        environment["PATH"] = f"{python.parent}{os.pathsep}{environment['PATH']}"
+        return [str(python) if word == sys.executable else word for word in command], environment
+
     def run(self, *command, code=0):
-        result = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
+        """Runs a command to its end; returns what it says."""
+        words, environment = self.warm(command)
+        result = subprocess.run(words, cwd=self.folder, env=environment, capture_output=True, text=True)
         output = result.stdout + result.stderr
         assert result.returncode == code, output
         assert "Traceback" not in output

@@ -21,6 +21,7 @@ import socket
 import stat
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from stages.cores import limit_busy_waiting
@@ -206,29 +207,40 @@ def _receive(connection: socket.socket) -> tuple[tuple[list[str], str, dict[str,
     return (arguments, folder, environment), list(streams)
 
 
-def main() -> None:
-    """Imports, says so on standard output, and serves. argv: the socket, and the program that asks."""
+def serve(path: Path, modules: Iterable[str]) -> list[str] | None:
+    """Imports, says so on standard output, and serves at a socket. Returns the arguments of a fork, or None."""
     request_sigterm_with_parent()
-    path, client = Path(sys.argv[1]), sys.argv[2]
     limit_busy_waiting()  # before torch is imported
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    for name in MODULES:
+    for name in modules:
         importlib.import_module(name)
     threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
     if threads:  # a fork would not have them
         print(f"cannot fork: {threads}", file=sys.stderr)
-        return
+        return None
     server = Server(path)
     gc.freeze()  # so that forks share the memory
     print("ready", flush=True)
     arguments = server.serve()
     if arguments is None:
         path.unlink(missing_ok=True)
-        return
+    return arguments
+
+
+def run_stage(arguments: list[str], client: str) -> None:
+    """Runs in a fork what `python -m` would run. client: the program that asked for it."""
     sys.executable = client  # what the stage starts with it comes here, too
     sys.argv = arguments
     sys.path[0] = os.getcwd()
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
+def main() -> None:
+    """Serves. argv: the socket, and the program that asks."""
+    path, client = sys.argv[1:3]
+    arguments = serve(Path(path), MODULES)
+    if arguments is not None:
+        run_stage(arguments, client)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,26 @@
-"""What each process of a distributed test does. torchrun starts it; rank 0 writes the outcome as JSON.
+"""What each process of a distributed test does; rank 0 writes the outcome as JSON.
 
-torchrun --nproc-per-node=2 -m tests.gpt2.distributed.ranks SCENARIO OUTCOME TOKENS FOLDER STEPS
+    python -m tests.gpt2.distributed.ranks '[[PROCESSES, SCENARIO, OUTCOME, TOKENS, FOLDER, STEPS], ...]'
+
+starts the processes of each scenario as torchrun does, one scenario after the other, but as forks of a process that has
+imported everything: that takes longer than what they do. The tests of the train stage start processes in torch's way.
 """
 
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
 import sys
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from gpt2.data.sampler import Sampler
 from gpt2.data.token_files import open_tokens
-from gpt2.distributed import parts
+from gpt2.distributed import checkpoints, models, muon, parts  # noqa: F401 - imported before the forks
 from gpt2.errors import DivergedError, MicroBatchError
 from gpt2.model.transformer import GPT
 from gpt2.training.checkpoints import CheckpointStore
@@ -236,14 +243,46 @@ def out_of_memory(world, tokens):
     return None
 
 
-def main():
-    scenario, outcome, tokens, folder, steps = sys.argv[1:]
-    world: World = join("cpu")
-    action = {"curves": curves, "resumption": resumption, "transition": transition, "parts": parts_of}[scenario]
-    found = action(world, Path(tokens), Path(folder), int(steps) if steps.isdigit() else steps)
+SCENARIOS = {"curves": curves, "resumption": resumption, "transition": transition, "parts": parts_of}
+
+
+def work(environment, scenario, outcome, tokens, folder, steps):
+    """What one process does."""
+    os.environ.update(environment)
+    world: World = join("cpu") if environment["WORLD_SIZE"] != "1" else ALONE
+    found = SCENARIOS[scenario](world, Path(tokens), Path(folder), steps)
     if world.rank == 0:
         Path(outcome).write_text(json.dumps(found))
 
 
+def start(processes, *arguments):
+    """Forks the processes of a scenario, and waits for them. Ends them all, and this one, if one fails."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=work, args=({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, *arguments))
+        for rank in range(processes)
+    ]
+    for rank in ranks:
+        rank.start()
+    waiting = {rank.sentinel: rank for rank in ranks}
+    while waiting:
+        for sentinel in wait(waiting):
+            if waiting.pop(sentinel).exitcode:
+                for rank in waiting.values():
+                    rank.kill()
+                sys.exit(f"a process of {arguments[0]} failed")
+
+
 if __name__ == "__main__":
-    main()
+    import torch._dynamo  # the optimizers import it
+
+    for group in json.loads(sys.argv[1]):
+        start(*group)

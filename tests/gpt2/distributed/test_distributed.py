@@ -31,15 +31,23 @@ def torchrun(tmp_path_factory, tokens):
     """Runs a scenario of `ranks` in several processes; returns its outcome."""
 
     def run(processes, scenario, folder=None, steps=STEPS):
-        place = tmp_path_factory.mktemp(scenario)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        arguments = [scenario, place / "outcome.json", tokens, folder or place, str(steps)]
-        command = [*launcher, "-m", "tests.gpt2.distributed.ranks", *map(str, arguments)]
+        (found,) = in_turn([(processes, scenario, folder, steps)])
+        return found
+
+    def in_turn(scenarios):
+        place = tmp_path_factory.mktemp("ranks")
+        outcomes = [place / f"{number}.json" for number in range(len(scenarios))]
+        groups = [
+            [processes, scenario, str(outcome), str(tokens), str(folder or place), steps]
+            for outcome, (processes, scenario, folder, steps) in zip(outcomes, scenarios, strict=True)
+        ]
+        command = [sys.executable, "-m", "tests.gpt2.distributed.ranks", json.dumps(groups)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return json.loads((place / "outcome.json").read_text())
+        return [json.loads(outcome.read_text()) for outcome in outcomes]
 
+    run.in_turn = in_turn
     return run
 
 
@@ -154,11 +162,7 @@ def test_a_run_in_two_processes_resumes_to_the_same_bits(torchrun):
 
 def change_shape(torchrun, tokens, folder, shapes):
     """Goes on with each number of processes and strategy, and compares with one process at the end."""
-    for processes, strategy in shapes:
-        if processes == 1:
-            losses = ranks.transition(ranks.ALONE, tokens, folder, strategy)
-        else:
-            losses = torchrun(processes, "transition", folder, strategy)
+    *_, losses = torchrun.in_turn([(processes, "transition", folder, strategy) for processes, strategy in shapes])
     undisturbed = ranks.Run(tokens, ranks.recipe(optimizer="muon", max_steps=100))
     undisturbed.go(ranks.Recorder(stop_after=len(losses)))
     assert len(losses) == 5 * len(shapes)
