@@ -75,6 +75,8 @@ def main() -> None:
     ]
     recipes = {**RECIPES, "baseline recipe": {name: getattr(seed.train, name) for name in taken}}
     path = REPORT / "learning.json"
+    if arguments.only and not path.is_file():
+        parser.error(f"{path} is not there: run it without --only first")
     known = json.loads(path.read_text()) if arguments.only else {"runs": []}
     baseline_step_s = known.get("baseline_step_s") or time_baseline_step(laptop)
     runs = [curve for curve in known["runs"] if arguments.only not in curve["recipe"]]

@@ -41,7 +41,7 @@ TINY = {
 
 
 class Project:
-    """A repository with this code and tiny params."""
+    """A repository with this code and tiny params. is_warm: `run` has stages in forks (tests/warm.py)."""
 
     is_warm = True
 

@@ -6,6 +6,7 @@ Where processes are killed, and once for the whole pipeline, tests start real on
 
 import atexit
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,14 +49,15 @@ def warm_python():
         stdout=subprocess.PIPE,
         text=True,
     )
-    atexit.register(stop, server)
+    atexit.register(stop, server, folder)
     assert server.stdout.readline() == "ready\n"
     return client
 
 
-def stop(server):
+def stop(server, folder):
     server.terminate()
     server.wait(timeout=30)
+    shutil.rmtree(folder)
 
 
 def main():

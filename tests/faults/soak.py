@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults.commands import PHASES, Trained, kills, orphaned_processes, signals
+from tests.faults.commands import PHASES, Trained, kills, signals
 from tests.faults.corruption import corruption
 from tests.faults.crash_points import crash_points
 from tests.faults.fuzz import corpora, params_files, source_files
 from tests.faults.non_finite import non_finite
+from tests.faults.orphans import orphaned_processes
 from tests.faults.result import Result
 from tests.faults.tokenizing import killed_tokenizing
 from tests.faults.tracking import tracking_faults

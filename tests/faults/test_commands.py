@@ -8,7 +8,8 @@ from functools import partial
 
 import pytest
 
-from tests.faults.commands import PHASES, PLAIN, Trained, finish, forget, kills, orphaned_processes, results, signals
+from tests.faults.commands import PHASES, PLAIN, Trained, finish, forget, kills, results, signals
+from tests.faults.orphans import orphaned_processes
 from tests.faults.tracking import tracking_faults
 
 FEW_PHASES = [("step", True), ("saving", False)]

@@ -27,7 +27,7 @@ def tokens(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def torchrun(tmp_path_factory, tokens):
+def together(tmp_path_factory, tokens):
     """Runs a scenario of `ranks` in several processes; returns its outcome."""
 
     def run(processes, scenario, folder=None, steps=STEPS):
@@ -67,21 +67,21 @@ def assert_same_curve(found, expected, tolerance=1e-3):
     assert found == pytest.approx(expected, rel=tolerance)
 
 
-def test_two_processes_have_the_losses_of_one(torchrun, alone):
-    for name, losses in torchrun(2, "curves").items():
+def test_two_processes_have_the_losses_of_one(together, alone):
+    for name, losses in together(2, "curves").items():
         assert_same_curve(losses, alone(name.split()[1]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_have_the_losses_of_one_for_a_hundred_steps(torchrun, alone, processes):
-    for name, losses in torchrun(processes, "curves", steps=100).items():
+def test_several_processes_have_the_losses_of_one_for_a_hundred_steps(together, alone, processes):
+    for name, losses in together(processes, "curves", steps=100).items():
         assert_same_curve(losses, alone(name.split()[1], 100))
 
 
 @pytest.fixture(scope="module")
-def of_four(torchrun):
-    return torchrun(4, "parts")
+def of_four(together):
+    return together(4, "parts")
 
 
 def test_processes_agree(of_four):
@@ -144,8 +144,8 @@ def test_processes_without_memory_ask_for_half_the_micro_batch(of_four):
     assert of_four["out of memory"] == 1  # 8 sequences for 4 processes are 2 each
 
 
-def test_a_run_in_two_processes_resumes_to_the_same_bits(torchrun):
-    for found in torchrun(2, "resumption").values():
+def test_a_run_in_two_processes_resumes_to_the_same_bits(together):
+    for found in together(2, "resumption").values():
         assert found["step"] == 5
         assert found["same"]
         assert found["same best"]
@@ -160,29 +160,29 @@ def test_a_run_in_two_processes_resumes_to_the_same_bits(torchrun):
         assert found["left"] == ["step-000005", "step-000008"]
 
 
-def change_shape(torchrun, tokens, folder, shapes):
+def change_shape(together, tokens, folder, shapes):
     """Goes on with each number of processes and strategy, and compares with one process at the end."""
-    *_, losses = torchrun.in_turn([(processes, "transition", folder, strategy) for processes, strategy in shapes])
+    *_, losses = together.in_turn([(processes, "transition", folder, strategy) for processes, strategy in shapes])
     undisturbed = ranks.Run(tokens, ranks.recipe(optimizer="muon", max_steps=100))
     undisturbed.go(ranks.Recorder(stop_after=len(losses)))
     assert len(losses) == 5 * len(shapes)
     assert_same_curve(losses, [row["train_loss"] for row in undisturbed.state.history])
 
 
-def test_checkpoints_fit_other_numbers_of_processes_and_the_other_strategy(torchrun, tokens, tmp_path):
-    change_shape(torchrun, tokens, tmp_path / "run", [(1, "ddp"), (2, "fsdp"), (1, "ddp")])
+def test_checkpoints_fit_other_numbers_of_processes_and_the_other_strategy(together, tokens, tmp_path):
+    change_shape(together, tokens, tmp_path / "run", [(1, "ddp"), (2, "fsdp"), (1, "ddp")])
 
 
 @pytest.mark.slow
-def test_checkpoints_survive_twelve_changes(torchrun, tokens, tmp_path):
+def test_checkpoints_survive_twelve_changes(together, tokens, tmp_path):
     shapes = [(1, "ddp"), (4, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "fsdp"), (1, "ddp"), (4, "fsdp"), (2, "fsdp")]
     shapes += [(4, "ddp"), (4, "fsdp"), (2, "ddp"), (4, "ddp")]
-    change_shape(torchrun, tokens, tmp_path / "run", [*shapes, (1, "ddp")][:12])
+    change_shape(together, tokens, tmp_path / "run", [*shapes, (1, "ddp")][:12])
 
 
-def test_a_damaged_shard_is_found(torchrun, tokens, tmp_path):
+def test_a_damaged_shard_is_found(together, tokens, tmp_path):
     folder = tmp_path / "run"
-    torchrun(2, "transition", folder, "fsdp")
+    together(2, "transition", folder, "fsdp")
     store = CheckpointStore(folder)
     (step,) = store.steps()
     shard = store.path(step) / "shard-00002-model-00001-of-00001.safetensors"
