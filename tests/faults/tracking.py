@@ -134,23 +134,30 @@ def tracking_faults(folder: Path, trained: Trained, names: Iterable[str] = FAULT
     result = Result("tracking faults")
     project = trained.copy(folder / "tracking")
     for name in names:
-        with FAULTS[name](project) as environment:
-            took_s, run, code = timed(project, environment)
-        output = run.output()
-        problem = run.problem(code, 0)
-        added_s = took_s - trained.seconds
+        problem, added_s = with_fault(project, trained, name, trained.seconds)
+        if not problem and added_s > MOST_SECONDS_ADDED:  # or other processes took the cores: once more, both runs now
+            problem, added_s = with_fault(project, trained, name, trained.measured_s())
         result.notes.append(f"{name}: {added_s:+.1f} s")
-        if not problem and output.count("WARNING") != 1:
-            problem = f"{output.count('WARNING')} warnings: {output}"
-        if not problem and results(project) != trained.expected:
-            problem = "another result"
         if not problem and added_s > MOST_SECONDS_ADDED:
-            problem = f"{added_s:.1f} s more"
+            problem = f"{added_s:.1f} s more, a second time"
         if not problem:
             project.run("python", "-m", "stages.sync")
             problem = missing(project)
         result.add(problem and f"{name}: {problem}")
     return result
+
+
+def with_fault(project: Project, trained: Trained, name: str, undisturbed_s: float) -> tuple[str | None, float]:
+    """Runs a training run with a fault. Returns the problem, None if there is none, and the seconds added."""
+    with FAULTS[name](project) as environment:
+        took_s, run, code = timed(project, environment)
+    output = run.output()
+    problem = run.problem(code, 0)
+    if not problem and output.count("WARNING") != 1:
+        problem = f"{output.count('WARNING')} warnings: {output}"
+    if not problem and results(project) != trained.expected:
+        problem = "another result"
+    return problem, took_s - undisturbed_s
 
 
 def timed(project: Project, environment: dict[str, str]) -> tuple[float, Command, int]:
