@@ -24,7 +24,8 @@ from benchmarks.steps import our_step
 from benchmarks.train import CASES
 from gpt2.config import GPT2_VOCAB_SIZE, GPTConfig
 from gpt2.device import PROBE_SIZE, choose_precision, configure_device, device_name, matmul_flops
-from gpt2.model.transformer import INIT_STD, causal_attention
+from gpt2.model.attention import causal_attention
+from gpt2.model.transformer import INIT_STD
 from gpt2.training.loss import linear_cross_entropy
 
 REPORT, PICTURE = Path("reports/benchmarks/roofline.json"), Path("docs/training-roofline.png")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SERVING_FILES = (
     *(f"gpt2/{name}.py" for name in ("__init__", "config", "device", "errors", "files", "tokenizer")),
-    *(f"gpt2/model/{name}.py" for name in ("__init__", "transformer")),
+    *(f"gpt2/model/{name}.py" for name in ("__init__", "attention", "transformer")),
     *(
         f"gpt2/inference/{name}.py"
         for name in (

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt2.config import END_OF_TEXT, GPTConfig
+from gpt2.config import GPTConfig
+from gpt2.model.attention import causal_attention, drop, within_documents
 
 INIT_STD = 0.02
-SHORT_SEQUENCE = 256
 
 
 class LayerCache(Protocol):
@@ -45,41 +45,6 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-
-
-def within_documents(idx: Tensor) -> Tensor:
-    """Which tokens a token may attend to, if not to those of other documents: itself, and earlier ones of its own.
-
-    `<|endoftext|>` is the first token of the document that it begins. idx: token ids, (B, T). Returns (B, 1, T, T),
-    True for a query (third dimension) and a key (fourth) that it may attend to.
-    """
-    document = (idx == END_OF_TEXT).cumsum(1)
-    return (document[:, None, :, None] == document[:, None, None, :]).tril()
-
-
-def drop(x: Tensor, probability: float) -> Tensor:
-    """Dropout (https://jmlr.org/papers/v15/srivastava14a.html); nothing is computed for a probability of 0."""
-    return F.dropout(x, probability) if probability else x
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """Attention of each token to itself and to earlier tokens; all (B, n_head, T, head_size).
-
-    visible: which of these, from `within_documents`; None is all. dropout: of the attention probabilities. Uses
-    PyTorch's kernel, except for dropout outside CUDA, which its kernels do not have, and to train in bf16 on short
-    sequences on a CPU: the backward pass of that kernel then takes several times as long as plain matrix products
-    (benchmarks/train.py).
-    """
-    T, head_size = q.shape[2:]
-    is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT_SEQUENCE and q.requires_grad
-    if not is_slow and (not dropout or q.device.type == "cuda"):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=visible is None)
-    if visible is None:
-        bias = torch.full((T, T), -torch.inf, device=q.device).triu(1)
-    else:
-        bias = torch.zeros(visible.shape, device=q.device).masked_fill(~visible, -torch.inf)
-    scores = (q * head_size**-0.5) @ k.transpose(2, 3)  # (B, n_head, T, T)
-    return drop((scores.float() + bias).softmax(3).to(v.dtype), dropout) @ v
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from gpt2.config import GPTConfig
-from gpt2.model.transformer import GPT, causal_attention, within_documents
+from gpt2.model.attention import causal_attention, within_documents
+from gpt2.model.transformer import GPT
 from gpt2.training.accumulation import seed_dropout
 from gpt2.training.mixed_precision import MixedPrecisionModel
 from gpt2.training.state import checkpoint_content, restore_checkpoint
