@@ -14,6 +14,7 @@ from torch import Tensor
 from gpt2.config import END_OF_TEXT
 
 SHORT_SEQUENCE = 256
+"""Tokens up to which training in bf16 on a CPU keeps all probabilities instead of computing them again."""
 TILE = 256
 """Tokens in a tile of `tiled_attention`."""
 
@@ -102,6 +103,7 @@ def _tiled_attention_backward(
             q_part @ k_part.transpose(2, 3),
             gradient_part @ v[:, :, keys].transpose(2, 3),
             _bias(visible, queries, keys, q.device),
+            # copies, not views: each other offset would be another kernel
             log_sum[:, :, queries].clone(),
             mean[:, :, queries].clone(),
         )
