@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from experiments.automatic.probe import Speed
-from experiments.automatic.recipe import SIZES, Recipe, expected_loss, recipe
+from experiments.automatic.recipe import SIZES, Recipe, expected_loss, most_tokens, recipe
 from experiments.automatic.text import Text
 from gpt2.errors import UserError
 
@@ -42,13 +42,15 @@ class Measures(Protocol):
 class Plan:
     """A run that ends in time.
 
-    validation_fraction: of the text, held out. seconds: expected for the whole pipeline. epochs: how often the run
-    reads the text. loss: expected, in nats per token.
+    is_early: whether it ends before, because more readings of the text do not pay. validation_fraction: of the text,
+    held out. seconds: expected for the whole pipeline. epochs: how often the run reads the text. loss: expected, in
+    nats per token.
     """
 
     recipe: Recipe
     speed: Speed
     steps: int
+    is_early: bool
     validation_fraction: float
     seconds: float
     epochs: float
@@ -86,7 +88,7 @@ class Budget:
 
     def tokens(self, tokens_per_s: float) -> float:
         """On about how many tokens a run with this speed trains."""
-        return max(1.0, USUAL_TRAINING_SHARE * self.seconds * tokens_per_s)
+        return min(most_tokens(self.training_tokens), max(1.0, USUAL_TRAINING_SHARE * self.seconds * tokens_per_s))
 
     def recipe(self, size: tuple[int, int, int], tokens: float) -> Recipe:
         """The recipe of a size."""
@@ -97,7 +99,7 @@ class Budget:
         return expected_loss(chosen.model, tokens, self.training_tokens, self.text)
 
     def plan(self, chosen: Recipe, speed: Speed) -> Plan:
-        """As many steps as there is time for. Raises UserError if there is hardly any."""
+        """As many steps as there is time for, and as pay. Raises UserError if there is hardly any time."""
         tokens = self.text.tokens
         scored_s = chosen.evaluations / speed.validation_tokens_per_s + SCORING_PASSES / speed.scoring_tokens_per_s
         most = VALIDATION_SHARE * self.seconds / scored_s
@@ -116,11 +118,13 @@ class Budget:
                 f"{math.ceil(other_s / 60 / (1 - MIN_TRAINING_SHARE))} minutes"
             )
         step_s = SLOWER * speed.step_s
-        steps = max(2, int((self.seconds - other_s) / step_s))
+        in_time = max(2, int((self.seconds - other_s) / step_s))
+        steps = min(in_time, math.ceil(most_tokens(tokens * (1 - fraction)) / chosen.step_tokens))
         return Plan(
             chosen,
             speed,
             steps,
+            steps < in_time,
             fraction,
             other_s + steps * step_s,
             steps * chosen.step_tokens / (tokens * (1 - fraction)),

@@ -47,6 +47,7 @@ def training_values(chosen: Recipe, text: Text) -> Values:
 def run_values(plan: Plan, text: Text) -> Values:
     """The length of the run, and how its results are measured."""
     held_out = round(plan.validation_fraction * text.tokens)
+    length = "less than fits the time, as more readings do not pay," if plan.is_early else "what fits the time"
     values: Values = {
         ("tokenize", "validation_fraction"): (
             plan.validation_fraction,
@@ -54,7 +55,7 @@ def run_values(plan: Plan, text: Text) -> Values:
         ),
         ("train", "max_steps"): (
             plan.steps,
-            f"what fits the time at {plan.tokens_per_s:,.0f} tokens/s; reads the text {plan.epochs:.2g} times",
+            f"{length} at {plan.tokens_per_s:,.0f} tokens/s; reads the text {plan.epochs:.2g} times",
         ),
         **{
             ("train", key): (rate, "lower for a text that is read many times")
@@ -65,7 +66,7 @@ def run_values(plan: Plan, text: Text) -> Values:
             plan.eval_interval,
             "steps; often, as the best weights are kept" if plan.epochs > MANY_EPOCHS else "steps",
         ),
-        ("train", "patience"): (None, "the run takes the time that it was given"),
+        ("train", "patience"): (None, "the run takes the time that it was planned for"),
         ("runtime", "log_interval"): (max(1, plan.steps // 50), "steps between points of the curves"),
     }
     if text.is_cut:

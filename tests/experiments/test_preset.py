@@ -8,7 +8,7 @@ from experiments import preset
 from experiments.automatic import machine
 from experiments.automatic.plan import MIN_TRAINING_SHARE, Budget, choose
 from experiments.automatic.probe import Speed
-from experiments.automatic.recipe import RATES, SIZES, rates, recipe
+from experiments.automatic.recipe import RATES, SIZES, most_tokens, rates, recipe
 from experiments.automatic.text import READ_BYTES, look_at
 from experiments.automatic.values import run_values, training_values
 from experiments.automatic.writing import as_yaml, with_changes
@@ -42,12 +42,24 @@ def plan_for(text, minutes, flops_per_s=0.35 * PEAK, measure=None):
 
 @pytest.mark.parametrize("text", [NOVEL, NOTE], ids=["novel", "note"])
 @pytest.mark.parametrize("minutes", [3, 20, 300])
-def test_a_plan_fills_the_time_and_is_not_longer(text, minutes):
+def test_a_plan_fills_the_time_that_pays_and_is_not_longer(text, minutes):
     plan, told = plan_for(text, minutes)
-    assert 0.95 * 60 * minutes < plan.seconds <= 60 * minutes
+    assert plan.is_early == (minutes == 300)
+    most = most_tokens(text.tokens * (1 - plan.validation_fraction))
+    if plan.is_early:
+        assert most <= plan.steps * plan.recipe.step_tokens < most + plan.recipe.step_tokens
+    else:
+        assert plan.seconds > 0.95 * 60 * minutes
+        assert plan.steps * plan.recipe.step_tokens <= most
+    assert plan.seconds <= 60 * minutes
     assert plan.steps * plan.speed.step_s > MIN_TRAINING_SHARE * 60 * minutes
     assert plan.recipe.evaluations >= -(-plan.steps // plan.eval_interval)
     assert len(told) >= 2
+
+
+def test_no_text_is_read_more_often_than_pays():
+    assert most_tokens(300_000) == 3 * 300_000
+    assert most_tokens(9_000) > 20 * 9_000  # short texts need the steps
 
 
 def test_where_scoring_is_slow_less_is_held_out():
