@@ -32,8 +32,8 @@ WARM_UP = 0.04
 """Share of the steps."""
 MOST_EPOCHS, MOST_TOKENS_OF_SHORT_TEXTS = 3.0, 256_000
 """A run reads the text so many times at most, or trains on so many tokens if that is more. Larger models take the time
-that is left. On 310,000 tokens, 4 layers of width 256 ended at 4.55 after 3 readings, but at 4.79 after 13, and there at
-4.70 with half of the rates instead of 0.15 of them; width 384 at 4.64 after 2.9 of 3.8 readings. One seed each."""
+that is left. On 310,000 tokens, 4 layers of width 256 ended at 4.55 after 3 readings; after 13 at 4.79, or 4.70 with
+half of the rates instead of 0.15 of them. Width 384 was best, at 4.64, after 2.9 of 3.8 readings. One seed each."""
 REGULARIZATION = ((2, 0.0, 0.1), (6, 0.1, 0.1), (20, 0.3, 0.5), (math.inf, 0.3, 1.0))
 """For runs that read the text up to so many times: dropout, weight decay. Repeated text needs more of both
 (https://arxiv.org/abs/2509.14786)."""
