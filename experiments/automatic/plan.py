@@ -113,9 +113,10 @@ class Budget:
             + scored_s * fraction * tokens
         )
         if other_s > (1 - MIN_TRAINING_SHARE) * self.seconds:
+            needed = math.ceil(other_s / 60 / (1 - MIN_TRAINING_SHARE))
             raise UserError(
                 f"without training, the pipeline takes about {other_s / 60:.1f} minutes here; give it at least "
-                f"{math.ceil(other_s / 60 / (1 - MIN_TRAINING_SHARE))} minutes"
+                f"{needed} {'minute' if needed == 1 else 'minutes'}"
             )
         step_s = SLOWER * speed.step_s
         in_time = max(2, int((self.seconds - other_s) / step_s))

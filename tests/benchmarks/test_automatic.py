@@ -8,6 +8,8 @@ from tests.conftest import ROOT
 class FakeClone:
     """A clone in which training takes 2 s a step."""
 
+    tokens_per_s = 512
+
     def __init__(self, folder, text):
         self.folder, self.commands = folder, []
         folder.mkdir()
@@ -24,14 +26,24 @@ class FakeClone:
 
     def training(self):
         steps = load_params(self.folder / "params.yaml").train.max_steps
-        return {"best_val_loss": 5.0 - steps / 100, "steps": steps, "elapsed_s": 2.0 * steps, "tokens_per_s": 512}
+        return {
+            "best_val_loss": 5.0 - steps / 100,
+            "steps": steps,
+            "elapsed_s": 2.0 * steps,
+            "tokens_per_s": self.tokens_per_s,
+        }
 
 
-def test_the_preset_laptop_trains_for_as_many_seconds(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("tokens_per_s", "steps", "unchanged"), [(512, 100, None), (10_240, 2000, 5.0 - 9.0)])
+def test_the_preset_laptop_trains_for_as_many_seconds_and_unchanged_if_that_is_shorter(
+    tmp_path, monkeypatch, tokens_per_s, steps, unchanged
+):
     monkeypatch.setattr(automatic, "Clone", FakeClone)
+    monkeypatch.setattr(FakeClone, "tokens_per_s", tokens_per_s)
     found = automatic.side_by_side(tmp_path, "text", 3.0)
-    assert found["steps"] == [100, 100]
-    assert found["training_s"] == [200.0, 200.0]
+    assert found["steps"] == [100, steps]
+    assert found["training_s"] == [200.0, 2.0 * steps]
+    assert found["laptop_unchanged"] == unchanged
     assert (found["expected"], found["repro_s"]) == (4.89, 7.0)
 
 
@@ -53,12 +65,13 @@ def test_params_of_the_preset_laptop_for_a_text():
 
 def test_the_table_has_a_line_for_each_run():
     run = {"text": "note", "minutes": 3.0, "machine": "a CPU", "repro_s": 183.0, "expected": 6.0, "loss": 5.9}
-    lines = automatic.table([{**run, "laptop": 6.5}, {**run, "minutes": 1.0, "laptop": 7.0}]).splitlines()
+    short = {**run, "minutes": 1.0, "laptop": 7.0}
+    lines = automatic.table([{**run, "laptop": 6.5, "laptop_unchanged": 6.25}, short]).splitlines()
     assert lines[-2:] == [
-        "| a CPU | note | 1 | 3.0 | 6.00 | 5.90 | 7.00 |",
-        "| a CPU | note | 3 | 3.0 | 6.00 | 5.90 | 6.50 |",
+        "| a CPU | note | 1 | 3.0 | 6.00 | 5.90 | 7.00 |  |",
+        "| a CPU | note | 3 | 3.0 | 6.00 | 5.90 | 6.50 | 6.25 |",
     ]
-    assert lines[-4].count("|") == lines[-3].count("|") == 8
+    assert lines[-4].count("|") == lines[-3].count("|") == 9
 
 
 def test_texts_are_there_without_a_network():

@@ -104,7 +104,7 @@ def test_sizes_that_do_not_fit_are_left_out():
 
 
 def test_too_little_time_is_one_line_that_says_how_much_is_needed():
-    with pytest.raises(UserError, match=r"the pipeline takes about 0\.\d minutes here; give it at least 1 minutes"):
+    with pytest.raises(UserError, match=r"the pipeline takes about 0\.\d minutes here; give it at least 1 minute$"):
         plan_for(NOVEL, 0.3)
 
 
@@ -235,7 +235,7 @@ def test_a_dry_run_writes_nothing(repository, capsys):
         (["--minutes", "nan"], "--minutes is nan; expected a number over 0"),
         (["--source", "nowhere.txt"], "nowhere.txt"),
         (["--source", "short.txt"], "training takes at least 1,000"),
-        (["--source", "mine.txt", "--minutes", "0.2"], "give it at least 1 minutes"),
+        (["--source", "mine.txt", "--minutes", "0.2"], "give it at least 1 minute"),
     ],
 )
 def test_bad_input_is_one_line_and_changes_nothing(repository, capsys, options, expected):
