@@ -4,8 +4,8 @@
     python -m benchmarks.ablations --only cautious
 
 Each run has 120 steps, 24 % of those in which the baseline recipe reaches its best loss (benchmarks/learning.py), no
-dropout, and momentum 0.95: each change is made to that, alone. Runs that are in the report already are not repeated.
-Changes that pay are in the preset (momentum 0.9); the others exist only here. Writes
+dropout, weight decay 0.1, and momentum 0.95: each change is made to that, alone. Runs that are in the report already
+are not repeated. Changes that pay are in the preset (momentum 0.9); the others exist only here. Writes
 reports/benchmarks/ablations.{json,md}.
 """
 
@@ -148,8 +148,8 @@ def main() -> None:
             is_known = any((known["change"], known["seed"]) == (name, seed) for known in runs)
             if is_known or arguments.only not in name:
                 continue
-            short = {"max_steps": STEPS, "warmup_steps": WARM_UP, "eval_interval": STEPS, "dropout": 0.0, "seed": seed}
-            config = replace(laptop.train, **{**short, **change.train})
+            short = {"max_steps": STEPS, "warmup_steps": WARM_UP, "eval_interval": STEPS, "seed": seed}
+            config = replace(laptop.train, **{**short, "dropout": 0.0, "weight_decay": 0.1, **change.train})
             curve = run(laptop, config, partial(StudiedMuon, **change.muon), change.averaged_steps)
             runs.append({"change": name, "seed": seed, "val_loss": curve["val_loss"][-1]})
             print(f"{name}, seed {seed}: {curve['val_loss'][-1]:.4f}", flush=True)

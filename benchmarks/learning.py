@@ -84,7 +84,8 @@ def main() -> None:
         for name, recipe in recipes.items():
             if arguments.only not in name:
                 continue
-            changes = {"dropout": 0.0, "max_steps": arguments.steps, **recipe}  # no recipe reads the text twice
+            once = {"dropout": 0.0, "weight_decay": 0.1}  # no recipe reads the text twice
+            changes = {**once, "max_steps": arguments.steps, **recipe}
             changes["max_steps"] = round(changes["max_steps"] * changes.pop("share", 1.0))
             config = replace(laptop.train, **changes, seed=laptop.train.seed + number, eval_interval=EVAL_INTERVAL)
             curve = run(laptop, config)

@@ -116,8 +116,8 @@ def test_a_text_that_is_read_many_times_is_regularized_and_evaluated_often():
 
 
 def test_learning_rates_fall_with_the_repetitions():
-    assert rates(1.0) == rates(2.0) == RATES
-    assert rates(11.3) == {"learning_rate": 2.1e-3, "muon_learning_rate": 3.5e-3}
+    assert rates(1.0) == rates(3.0) == RATES
+    assert rates(11.3) == {"learning_rate": 3.2e-3, "muon_learning_rate": 5.3e-3}
 
 
 def test_context_and_batch_grow_with_the_run_and_fit_the_text():

@@ -88,7 +88,7 @@ def test_seed_has_the_settings_of_the_original_project():
         ("learning_rate: 1.2e-2", "learning_rate: .nan", "train.learning_rate is nan"),
         ("learning_rate: 1.2e-2", "learning_rate: [1]", "train.learning_rate is [1]"),
         ("beta1: 0.9", "beta1: 1.0", "train.beta1 is 1.0; expected less than 1"),
-        ("dropout: 0.05", "dropout: 1.0", "train.dropout is 1.0; expected less than 1"),
+        ("dropout: 0.0", "dropout: 1.0", "train.dropout is 1.0; expected less than 1"),
         ("patience: null", "patience: 0", "train.patience is 0; expected greater than 0"),
         ("warmup_steps: 20", "warmup_steps: 5000", "train: warmup_steps 5000 is longer than the run"),
         ("sequence_length: 128", "sequence_length: 300", "train.sequence_length 300 is over the context"),
