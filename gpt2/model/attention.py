@@ -39,7 +39,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = N
 
     visible: which of these, from `within_documents`; None is all. dropout: of the attention probabilities. Uses
     PyTorch's kernel, with two exceptions. Outside CUDA it has no dropout. And to train in bf16 on a CPU, matrix
-    products take half as long or less: all at once for short sequences, by tiles for others where they are compiled.
+    products take 0.4 to 0.6 of its time: all at once for short sequences, by tiles for others where they are compiled.
     """
     T, head_size = q.shape[2:]
     is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad

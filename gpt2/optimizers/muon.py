@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gpt2.world import local_part
 
 MOMENTUM = 0.9
-"""Lower than 0.95, its author's: our runs have few steps (reports/benchmarks/ablations.md)."""
+"""Lower than 0.95, its author's: better in runs of 120 steps (reports/benchmarks/ablations.md)."""
 COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5
 """Of x, x^3 and x^5 in each iteration: those of Muon's author."""
 EPS = 1e-7
