@@ -69,7 +69,6 @@ class Recipe:
     model: GPTConfig
     batch_size: int
     gradient_accumulation_steps: int
-    weight_decay: float
     evaluations: int
 
     @property
@@ -91,7 +90,6 @@ def recipe(size: tuple[int, int, int], tokens: float, training_tokens: float) ->
         GPTConfig(context, GPT2_VOCAB_SIZE, *size),
         batch_size,
         step_tokens // (batch_size * context),
-        next(decay for limit, decay in WEIGHT_DECAY if epochs <= limit),
         next(count for limit, count in EVALUATIONS if epochs <= limit),
     )
 
@@ -105,6 +103,11 @@ def rates(epochs: float) -> dict[str, float]:
     """The learning rates of a run that reads the text so many times, to two digits."""
     factor = min(1.0, FULL_RATE_EPOCHS / epochs)
     return {key: float(f"{factor * rate:.1e}") for key, rate in RATES.items()}
+
+
+def weight_decay(epochs: float) -> float:
+    """That of a run that reads the text so many times."""
+    return next(decay for limit, decay in WEIGHT_DECAY if epochs <= limit)
 
 
 def expected_loss(model: GPTConfig, tokens: float, training_tokens: float, text: Text) -> float:

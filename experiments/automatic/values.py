@@ -4,7 +4,7 @@ import textwrap
 from typing import Any
 
 from experiments.automatic.plan import Plan
-from experiments.automatic.recipe import OPTIMIZER, UNCERTAINTY, WARM_UP, Recipe, rates
+from experiments.automatic.recipe import OPTIMIZER, UNCERTAINTY, WARM_UP, Recipe, rates, weight_decay
 from experiments.automatic.text import READ_BYTES, Text
 from gpt2.config import GPT2_VOCAB_SIZE
 
@@ -35,7 +35,6 @@ def training_values(chosen: Recipe, text: Text) -> Values:
             f"micro-batches in a step, of {chosen.step_tokens:,} tokens: more in longer runs",
         ),
         **{("train", key): (value, "") for key, value in OPTIMIZER.items()},
-        ("train", "weight_decay"): (chosen.weight_decay, "more for a text that is read many times"),
         ("train", "dropout"): (0.0, "weight decay did better in runs that read a text many times"),
         ("train", "min_token_count"): (
             2 if share < SHARED_ROW else 0,
@@ -61,6 +60,7 @@ def run_values(plan: Plan, text: Text) -> Values:
             ("train", key): (rate, "lower for a text that is read many times")
             for key, rate in rates(plan.epochs).items()
         },
+        ("train", "weight_decay"): (weight_decay(plan.epochs), "more for a text that is read many times"),
         ("train", "warmup_steps"): (max(1, round(WARM_UP * plan.steps)), f"{WARM_UP:.0%} of the steps"),
         ("train", "eval_interval"): (
             plan.eval_interval,

@@ -8,7 +8,7 @@ from experiments import preset
 from experiments.automatic import machine
 from experiments.automatic.plan import MIN_TRAINING_SHARE, Budget, choose
 from experiments.automatic.probe import Speed
-from experiments.automatic.recipe import RATES, SIZES, most_tokens, rates, recipe
+from experiments.automatic.recipe import RATES, SIZES, most_tokens, rates, recipe, weight_decay
 from experiments.automatic.text import READ_BYTES, look_at
 from experiments.automatic.values import run_values, training_values
 from experiments.automatic.writing import as_yaml, with_changes
@@ -110,15 +110,22 @@ def test_too_little_time_is_one_line_that_says_how_much_is_needed():
         plan_for(NOVEL, 0.3)
 
 
-def test_a_text_that_is_read_many_times_is_regularized_and_evaluated_often():
+def test_a_text_that_is_read_many_times_is_evaluated_often():
     once, often = (recipe((2, 2, 128), tokens, 300_000) for tokens in (200_000, 9_000_000))
-    assert once.weight_decay < often.weight_decay
     assert once.evaluations < often.evaluations
 
 
-def test_learning_rates_fall_with_the_repetitions():
+def test_learning_rates_fall_and_weights_decay_more_with_the_repetitions():
     assert rates(1.0) == rates(3.0) == RATES
     assert rates(11.3) == {"learning_rate": 3.2e-3, "muon_learning_rate": 5.3e-3}
+    assert weight_decay(1.0) == 0.1 < weight_decay(3.0) < weight_decay(11.3) < weight_decay(1000.0)
+
+
+@pytest.mark.parametrize(("minutes", "readings", "decay"), [(3, 0.4, 0.1), (20, 3.0, 0.5)])
+def test_the_weight_decay_is_that_of_the_readings_which_the_plan_has(minutes, readings, decay):
+    plan, _ = plan_for(NOVEL, minutes)
+    assert plan.epochs == pytest.approx(readings, abs=0.1)
+    assert run_values(plan, NOVEL)["train", "weight_decay"][0] == decay
 
 
 def test_context_and_batch_grow_with_the_run_and_fit_the_text():
