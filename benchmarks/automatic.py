@@ -33,7 +33,7 @@ SOURCE = Path("data/own.txt")
 RUNS = REPORT / "automatic.json"
 WARM_UP, EVALUATIONS, STEP_TOKENS = 20 / 900, 9, 1024
 """Of presets/laptop.yaml: share of the steps; evaluations; tokens in a step."""
-CALIBRATION_STEPS = 40
+CALIBRATION_STEPS = 2 * EVALUATIONS, 10 * EVALUATIONS
 
 
 def shakespeare(num_bytes: int | None = None) -> str:
@@ -136,8 +136,11 @@ def side_by_side(folder: Path, text: str, minutes: float) -> dict[str, Any]:
         laptop.run("dvc", "repro", "train")
         return laptop.training()
 
-    tokens_per_s = train_laptop(CALIBRATION_STEPS, 1)["tokens_per_s"]
-    beside = train_laptop(max(2, int(trained["elapsed_s"] * tokens_per_s / STEP_TOKENS)), EVALUATIONS)
+    few, more = CALIBRATION_STEPS
+    few_s, more_s = (train_laptop(steps, EVALUATIONS)["elapsed_s"] for steps in CALIBRATION_STEPS)
+    step_s = (more_s - few_s) / (more - few)
+    others_s = few_s - few * step_s  # evaluations
+    beside = train_laptop(max(2, round((trained["elapsed_s"] - others_s) / step_s)), EVALUATIONS)
     usual_steps = load_params(ROOT / "presets/laptop.yaml").train.max_steps
     is_shorter = usual_steps < beside["steps"]
     return {
@@ -177,17 +180,20 @@ def table(runs: list[dict[str, Any]]) -> str:
         "",
         "Made by `python -m benchmarks.automatic`: a whole `dvc repro` of the params that `preset auto` wrote, its "
         "expected and its best validation loss, and that of the preset `laptop` with as many steps as it trains in the "
-        "same seconds. Where the preset takes less time with its own number of steps, that loss is there, too.",
+        "same seconds, which are those of both trainings. Where the preset takes less time with its own number of steps, "
+        "that loss is there, too.",
         "",
-        "| machine | text | minutes | `dvc repro`, minutes | expected loss | loss | loss of laptop | unchanged |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| machine | text | minutes | `dvc repro`, minutes | expected loss | loss | loss of laptop | its own steps | "
+        "seconds |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for run in sorted(runs, key=lambda run: (run["machine"], run["minutes"])):
         unchanged = run.get("laptop_unchanged")
         last = "" if unchanged is None else f"{unchanged:.2f}"
         lines.append(
             f"| {run['machine']} | {run['text']} | {run['minutes']:g} | {run['repro_s'] / 60:.1f} | "
-            f"{run['expected']:.2f} | {run['loss']:.2f} | {run['laptop']:.2f} | {last} |"
+            f"{run['expected']:.2f} | {run['loss']:.2f} | {run['laptop']:.2f} | {last} | "
+            f"{'; '.join(f'{seconds:.0f}' for seconds in run['training_s'])} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     with tempfile.TemporaryDirectory(prefix="preset-auto-") as folder:
         text, reading_s = read(params, Path(folder))
-        plan, device = find(params, template, text, Budget(60 * minutes, reading_s, fraction(params), text), folder)
+        plan, device = find(params, template, text, Budget(60 * minutes, reading_s, text), folder)
     values = {**training_values(plan.recipe, text), **run_values(plan, text)}
     content = with_changes(template, values, header(plan, text, minutes, device))
     checked(content)
@@ -72,11 +72,6 @@ def run(arguments: argparse.Namespace) -> int:
 def checked(text: str) -> Params:
     """The params of a file's content. Raises UserError."""
     return check_params(YAML(typ="safe", pure=True).load(text), str(paths.PARAMS))
-
-
-def fraction(params: Params) -> float:
-    """The most that is held out of the text."""
-    return params.tokenize.validation_fraction
 
 
 def read(params: Params, folder: Path) -> tuple[Text, float]:

@@ -37,7 +37,4 @@ def warning(metrics: Mapping[str, Any]) -> str:
     )
     if metrics["best_step"] < metrics["steps"]:
         found += f"; the best was {metrics['best_val_loss']:.2f} after step {metrics['best_step']}, which models/ keeps"
-    return (
-        f"{found}. Raise train.weight_decay or train.dropout, train fewer steps (train.patience), or take a smaller "
-        "model or more text"
-    )
+    return f"{found}. Raise train.weight_decay, lower train.max_steps, or take a smaller model or more text"

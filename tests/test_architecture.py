@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,9 @@ def test_the_readme_names_what_there_is():
     for package in (*PACKAGES, "stages", "space", "presets", "benchmarks", "launch", "tests", "tools"):
         assert re.search(rf"`(gpt2/)?{package}/`", architecture), package
     assert len(readme.splitlines()) <= 170
+
+
+def test_the_files_that_mutants_are_made_of_exist():
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutmut"]
+    files = [*options["only_mutate"], *options["pytest_add_cli_args_test_selection"]]
+    assert [file for file in files if not (ROOT / file).is_file()] == []

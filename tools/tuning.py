@@ -51,7 +51,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "# Tuning of the preset `laptop`",
         "",
         "Made by `make tuning` from MLflow's records of the experiments `tune-...`: the lowest validation loss of each "
-        "and its changes to the preset.",
+        "and its changes to the preset as it was then.",
         "",
         "| experiment | changes | validation loss | tokens/s | seconds of training |",
         "|---|---|---:|---:|---:|",

@@ -16,7 +16,10 @@ from stages.params import Params
 
 QUICK_S, THOROUGH_S = 3.0, 8.0
 """Seconds of steps: to compare shapes, and to plan the run with."""
-NOT_MEASURED = ("max_steps", "warmup_steps", "eval_interval", "seed", "init_from", "patience")
+NOT_MEASURED = (
+    *("max_steps", "warmup_steps", "eval_interval", "seed", "init_from", "patience"),
+    *("learning_rate", "muon_learning_rate", "weight_decay", "beta1", "decay_fraction"),
+)
 """Params of training that a step's time does not depend on."""
 
 

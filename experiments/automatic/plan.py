@@ -19,6 +19,8 @@ SCORING_PASSES = 4.0
 """Of the evaluate stage and of the export over the held-out tokens: with confidences, and in each dtype."""
 VERBATIM_SECONDS = 1.2e-6
 """Of the search for copies, for each token of training."""
+MAX_VALIDATION_FRACTION = 0.1
+"""Most that is held out of a text."""
 VALIDATION_SHARE = 0.12
 """Most of the time that goes into scoring held-out tokens."""
 MIN_VALIDATION_TOKENS = 1_000
@@ -42,7 +44,7 @@ class Measures(Protocol):
 class Plan:
     """A run that ends in time.
 
-    is_early: whether it ends before, because more readings of the text do not pay. validation_fraction: of the text,
+    is_early: whether it ends before, because more epochs do not lower the loss. validation_fraction: of the text,
     held out. seconds: expected for the whole pipeline. epochs: how often the run reads the text. loss: expected, in
     nats per token.
     """
@@ -69,17 +71,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Budget:
-    """The seconds of a run. reading_s: of the text, by the stages fetch and tokenize. fraction: largest held out."""
+    """The seconds of a run. reading_s: of the text, by the stages fetch and tokenize."""
 
     seconds: float
     reading_s: float
-    fraction: float
     text: Text
 
     @property
     def training_tokens(self) -> float:
         """Tokens of the text that are not held out."""
-        return self.text.tokens * (1 - self.fraction)
+        return self.text.tokens * (1 - MAX_VALIDATION_FRACTION)
 
     def usual_tokens(self, size: tuple[int, int, int], peak_flops: float) -> float:
         """On how many tokens a size would train if it reaches a usual share of the peak."""
@@ -99,11 +100,11 @@ class Budget:
         return expected_loss(chosen.model, tokens, self.training_tokens, self.text)
 
     def plan(self, chosen: Recipe, speed: Speed) -> Plan:
-        """As many steps as there is time for, and as pay. Raises UserError if there is hardly any time."""
+        """As many steps as there is time for, or as lower the loss. Raises UserError if there is hardly any time."""
         tokens = self.text.tokens
         scored_s = chosen.evaluations / speed.validation_tokens_per_s + SCORING_PASSES / speed.scoring_tokens_per_s
         most = VALIDATION_SHARE * self.seconds / scored_s
-        fraction = float(f"{min(self.fraction, max(most, MIN_VALIDATION_TOKENS) / tokens):.2g}")
+        fraction = float(f"{min(MAX_VALIDATION_FRACTION, max(most, MIN_VALIDATION_TOKENS) / tokens):.2g}")
         other_s = (
             self.reading_s
             + START_UPS * speed.set_up_s
@@ -168,8 +169,8 @@ def choose(budget: Budget, measure: Measures, peak_flops: float, tell: Callable[
         if 0 not in plans:
             raise problems[0]
         place = 0
-    # the batch depends on the length of the run, which is known better now
-    chosen = budget.recipe(SIZES[place], budget.tokens(plans[place].tokens_per_s))
+    # context, batch and evaluations depend on the length of the run, which is known better now
+    chosen = budget.recipe(SIZES[place], plans[place].steps * plans[place].recipe.step_tokens)
     return budget.plan(chosen, measure(chosen, thorough=True))
 
 

@@ -3,7 +3,7 @@
 import textwrap
 from typing import Any
 
-from experiments.automatic.plan import Plan
+from experiments.automatic.plan import MAX_VALIDATION_FRACTION, Plan
 from experiments.automatic.recipe import OPTIMIZER, UNCERTAINTY, WARM_UP, Recipe, rates, weight_decay
 from experiments.automatic.text import READ_BYTES, Text
 from gpt2.config import GPT2_VOCAB_SIZE
@@ -11,7 +11,6 @@ from gpt2.config import GPT2_VOCAB_SIZE
 Values = dict[tuple[str, str], tuple[Any, str]]
 SHARED_ROW = 0.5
 """Texts with less than this share of the vocabulary share a row of the embedding among the tokens they lack."""
-MANY_EPOCHS = 4
 
 
 def training_values(chosen: Recipe, text: Text) -> Values:
@@ -45,13 +44,14 @@ def training_values(chosen: Recipe, text: Text) -> Values:
 
 def run_values(plan: Plan, text: Text) -> Values:
     """The length of the run, and how its results are measured."""
-    held_out = round(plan.validation_fraction * text.tokens)
-    length = "less than fits the time, as more readings do not pay," if plan.is_early else "what fits the time"
+    held_out = f"held out: {round(plan.validation_fraction * text.tokens):,} tokens"
+    if plan.validation_fraction < MAX_VALIDATION_FRACTION:
+        held_out += ", as many as there is time to score"
+    length = (
+        "fewer than fit the time, as more epochs do not lower the loss," if plan.is_early else "as many as fit the time"
+    )
     values: Values = {
-        ("tokenize", "validation_fraction"): (
-            plan.validation_fraction,
-            f"held out: {held_out:,} tokens, as many as there is time to score",
-        ),
+        ("tokenize", "validation_fraction"): (plan.validation_fraction, held_out),
         ("train", "max_steps"): (
             plan.steps,
             f"{length} at {plan.tokens_per_s:,.0f} tokens/s; reads the text {plan.epochs:.2g} times",
@@ -64,7 +64,7 @@ def run_values(plan: Plan, text: Text) -> Values:
         ("train", "warmup_steps"): (max(1, round(WARM_UP * plan.steps)), f"{WARM_UP:.0%} of the steps"),
         ("train", "eval_interval"): (
             plan.eval_interval,
-            "steps; often, as the best weights are kept" if plan.epochs > MANY_EPOCHS else "steps",
+            "steps; the best weights are kept",
         ),
         ("train", "patience"): (None, "the run takes the time that it was planned for"),
         ("runtime", "log_interval"): (max(1, plan.steps // 50), "steps between points of the curves"),

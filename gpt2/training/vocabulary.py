@@ -52,7 +52,7 @@ class TextVocabulary:
         return self._rows[idx]
 
     def whole(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """dict[str, Tensor] with a row for each of the V tokens, from those of the trained model."""
+        """The weights of the trained model, with a row of embeddings for each of the V tokens."""
         rows = self._rows.cpu()
         return {name: weight[rows] if name in EMBEDDINGS else weight for name, weight in weights.items()}
 

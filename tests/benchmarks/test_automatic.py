@@ -6,9 +6,9 @@ from tests.conftest import ROOT
 
 
 class FakeClone:
-    """A clone in which training takes 2 s a step."""
+    """A clone in which training takes 2 s a step, and evaluations 30 s in all."""
 
-    tokens_per_s = 512
+    step_s = 2.0
 
     def __init__(self, folder, text):
         self.folder, self.commands = folder, []
@@ -29,20 +29,19 @@ class FakeClone:
         return {
             "best_val_loss": 5.0 - steps / 100,
             "steps": steps,
-            "elapsed_s": 2.0 * steps,
-            "tokens_per_s": self.tokens_per_s,
+            "elapsed_s": 30.0 + steps * (self.step_s if self.folder.name == "laptop" else 2.0),
         }
 
 
-@pytest.mark.parametrize(("tokens_per_s", "steps", "unchanged"), [(512, 100, None), (10_240, 2000, 5.0 - 9.0)])
+@pytest.mark.parametrize(("step_s", "steps", "unchanged"), [(2.0, 100, None), (0.1, 2000, 5.0 - 9.0)])
 def test_the_preset_laptop_trains_for_as_many_seconds_and_unchanged_if_that_is_shorter(
-    tmp_path, monkeypatch, tokens_per_s, steps, unchanged
+    tmp_path, monkeypatch, step_s, steps, unchanged
 ):
     monkeypatch.setattr(automatic, "Clone", FakeClone)
-    monkeypatch.setattr(FakeClone, "tokens_per_s", tokens_per_s)
+    monkeypatch.setattr(FakeClone, "step_s", step_s)
     found = automatic.side_by_side(tmp_path, "text", 3.0)
     assert found["steps"] == [100, steps]
-    assert found["training_s"] == [200.0, 2.0 * steps]
+    assert found["training_s"] == pytest.approx([230.0, 230.0])
     assert found["laptop_unchanged"] == unchanged
     assert (found["expected"], found["repro_s"]) == (4.89, 7.0)
 
@@ -65,13 +64,14 @@ def test_params_of_the_preset_laptop_for_a_text():
 
 def test_the_table_has_a_line_for_each_run():
     run = {"text": "note", "minutes": 3.0, "machine": "a CPU", "repro_s": 183.0, "expected": 6.0, "loss": 5.9}
+    run["training_s"] = [90.2, 91.0]
     short = {**run, "minutes": 1.0, "laptop": 7.0}
     lines = automatic.table([{**run, "laptop": 6.5, "laptop_unchanged": 6.25}, short]).splitlines()
     assert lines[-2:] == [
-        "| a CPU | note | 1 | 3.0 | 6.00 | 5.90 | 7.00 |  |",
-        "| a CPU | note | 3 | 3.0 | 6.00 | 5.90 | 6.50 | 6.25 |",
+        "| a CPU | note | 1 | 3.0 | 6.00 | 5.90 | 7.00 |  | 90; 91 |",
+        "| a CPU | note | 3 | 3.0 | 6.00 | 5.90 | 6.50 | 6.25 | 90; 91 |",
     ]
-    assert lines[-4].count("|") == lines[-3].count("|") == 9
+    assert lines[-4].count("|") == lines[-3].count("|") == 10
 
 
 def test_texts_are_there_without_a_network():

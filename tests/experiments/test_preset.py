@@ -37,7 +37,7 @@ def speed_of(flops_per_s):
 
 def plan_for(text, minutes, flops_per_s=0.35 * PEAK, measure=None):
     told = []
-    return choose(Budget(60 * minutes, 1.0, 0.1, text), measure or speed_of(flops_per_s), PEAK, told.append), told
+    return choose(Budget(60 * minutes, 1.0, text), measure or speed_of(flops_per_s), PEAK, told.append), told
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_plan_fills_the_time_that_pays_and_is_not_longer(text, minutes, is_ear
     assert plan.recipe.evaluations >= -(-plan.steps // plan.eval_interval)
     assert len(told) >= 2
     comment = run_values(plan, text)["train", "max_steps"][1]
-    assert ("less than fits the time, as more readings do not pay" in comment) == is_early
+    assert ("fewer than fit the time, as more epochs do not lower the loss," in comment) == is_early
 
 
 def test_no_text_is_read_more_often_than_pays():
@@ -85,7 +85,7 @@ def test_more_time_and_a_faster_machine_train_larger_models_to_a_lower_loss():
 
 
 def test_the_size_with_the_lowest_expected_loss_is_found():
-    budget, measure = Budget(600.0, 1.0, 0.1, NOVEL), speed_of(0.35 * PEAK)
+    budget, measure = Budget(600.0, 1.0, NOVEL), speed_of(0.35 * PEAK)
     losses = [budget.plan(guess, measure(guess, thorough=False)).loss for guess in budget_guesses(budget)]
     assert plan_for(NOVEL, 10)[0].recipe.model.n_embd == SIZES[losses.index(min(losses))][2]
 
@@ -121,10 +121,10 @@ def test_learning_rates_fall_and_weights_decay_more_with_the_repetitions():
     assert weight_decay(1.0) == 0.1 < weight_decay(3.0) < weight_decay(11.3) < weight_decay(1000.0)
 
 
-@pytest.mark.parametrize(("minutes", "readings", "decay"), [(3, 0.4, 0.1), (20, 3.0, 0.5)])
-def test_the_weight_decay_is_that_of_the_readings_which_the_plan_has(minutes, readings, decay):
+@pytest.mark.parametrize(("minutes", "epochs", "decay"), [(3, 0.4, 0.1), (20, 3.0, 0.5)])
+def test_the_weight_decay_is_that_of_the_epochs_which_the_plan_has(minutes, epochs, decay):
     plan, _ = plan_for(NOVEL, minutes)
-    assert plan.epochs == pytest.approx(readings, abs=0.1)
+    assert plan.epochs == pytest.approx(epochs, abs=0.1)
     assert run_values(plan, NOVEL)["train", "weight_decay"][0] == decay
 
 

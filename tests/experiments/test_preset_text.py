@@ -22,7 +22,7 @@ def test_the_expected_loss_falls_with_tokens_and_rises_with_the_difficulty_of_a_
 @pytest.mark.parametrize(
     ("size", "tokens", "training_tokens", "text", "measured", "tolerance"),
     [
-        ((4, 4, 256), 921_600, 301_966, NOVEL, 4.51, 0.03),
+        ((4, 4, 256), 921_600, 301_966, NOVEL, 4.47, 0.03),
         ((2, 2, 128), 375_808, 301_966, NOVEL, 4.82, 0.03),
         ((4, 4, 256), 122_880, 301_966, NOVEL, 5.22, 0.03),
         ((4, 4, 256), 131_072, 8_193, NOTE, 5.84, 0.03),

@@ -29,7 +29,7 @@ def test_the_warning_says_in_one_line_what_to_do():
     rising = warning(metrics(4.6, 5.0, 2.0))
     assert rising.startswith(
         "the model overfits: after step 500 its loss is 5.00 on the validation text and 2.00 on the training text; "
-        "the best was 4.60 after step 300, which models/ keeps. Raise train.weight_decay or train.dropout"
+        "the best was 4.60 after step 300, which models/ keeps. Raise train.weight_decay, lower train.max_steps"
     )
     assert "\n" not in rising
     assert "the best was" not in warning(metrics(4.6, 4.6, 2.0, best_step=500))
