@@ -180,8 +180,8 @@ def table(runs: list[dict[str, Any]]) -> str:
         "",
         "Made by `python -m benchmarks.automatic`: a whole `dvc repro` of the params that `preset auto` wrote, its "
         "expected and its best validation loss, and that of the preset `laptop` with as many steps as it trains in the "
-        "same seconds, which are those of both trainings. Where the preset takes less time with its own number of steps, "
-        "that loss is there, too.",
+        "same seconds, which are those of both trainings. Where the preset takes less time with its own number of "
+        "steps, that loss is there, too.",
         "",
         "| machine | text | minutes | `dvc repro`, minutes | expected loss | loss | loss of laptop | its own steps | "
         "seconds |",
