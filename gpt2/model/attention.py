@@ -3,8 +3,7 @@
 Names of sizes:  B batch, T tokens in a sequence, D head_size.
 """
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -39,90 +38,103 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = N
 
     visible: which of these, from `within_documents`; None is all. dropout: of the attention probabilities. Uses
     PyTorch's kernel, with two exceptions. Outside CUDA it has no dropout. And to train in bf16 on a CPU, matrix
-    products take 0.4 to 0.6 of its time: all at once for short sequences, by tiles for others where they are compiled.
+    products take 0.4 to 0.9 of its time: all at once for short sequences, by tiles for others.
     """
     T, head_size = q.shape[2:]
     is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
-    if is_slow and not dropout and T > SHORT_SEQUENCE and torch.compiler.is_compiling():
-        y, _ = tiled_attention(q, k, v, visible)
-        return cast(Tensor, y)
+    if is_slow and not dropout and T > SHORT_SEQUENCE:
+        return cast(Tensor, tiled_attention(q, k, v, visible))
     is_short = is_slow and T <= SHORT_SEQUENCE
     if not is_short and (not dropout or q.device.type == "cuda"):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=visible is None)
     scores = (q * head_size**-0.5) @ k.transpose(2, 3)  # (B, n_head, T, T)
-    bias = _bias(visible, slice(0, T), slice(0, T), q.device)
+    if visible is None:
+        bias = torch.full((T, T), -torch.inf, device=q.device).triu(1)
+    else:
+        bias = torch.zeros(visible.shape, device=q.device).masked_fill(~visible, -torch.inf)
     return drop((scores.float() + bias).softmax(3).to(v.dtype), dropout) @ v
 
 
-def _bias(visible: Tensor | None, queries: slice, keys: slice, device: torch.device) -> Tensor:
-    """What to add to their scores: 0 for what is visible, otherwise -inf. (..., queries, keys), in fp32."""
-    if visible is None:
-        all_hidden = torch.full((queries.stop - queries.start, keys.stop - keys.start), -torch.inf, device=device)
-        return all_hidden.triu(1 + queries.start - keys.start)
-    part = visible[..., queries, keys]
-    return torch.zeros(part.shape, device=device).masked_fill(~part, -torch.inf)
-
-
 @torch.library.custom_op("gpt2::tiled_attention", mutates_args=())
-def tiled_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+def tiled_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """Causal attention by tiles of queries, whose products leave out the keys that come after a tile.
 
-    Like FlashAttention (https://arxiv.org/abs/2205.14135), it stores the logarithm of each softmax's denominator, and
-    computes the probabilities again in the backward pass. Arguments as in `causal_attention`. Returns the attention,
-    (B, n_head, T, D), and these logarithms, (B, n_head, T, 1), in fp32. It compiles its kernels.
+    Like FlashAttention (https://arxiv.org/abs/2205.14135), it computes the probabilities again in the backward pass.
+    Arguments as in `causal_attention`. Returns the attention, (B, n_head, T, D).
     """
-    out, log_sum = _results(q)
-    T, head_size = q.shape[2:]
-    q, k, v = (q * head_size**-0.5).contiguous(), k.contiguous(), v.contiguous()
-    softmax = _compiled(_softmax)
-    for start in reversed(range(0, T, TILE)):  # the largest first, whose kernel is not one of a special case
-        queries = slice(start, min(start + TILE, T))
-        keys = slice(0, queries.stop)
-        scores = q[:, :, queries] @ k[:, :, keys].transpose(2, 3)
-        weights, scale, log_sum[:, :, queries] = softmax(scores, _bias(visible, queries, keys, q.device))
-        torch.mul(weights @ v[:, :, keys], scale, out=out[:, :, queries])
-    return out, log_sum
+    if torch.cpu._is_amx_tile_supported():  # PyTorch's forward pass is faster there; its backward pass is not
+        with torch.no_grad():
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
+    out = torch.empty_like(q)
+    scratch = _scratch(q)
+    for b in range(len(q)):
+        q_b, k_b, v_b = (x[b].contiguous() for x in (q, k, v))
+        for tile, keys, probabilities, _ in _tiles(q_b, k_b, None if visible is None else visible[b, 0], scratch):
+            torch.bmm(probabilities, v_b[:, keys], out=out[b, :, tile])
+    return out
 
 
 @torch.library.custom_op("gpt2::tiled_attention_backward", mutates_args=())
 def _tiled_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, out: Tensor, log_sum: Tensor, gradient: Tensor
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, by tiles of keys. gradient: of `out`, (B, n_head, T, D)."""
-    T, head_size = q.shape[2:]
-    scale = head_size**-0.5
-    q, k, v, gradient = (q * scale).contiguous(), k.contiguous(), v.contiguous(), gradient.contiguous()
-    softmax_backward = _compiled(_softmax_backward)
-    mean = (gradient.float() * out.float()).sum(3, keepdim=True)  # of the probabilities' gradient, in each softmax
-    q_grad = torch.zeros_like(q, dtype=torch.float32)
-    k_grad, v_grad = torch.empty_like(k), torch.empty_like(v)
-    for start in range(0, T, TILE):
-        keys, queries = slice(start, min(start + TILE, T)), slice(start, T)
-        q_part, k_part, gradient_part = q[:, :, queries], k[:, :, keys], gradient[:, :, queries]
-        probabilities, scores_grad = softmax_backward(
-            q_part @ k_part.transpose(2, 3),
-            gradient_part @ v[:, :, keys].transpose(2, 3),
-            _bias(visible, queries, keys, q.device),
-            # copies, not views: each other offset would be another kernel
-            log_sum[:, :, queries].clone(),
-            mean[:, :, queries].clone(),
-        )
-        v_grad[:, :, keys] = probabilities.transpose(2, 3) @ gradient_part
-        k_grad[:, :, keys] = scores_grad.transpose(2, 3) @ q_part
-        q_grad[:, :, queries] += scores_grad @ k_part
-    return (q_grad * scale).to(q.dtype), k_grad, v_grad
-
-
-def _results(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for the results of `tiled_attention`; those of all heads of a token are next to each other."""
+    """The gradients of q, k and v, by tiles of queries. gradient: of the attention, (B, n_head, T, D)."""
     B, n_head, T, head_size = q.shape
-    out = q.new_empty(B, T, n_head, head_size).transpose(1, 2)
-    return out, q.new_empty(B, n_head, T, 1, dtype=torch.float32)
+    scale = head_size**-0.5
+    q_grad, k_grad, v_grad = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    k_sum, v_sum, of_tile = torch.empty(3, n_head, T, head_size)  # sums in fp32, and what a tile adds
+    rounded, scratch = q.new_empty(n_head * T * head_size), _scratch(q)
+    for b in range(B):
+        k_sum.zero_()
+        v_sum.zero_()
+        q_b, k_b, v_b, gradient_b = (x[b].contiguous() for x in (q, k, v, gradient))
+        tiles = _tiles(q_b, k_b, None if visible is None else visible[b, 0], scratch)
+        for tile, keys, probabilities, free in tiles:
+            gradient_tile, part = gradient_b[:, tile], of_tile[:, keys]
+            product = rounded[: part.numel()].view(part.shape)
+            # to fp32 first: adding bf16 to fp32 is slow
+            torch.bmm(probabilities.transpose(1, 2), gradient_tile, out=product)
+            v_sum[:, keys] += part.copy_(product)
+            scores_grad = torch.bmm(gradient_tile, v_b[:, keys].transpose(1, 2), out=free)
+            torch._softmax_backward_data(scores_grad, probabilities, 2, q.dtype, grad_input=scores_grad)
+            torch.bmm(scores_grad.transpose(1, 2), q_b[:, tile], out=product)
+            k_sum[:, keys] += part.copy_(product)
+            torch.bmm(scores_grad, k_b[:, keys], out=q_grad[b, :, tile])
+        k_grad[b], v_grad[b] = k_sum.mul_(scale), v_sum
+    return q_grad.mul_(scale), k_grad, v_grad
+
+
+def _tiles(
+    q: Tensor, k: Tensor, visible: Tensor | None, scratch: Tensor
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """For each tile of a sequence: its queries, their keys, the probabilities, and room for as many numbers.
+
+    q, k: (n_head, T, D). visible: (T, T). Probabilities and room, (n_head, queries, keys), are those of one tile only.
+    """
+    n_head, T, head_size = q.shape
+    q = q * head_size**-0.5
+    future = torch.full((TILE, TILE), -torch.inf, dtype=q.dtype).triu(1)
+    for start in range(0, T, TILE):
+        end = min(start + TILE, T)
+        tile, keys, size = slice(start, end), slice(0, end), end - start
+        scores, free = (part[: n_head * size * end].view(n_head, size, end) for part in scratch)
+        torch.bmm(q[:, tile], k[:, keys].transpose(1, 2), out=scores)
+        if visible is None:
+            scores[:, :, tile] += future[:size, :size]
+        else:
+            scores.masked_fill_(~visible[tile, keys], -torch.inf)
+        yield tile, keys, torch.softmax(scores, 2, out=scores), free
+
+
+def _scratch(q: Tensor) -> Tensor:
+    """Room for the probabilities of the largest tile, and their gradient."""
+    _, n_head, T, _ = q.shape
+    return q.new_empty(2, n_head * min(TILE, T) * T)
 
 
 @tiled_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _results(q)
+def _(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    return torch.empty_like(q)
 
 
 @_tiled_attention_backward.register_fake
@@ -130,34 +142,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(each, memory_format=torch.contiguous_format) for each in (q, k, v))
 
 
-def _remember(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs, *output)
+def _remember(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return *_tiled_attention_backward(*ctx.saved_tensors, gradient), None
 
 
 tiled_attention.register_autograd(_backward, setup_context=_remember)
-
-
-def _softmax(scores: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax of scores in their dtype, not yet divided by its sum; 1 / the sum; the logarithm of exp(scores)'s sum."""
-    biased = scores.float() + bias
-    largest = biased.amax(3, keepdim=True)
-    weights = torch.exp(biased - largest).to(scores.dtype)
-    total = weights.float().sum(3, keepdim=True)
-    return weights, 1 / total, largest + torch.log(total)
-
-
-def _softmax_backward(
-    scores: Tensor, probabilities_grad: Tensor, bias: Tensor, log_sum: Tensor, mean: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The probabilities, and the gradient of the scores."""
-    probabilities = torch.exp(scores.float() + bias - log_sum).to(scores.dtype)
-    return probabilities, (probabilities.float() * (probabilities_grad.float() - mean)).to(scores.dtype)
-
-
-@cache
-def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(kernel, dynamic=True)

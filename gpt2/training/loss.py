@@ -78,17 +78,19 @@ def _loss_and_gradients(
     with_gradients: that of hidden. with_weight_gradient: that of a weight that is trained, too.
     """
     (N, C), V = hidden.shape, len(weight)
-    log_sum_exp, softmax, add, transposed = map(_compiled, KERNELS) if compiled else KERNELS
+    log_sum_exp, exponentials, normalised, add, transposed = map(_compiled, KERNELS) if compiled else KERNELS
     total = torch.zeros((), device=hidden.device)
     hidden_grad = torch.empty_like(hidden if with_gradients else hidden[:0])
     in_place = weight.dtype == torch.float32  # a product in fp32 adds to the sum by itself
     # otherwise transposed, (C, V): that product is faster
     shape = ((V, C) if in_place else (C, V)) if with_weight_gradient else (0, 0)
-    weight_grad = hidden.new_zeros(shape, dtype=torch.float32)
+    weight_grad = hidden.new_empty(shape, dtype=torch.float32)
     # on a CPU, products are a third faster if rows start at multiples of 64 elements; they read the padding between
     # rows too, and multiply it by 0, so it must not be NaN
     buffer = hidden.new_zeros(min(N, CHUNK_TOKENS), V + -V % ALIGNMENT)[:, :V]
     part = torch.empty_like(weight_grad[:0] if in_place else weight_grad, dtype=weight.dtype)
+    # exp(logits) are up to V times as large as the probabilities, and their factors smaller: too small for fp16
+    divides = bool(label_smoothing) or hidden.dtype == torch.float16
     for start in range(0, N, CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
         h, t = hidden[chunk], targets[chunk]
@@ -98,23 +100,34 @@ def _loss_and_gradients(
             logits[:, -1] += math.log(shared)
             total += math.log(shared) * (t == V - 1).sum()
         at_target = logits[rows, t].float()
-        log_sum = log_sum_exp(logits)  # (n,)
-        total += (log_sum - at_target).sum()
         if label_smoothing:
             total += label_smoothing * (at_target - logits.mean(dim=1, dtype=torch.float32)).sum()
         if not with_gradients:
+            total += (log_sum_exp(logits) - at_target).sum()
             continue
-        # the gradient of the logits is softmax - target distribution; at the target it is computed in fp32
-        gradient = softmax(logits, log_sum, label_smoothing / V, 1 / N)
-        at_target = (torch.exp(at_target - log_sum) - label_smoothing / V - (1 - label_smoothing)) / N
-        gradient[rows, t] = at_target.to(gradient.dtype)
-        torch.mm(gradient, weight, out=hidden_grad[chunk])
+        # the gradient of a token's logits is factor * (exp(logits) - sum * target distribution); at the target it is
+        # computed in fp32. So exp is computed once, and the factor is left to the smaller tensors
+        largest, sums = exponentials(logits)  # (n,)
+        total += (largest + torch.log(sums) - at_target).sum()
+        at_target = torch.exp(at_target - largest)
+        if divides:
+            normalised(logits, sums, label_smoothing / V)
+            at_target = at_target / sums - label_smoothing / V - (1 - label_smoothing)
+            sums = torch.ones_like(sums)
+        else:
+            at_target -= sums
+        logits[rows, t] = at_target.to(logits.dtype)
+        factor = 1 / (N * sums[:, None])
+        torch.mm(logits, weight, out=hidden_grad[chunk]).mul_(factor)
         if not with_weight_gradient:
             continue
+        h = (h * factor).to(h.dtype)
         if in_place:
-            weight_grad.addmm_(gradient.t(), h)
+            torch.addmm(weight_grad, logits.t(), h, beta=float(start > 0), out=weight_grad)
+        elif start == 0:
+            weight_grad.copy_(torch.mm(h.t().contiguous(), logits, out=part))
         else:
-            add(weight_grad, torch.mm(h.t().contiguous(), gradient, out=part))
+            add(weight_grad, torch.mm(h.t().contiguous(), logits, out=part))
     return total / N, hidden_grad, weight_grad if in_place else transposed(weight_grad, weight.dtype)
 
 
@@ -123,9 +136,20 @@ def _log_sum_exp(logits: Tensor) -> Tensor:
     return torch.logsumexp(logits.float(), dim=1)
 
 
-def _softmax_(logits: Tensor, log_sum: Tensor, less: float, scale: float) -> Tensor:
-    """(softmax - less) * scale of logits, (n, V), in place."""
-    return logits.copy_((torch.exp(logits.float() - log_sum[:, None]) - less) * scale)
+def _exp_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(logits - largest) of logits, (n, V), in place; the largest of each row and the sum of the results, in fp32.
+
+    What is summed is rounded as the results are: compiled, rounding takes a third of the time of keeping both.
+    """
+    largest = logits.float().amax(1)
+    exponentials = torch.exp(logits.float() - largest[:, None]).to(logits.dtype)
+    logits.copy_(exponentials)
+    return largest, exponentials.float().sum(1)
+
+
+def _normalised_(exponentials: Tensor, sums: Tensor, less: float) -> Tensor:
+    """exponentials / sums - less, (n, V), in place."""
+    return exponentials.copy_(exponentials.float() / sums[:, None] - less)
 
 
 def _add_(total: Tensor, part: Tensor) -> Tensor:
@@ -138,7 +162,7 @@ def _transposed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix.t().to(dtype).contiguous()
 
 
-KERNELS = (_log_sum_exp, _softmax_, _add_, _transposed)
+KERNELS = (_log_sum_exp, _exp_, _normalised_, _add_, _transposed)
 
 
 @cache

@@ -34,9 +34,9 @@ def relative_error(a, b):
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("n", [1, 8, 21])  # less than a chunk, one, several and a rest
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-6)]
-)  # 4 units of bf16's last place
+@pytest.mark.parametrize(  # 4 units of bf16's last place, and of fp16's
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-6), (torch.float16, 2**-9)]
+)
 def test_loss_and_gradients_match_the_plain_formula(n, label_smoothing, dtype, tolerance):
     hidden, weight, targets = example(n, dtype)
     value, hidden_grad, weight_grad = reference(hidden, weight, targets, label_smoothing)
@@ -69,15 +69,29 @@ def test_without_gradients_the_loss_is_the_same_and_nothing_is_stored():
 def test_the_logits_of_all_tokens_never_exist_at_once(monkeypatch):
     widest = 0
 
-    def spy(logits):
-        nonlocal widest
-        widest = max(widest, logits.size(0))
-        return torch.logsumexp(logits.float(), dim=1)
+    def spy_on(kernel):
+        def spy(logits):
+            nonlocal widest
+            widest = max(widest, logits.size(0))
+            return kernel(logits)
 
-    monkeypatch.setattr(loss, "KERNELS", (spy, *loss.KERNELS[1:]))
+        return spy
+
+    monkeypatch.setattr(loss, "KERNELS", (*map(spy_on, loss.KERNELS[:2]), *loss.KERNELS[2:]))
     hidden, weight, targets = example(100)
     linear_cross_entropy(hidden, weight, targets).backward()
     assert widest == 8
+    linear_cross_entropy(hidden.detach(), weight.detach(), targets)
+    assert widest == 8
+
+
+def test_small_probabilities_of_a_large_batch_keep_their_gradient_in_fp16():
+    # each is 1 / 16384, and the mean over 4096 tokens would make it 2^-26, which is 0 in fp16
+    hidden = torch.ones(4096, 1, dtype=torch.float16)
+    weight = torch.zeros(16384, 1, dtype=torch.float16).requires_grad_()
+    (1024 * linear_cross_entropy(hidden, weight, torch.arange(4096) % 8)).backward()
+    assert weight.grad[8:].flatten().tolist() == pytest.approx([1 / 16] * 16376, rel=0.01)
+    assert weight.grad[0].item() == pytest.approx(1 / 16 - 128, rel=0.01)
 
 
 def test_extreme_logits_stay_finite():
@@ -110,8 +124,8 @@ def test_gradients_are_not_computed_if_nothing_needs_them(monkeypatch, with_grad
     def refuse(*_):
         raise AssertionError("a gradient is computed")
 
-    log_sum_exp, _, _, transposed = loss.KERNELS
-    monkeypatch.setattr(loss, "KERNELS", (log_sum_exp, refuse, refuse, transposed))
+    log_sum_exp, *_, transposed = loss.KERNELS
+    monkeypatch.setattr(loss, "KERNELS", (log_sum_exp, refuse, refuse, refuse, transposed))
     hidden, weight, targets = example(21)
     hidden.requires_grad_(requires_grad), weight.requires_grad_(requires_grad)
     with torch.set_grad_enabled(with_grad):
