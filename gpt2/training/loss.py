@@ -53,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> Any:
         hidden_grad, weight_grad = ctx.saved_tensors
         return (
-            hidden_grad.mul_(scale),
+            hidden_grad.mul_(scale / len(hidden_grad)),
             weight_grad.mul_(scale) if ctx.needs_input_grad[1] else None,
             None,
             None,
@@ -73,7 +73,10 @@ def _loss_and_gradients(
     with_gradients: bool,
     with_weight_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean loss and its gradients with respect to hidden and weight, which are empty if not requested.
+    """The mean loss, N times its gradient with respect to hidden, and that with respect to weight.
+
+    Gradients are empty if not requested. That of hidden is divided by N after it is multiplied by the scale of the loss:
+    in fp16 it would be too small before.
 
     with_gradients: that of hidden. with_weight_gradient: that of a weight that is trained, too.
     """
@@ -117,11 +120,10 @@ def _loss_and_gradients(
         else:
             at_target -= sums
         logits[rows, t] = at_target.to(logits.dtype)
-        factor = 1 / (N * sums[:, None])
-        torch.mm(logits, weight, out=hidden_grad[chunk]).mul_(factor)
+        torch.mm(logits, weight, out=hidden_grad[chunk]).div_(sums[:, None])
         if not with_weight_gradient:
             continue
-        h = (h * factor).to(h.dtype)
+        h = (h / (N * sums[:, None])).to(h.dtype)
         if in_place:
             torch.addmm(weight_grad, logits.t(), h, beta=float(start > 0), out=weight_grad)
         elif start == 0:

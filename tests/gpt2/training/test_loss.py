@@ -94,6 +94,13 @@ def test_small_probabilities_of_a_large_batch_keep_their_gradient_in_fp16():
     assert weight.grad[0].item() == pytest.approx(1 / 16 - 128, rel=0.01)
 
 
+def test_small_gradients_of_hidden_states_are_exact_in_fp16_after_loss_scaling():
+    hidden = torch.zeros(4096, 1, dtype=torch.float16).requires_grad_()
+    weight = torch.tensor([[0.01], [-0.005]], dtype=torch.float16)
+    (4096 * linear_cross_entropy(hidden, weight, torch.zeros(4096, dtype=torch.int64))).backward()
+    assert hidden.grad.flatten().tolist() == pytest.approx([-0.0075] * 4096, rel=2e-3)
+
+
 def test_extreme_logits_stay_finite():
     hidden, weight, targets = example(4)
     value = linear_cross_entropy(hidden * 1e4, weight, targets)
