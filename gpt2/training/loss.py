@@ -75,7 +75,7 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss, N times its gradient with respect to hidden, and that with respect to weight.
 
-    Gradients are empty if not requested. That of hidden is divided by N after it is multiplied by the scale of the loss:
+    Gradients are empty if not requested. That of hidden is divided by N after the scale of the loss is multiplied in:
     in fp16 it would be too small before.
 
     with_gradients: that of hidden. with_weight_gradient: that of a weight that is trained, too.
