@@ -179,9 +179,9 @@ def table(runs: list[dict[str, Any]]) -> str:
         "# preset auto",
         "",
         "Made by `python -m benchmarks.automatic`: a whole `dvc repro` of the params that `preset auto` wrote, its "
-        "expected and its best validation loss, and that of the preset `laptop` with as many steps as it trains in the "
-        "same seconds, which are those of both trainings. Where the preset takes less time with its own number of "
-        "steps, that loss is there, too.",
+        "expected and its best validation loss, and that of the preset `laptop` with as many steps as it trains in "
+        "about the same seconds: the last column has both trainings'. Where the preset takes less time with its own "
+        "number of steps, that loss is there, too.",
         "",
         "| machine | text | minutes | `dvc repro`, minutes | expected loss | loss | loss of laptop | its own steps | "
         "seconds |",

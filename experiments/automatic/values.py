@@ -62,10 +62,7 @@ def run_values(plan: Plan, text: Text) -> Values:
         },
         ("train", "weight_decay"): (weight_decay(plan.epochs), "more for a text that is read many times"),
         ("train", "warmup_steps"): (max(1, round(WARM_UP * plan.steps)), f"{WARM_UP:.0%} of the steps"),
-        ("train", "eval_interval"): (
-            plan.eval_interval,
-            "steps; the best weights are kept",
-        ),
+        ("train", "eval_interval"): (plan.eval_interval, "steps; the best weights are kept"),
         ("train", "patience"): (None, "the run takes the time that it was planned for"),
         ("runtime", "log_interval"): (max(1, plan.steps // 50), "steps between points of the curves"),
     }

@@ -280,6 +280,8 @@ def test_a_training_is_measured_once(tmp_path, monkeypatch):
     assert first.compile_s == 0
     monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: pytest.fail("it is measured again"))
     assert ours.speed(preset.checked(content), content, thorough=False) == first
+    other = with_changes(content, {("train", "weight_decay"): (5.0, ""), ("train", "learning_rate"): (1e-3, "")})
+    assert ours.speed(preset.checked(other), other, thorough=False) == first
 
 
 def test_a_measurement_that_fails_is_one_line(tmp_path, monkeypatch):
