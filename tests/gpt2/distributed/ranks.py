@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -255,17 +256,28 @@ def work(environment, scenario, outcome, tokens, folder, steps):
         Path(outcome).write_text(json.dumps(found))
 
 
+def serve(port):
+    """Holds the store in which the processes meet, as torchrun does; sends its port."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port.send(store.port)
+    signal.pause()
+
+
 def start(processes, *arguments):
     """Forks the processes of a scenario, and waits for them. Ends them all, and this one, if one fails."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    # the store's thread looks up the names of who connects: a fork at that moment would have glibc's lock for good
+    server = context.Process(target=serve, args=(theirs,), daemon=True)
+    server.start()
+    theirs.close()
     shared = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here
+        "MASTER_PORT": str(ours.recv()),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank makes a store
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
     }
-    context = multiprocessing.get_context("fork")
     ranks = [
         context.Process(target=work, args=({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, *arguments))
         for rank in range(processes)
@@ -279,6 +291,7 @@ def start(processes, *arguments):
                 for rank in waiting.values():
                     rank.kill()
                 sys.exit(f"a process of {arguments[0]} failed")
+    server.kill()
 
 
 if __name__ == "__main__":
