@@ -205,9 +205,9 @@ def write_table(results: dict[str, Any], report: str) -> None:
     for case, result in results.items():
         sizes, batch_size, length, accumulation = CASES[case]
         rows = result["rows"]
-        best_peer = max((r["tokens_per_s"] for r in rows if "peer" in r), default=float("nan"))
+        best_peer = max((r["tokens_per_s"] for r in rows if "peer" in r), default=None)
         peaks = {p: max(r["peak_flops"] for r in rows if r["precision"] == p) for p in {r["precision"] for r in rows}}
-        bound = next(r["tokens_per_s"] for r in rows if r.get("bound"))
+        bound = next((r["tokens_per_s"] for r in rows if r.get("bound")), None)
         lines += [
             "",
             f"## {case}: {sizes['n_layer']} layers x {sizes['n_embd']}, {batch_size} x {length} tokens, "
@@ -221,14 +221,19 @@ def write_table(results: dict[str, Any], report: str) -> None:
             "|---|---:|---:|---:|---:|---:|---:|---:|",
         ]
         lines += [
-            f"| {r['contender']} | {r['tokens_per_s']:,.0f} | {r['tokens_per_s'] / best_peer:.2f} "
-            f"| {r['tokens_per_s'] / bound:.0%} "
+            f"| {r['contender']} | {r['tokens_per_s']:,.0f} | {beside(r, best_peer, '.2f')} "
+            f"| {beside(r, bound, '.0%')} "
             f"| {r['mfu'] * r['peak_flops'] / peaks[r['precision']]:.0%} "
             f"| {f'{share:.1%}' if (share := r.get('optimizer_share')) else ''} "
             f"| {r['peak_gb']:.2f} | {r['set_up_s']:.1f} |"
             for r in rows
         ]
     (REPORT / f"{report}.md").write_text("\n".join(lines) + "\n")
+
+
+def beside(row: dict[str, Any], tokens_per_s: float | None, form: str) -> str:
+    """A row's speed as a multiple of another one; empty if that was not measured."""
+    return format(row["tokens_per_s"] / tokens_per_s, form) if tokens_per_s else ""
 
 
 def draw(results: dict[str, Any], report: str) -> None:

@@ -100,11 +100,22 @@ class Budget:
         return expected_loss(chosen.model, tokens, self.training_tokens, self.text)
 
     def plan(self, chosen: Recipe, speed: Speed) -> Plan:
-        """As many steps as there is time for, or as lower the loss. Raises UserError if there is hardly any time."""
+        """As many steps as there is time for, or as lower the loss. Raises UserError if there is hardly any time.
+
+        Time that the steps leave goes into scoring more held-out tokens.
+        """
+        scoring_s = VALIDATION_SHARE * self.seconds
+        plan = self._plan(chosen, speed, scoring_s)
+        if plan.is_early:
+            plan = self._plan(chosen, speed, scoring_s + self.seconds - plan.seconds)
+        return plan
+
+    def _plan(self, chosen: Recipe, speed: Speed, scoring_s: float) -> Plan:
+        """scoring_s: for held-out tokens."""
         tokens = self.text.tokens
         scored_s = chosen.evaluations / speed.validation_tokens_per_s + SCORING_PASSES / speed.scoring_tokens_per_s
-        most = VALIDATION_SHARE * self.seconds / scored_s
-        fraction = float(f"{min(MAX_VALIDATION_FRACTION, max(most, MIN_VALIDATION_TOKENS) / tokens):.2g}")
+        held_out = max(scoring_s / scored_s, MIN_VALIDATION_TOKENS)
+        fraction = float(f"{min(MAX_VALIDATION_FRACTION, held_out / tokens):.2g}")
         other_s = (
             self.reading_s
             + START_UPS * speed.set_up_s
@@ -137,7 +148,8 @@ class Budget:
 def choose(budget: Budget, measure: Measures, peak_flops: float, tell: Callable[[str], None]) -> Plan:
     """The plan with the lowest expected loss, measured thoroughly. Raises UserError if none fits the time and memory.
 
-    Begins with the size that the machine's peak suggests, and goes on to its neighbours while the loss falls.
+    Begins with the size that the machine's peak suggests, and goes on to its neighbours while the loss falls. If the
+    run ends early then, it goes on to larger sizes.
     """
     tokens = [budget.usual_tokens(size, peak_flops) for size in SIZES]
     guesses = [budget.recipe(size, count) for size, count in zip(SIZES, tokens, strict=True)]
@@ -145,7 +157,7 @@ def choose(budget: Budget, measure: Measures, peak_flops: float, tell: Callable[
     problems: dict[int, UserError] = {}
 
     def loss(place: int) -> float:
-        if place not in plans and place not in problems:
+        if 0 <= place < len(SIZES) and place not in plans and place not in problems:
             try:
                 plans[place] = plan = budget.plan(guesses[place], measure(guesses[place], thorough=False))
                 tell(
@@ -157,10 +169,14 @@ def choose(budget: Budget, measure: Measures, peak_flops: float, tell: Callable[
                 tell(f"{describe(guesses[place])}: {error}")
         return plans[place].loss if place in plans else math.inf
 
+    def thorough(place: int) -> Plan:
+        # context, batch and evaluations depend on the length of the run, which is known by now
+        chosen = budget.recipe(SIZES[place], plans[place].steps * plans[place].recipe.step_tokens)
+        return budget.plan(chosen, measure(chosen, thorough=True))
+
     place = min(range(len(SIZES)), key=lambda place: budget.loss(guesses[place], tokens[place]))
     while True:
-        near = [each for each in (place, place - 1, place + 1) if 0 <= each < len(SIZES)]
-        best = min(near, key=loss)
+        best = min((place, place - 1, place + 1), key=loss)
         if best == place:
             break
         place = best
@@ -169,9 +185,14 @@ def choose(budget: Budget, measure: Measures, peak_flops: float, tell: Callable[
         if 0 not in plans:
             raise problems[0]
         place = 0
-    # context, batch and evaluations depend on the length of the run, which is known better now
-    chosen = budget.recipe(SIZES[place], plans[place].steps * plans[place].recipe.step_tokens)
-    return budget.plan(chosen, measure(chosen, thorough=True))
+    plan = thorough(place)
+    while plan.is_early and loss(place + 1) < math.inf:  # compiled, a larger size may fit the time, too
+        larger = thorough(place + 1)
+        tell(f"{describe(larger.recipe)}, compiled: expected loss {larger.loss:.2f}, beside {plan.loss:.2f}")
+        if larger.loss >= plan.loss:
+            break
+        plan, place = larger, place + 1
+    return plan
 
 
 def describe(chosen: Recipe) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import preset
 from experiments.automatic import machine
-from experiments.automatic.plan import MIN_TRAINING_SHARE, Budget, choose
+from experiments.automatic.plan import MIN_TRAINING_SHARE, SCORING_PASSES, VALIDATION_SHARE, Budget, choose
 from experiments.automatic.probe import Speed
 from experiments.automatic.recipe import RATES, SIZES, most_tokens, rates, recipe, weight_decay
 from experiments.automatic.text import READ_BYTES, look_at
@@ -42,7 +42,7 @@ def plan_for(text, minutes, flops_per_s=0.35 * PEAK, measure=None):
 
 @pytest.mark.parametrize(
     ("text", "minutes", "is_early"),
-    [(NOVEL, 3, False), (NOVEL, 20, True), (NOVEL, 300, True), (NOTE, 3, False), (NOTE, 20, False), (NOTE, 300, True)],
+    [(NOVEL, 3, False), (NOVEL, 20, True), (NOVEL, 300, False), (NOTE, 3, False), (NOTE, 20, False), (NOTE, 900, True)],
 )
 def test_a_plan_fills_the_time_that_pays_and_is_not_longer(text, minutes, is_early):
     plan, told = plan_for(text, minutes)
@@ -59,6 +59,33 @@ def test_a_plan_fills_the_time_that_pays_and_is_not_longer(text, minutes, is_ear
     assert len(told) >= 2
     comment = run_values(plan, text)["train", "max_steps"][1]
     assert ("fewer than fit the time, as more epochs do not lower the loss," in comment) == is_early
+
+
+@pytest.mark.parametrize("text", [NOVEL, NOTE])
+@pytest.mark.parametrize("minutes", [3, 8, 12, 20])
+@pytest.mark.parametrize("faster", [1, 3, 10])
+def test_some_size_fills_the_time(text, minutes, faster):
+    plan, _ = plan_for(text, minutes, 0.35 * PEAK * faster)
+    assert plan.seconds > 0.85 * 60 * minutes
+
+
+def test_a_larger_size_is_tried_if_the_compiled_run_ends_early():
+    plan, told = plan_for(NOVEL, 12, 3.5 * PEAK)
+    compiled = [line for line in told if "compiled" in line]
+    assert compiled[0].startswith("6 layers of width 512, compiled: expected loss 4.4")
+    assert plan.recipe.model.n_embd == 512
+
+
+def test_time_that_no_size_fills_scores_more_held_out_text():
+    def measure(chosen, *, thorough):
+        if chosen.model.n_embd > 128:
+            raise UserError("too large")
+        return replace(speed_of(0.35 * PEAK)(chosen, thorough=thorough), scoring_tokens_per_s=130.0)
+
+    plan, _ = plan_for(NOVEL, 30, measure=measure)
+    assert plan.is_early
+    assert plan.seconds > 0.95 * 60 * 30
+    assert plan.validation_fraction * NOVEL.tokens * SCORING_PASSES / 130 > 1.5 * VALIDATION_SHARE * 60 * 30
 
 
 def test_no_text_is_read_more_often_than_pays():
