@@ -112,7 +112,7 @@ def measure_scoring(params: Params, tokens: Tokens) -> float:
         start_s = time.perf_counter()
         score(model, batch, sequence_length=length, batch_size=size)
         seconds.append(time.perf_counter() - start_s)
-    return (len(batch) - 1) / min(seconds)  # the first ones write to new memory, which takes as long again
+    return (len(batch) - 1) / min(seconds)  # the first ones write to new memory, which takes longer
 
 
 def fill_caches(run: Any) -> None:

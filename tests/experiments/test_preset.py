@@ -2,10 +2,11 @@ import subprocess
 from argparse import Namespace
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 
 from experiments import preset
-from experiments.automatic import machine
+from experiments.automatic import machine, probe
 from experiments.automatic.plan import MIN_TRAINING_SHARE, SCORING_PASSES, VALIDATION_SHARE, Budget, choose
 from experiments.automatic.probe import Speed
 from experiments.automatic.recipe import RATES, SIZES, most_tokens, rates, recipe, weight_decay
@@ -17,7 +18,7 @@ from gpt2.__main__ import main
 from gpt2.config import CorpusConfig, TokenizeConfig
 from gpt2.errors import GPT2Error, UserError
 from stages.params import Params, load_params
-from tests.conftest import ROOT, our_text
+from tests.conftest import ROOT, TINY, our_text
 from tests.experiments.texts import NOTE, NOVEL
 
 LAPTOP = (ROOT / "presets/laptop.yaml").read_text()
@@ -86,6 +87,17 @@ def test_time_that_no_size_fills_scores_more_held_out_text():
     assert plan.is_early
     assert plan.seconds > 0.95 * 60 * 30
     assert plan.validation_fraction * NOVEL.tokens * SCORING_PASSES / 130 > 1.5 * VALIDATION_SHARE * 60 * 30
+
+
+def test_scoring_is_measured_where_the_memory_is_not_new(monkeypatch):
+    params = load_params(ROOT / "presets/laptop.yaml")
+    tokens = np.zeros(5000, dtype=np.uint16)
+    scored = []
+    clock = iter([0, 9, 10, 14, 20, 22, 30, 31])
+    monkeypatch.setattr("gpt2.evaluation.scores.score", lambda model, batch, **_: scored.append(len(batch)))
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: next(clock))
+    assert probe.measure_scoring(replace(params, model=TINY), tokens) == 8 * 128
+    assert scored == 4 * [8 * 128 + 1]
 
 
 def test_no_text_is_read_more_often_than_pays():
