@@ -187,7 +187,11 @@ def choose(budget: Budget, measure: Measures, peak_flops: float, tell: Callable[
         place = 0
     plan = thorough(place)
     while plan.is_early and loss(place + 1) < math.inf:  # compiled, a larger size may fit the time, too
-        larger = thorough(place + 1)
+        try:
+            larger = thorough(place + 1)
+        except UserError as error:
+            tell(f"{describe(guesses[place + 1])}, compiled: {error}")
+            break
         tell(f"{describe(larger.recipe)}, compiled: expected loss {larger.loss:.2f}, beside {plan.loss:.2f}")
         if larger.loss >= plan.loss:
             break

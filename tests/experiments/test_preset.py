@@ -77,6 +77,17 @@ def test_a_larger_size_is_tried_if_the_compiled_run_ends_early():
     assert plan.recipe.model.n_embd == 512
 
 
+def test_a_larger_size_that_does_not_fit_when_it_is_compiled_is_left_out():
+    def measure(chosen, *, thorough):
+        if thorough and chosen.model.n_embd > 448:
+            raise UserError("too large")
+        return speed_of(3.5 * PEAK)(chosen, thorough=thorough)
+
+    plan, told = plan_for(NOVEL, 12, measure=measure)
+    assert plan.recipe.model.n_embd == 448
+    assert told[-1] == "6 layers of width 512, compiled: too large"
+
+
 def test_time_that_no_size_fills_scores_more_held_out_text():
     def measure(chosen, *, thorough):
         if chosen.model.n_embd > 128:
