@@ -56,23 +56,43 @@ def choose_precision(device: torch.device, name: PrecisionName) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.float32
-    # small sizes first: a large product takes seconds on a CPU without bf16 instructions
-    for size, worthwhile in MIN_BF16_SPEEDUP.items():
-        if matmul_flops(device, torch.bfloat16, size) < worthwhile * matmul_flops(device, torch.float32, size):
-            return torch.float32
-    return torch.bfloat16
+    return torch.bfloat16 if _is_bf16_fast() else torch.float32
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of a product of two square matrices of this size: the best of five."""
+def _is_bf16_fast() -> bool:
+    """Whether the CPU is fast enough in bf16.
+
+    Of one thread and its own time, so that other processes do not change the answer: a wall clock, and threads that
+    wait for each other, gave another one now and then on a busy machine.
+    """
+    device, threads = torch.device("cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        # small sizes first: a large product takes seconds on a CPU without bf16 instructions
+        return all(
+            matmul_flops(device, torch.bfloat16, size, time.thread_time)
+            >= worthwhile * matmul_flops(device, torch.float32, size, time.thread_time)
+            for size, worthwhile in MIN_BF16_SPEEDUP.items()
+        )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def matmul_flops(
+    device: torch.device, dtype: torch.dtype, size: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """FLOP/s of a product of two square matrices of this size: the best of five.
+
+    clock: in seconds. That of the thread leaves out the time that other processes take from it.
+    """
     a = torch.ones(size, size, dtype=dtype, device=device)
     seconds = []
     for _ in range(6):  # the first round warms up
         _synchronize(device)
-        start_s = time.perf_counter()
+        start_s = clock()
         a @ a
         _synchronize(device)
-        seconds.append(time.perf_counter() - start_s)
+        seconds.append(clock() - start_s)
     return 2 * size**3 / min(seconds[1:])
 
 

@@ -24,7 +24,7 @@ def test_an_unavailable_device_is_refused(monkeypatch):
 
 @pytest.mark.parametrize(("bf16", "expected"), [(2.0, torch.bfloat16), (1.1, torch.float32), (0.5, torch.float32)])
 def test_bf16_is_chosen_where_it_is_faster(monkeypatch, bf16, expected):
-    monkeypatch.setattr(device, "matmul_flops", lambda _, dtype, __: bf16 if dtype == torch.bfloat16 else 1.0)
+    monkeypatch.setattr(device, "matmul_flops", lambda _, dtype, *__: bf16 if dtype == torch.bfloat16 else 1.0)
     assert choose_precision(CPU, "auto") == expected
     assert choose_precision(CPU, "bf16") == torch.bfloat16
     assert choose_precision(CPU, "fp32") == torch.float32
@@ -34,13 +34,30 @@ def test_bf16_is_chosen_where_it_is_faster(monkeypatch, bf16, expected):
 def test_small_products_detect_a_cpu_without_bf16(monkeypatch):
     sizes = []
 
-    def flops(_, dtype, size):
+    def flops(_, dtype, size, __):
         sizes.append(size)
         return 0.01 if dtype == torch.bfloat16 else 1.0
 
     monkeypatch.setattr(device, "matmul_flops", flops)
     assert choose_precision(CPU, "auto") == torch.float32
     assert set(sizes) == {256}
+
+
+def test_the_precision_is_chosen_by_the_time_of_one_thread(monkeypatch):
+    """On a busy machine the wall clock tells another precision now and then, so that a run would not be repeatable."""
+    found = []
+    monkeypatch.setattr(
+        device, "matmul_flops", lambda *arguments: found.append(torch.get_num_threads()) or arguments[3]()
+    )
+    monkeypatch.setattr(device.time, "thread_time", iter([2.0, 1.0, 3.0, 1.0]).__next__)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert choose_precision(CPU, "auto") == torch.bfloat16
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert found == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
